@@ -1,0 +1,283 @@
+"""Everything you would want to change, and nothing else.
+
+`Settings` is what all runs share; the four classes after it belong to the four kinds of experiment; then come
+the experiments themselves with their tuned values, the search spaces, and the presets that put all of it
+together. Any field can also be set for one run on the command line, by its name: `--data-root DIR --epochs 2`.
+What wins, last to first: this file's defaults, the preset, the command line.
+
+"SPEC" numbers are the paper's (arXiv 2601.00141): change them and you run another protocol.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+
+# ------------------------------------------------------------------------------------------------- all runs
+@dataclass(frozen=True)
+class Settings:
+    """What every run shares, whatever its model and its experiment."""
+
+    # --- Where things lie
+    data_root: Path = Path("datasets/ai-generated-images-vs-real-images/test")  # holds fake/ and real/
+    results_root: Path = Path("results")  # everything that is written goes under results_root/<preset>/
+    kaggle_dataset: str = "tristanzhang32/ai-generated-images-vs-real-images"  # what data_download fetches
+
+    # --- Data
+    max_image_pixels: int = 200_000_000  # larger images are refused before they are decoded
+    patch_size: int = 224  # side of the global view and of each crop, in pixels
+    main_seed: int = 606  # the split, evaluation crops, tuning and both cost studies
+    valid_size: int | float = 1800  # images (int) or share of the data set (float)
+    test_size: int | float = 1800
+    final_valid_fraction: float = 0.05  # share of train + valid that chooses the checkpoint in final training
+
+    # --- Backbones: a name is vit, convnext, resnet (the paper's, from torchvision) or timm:<model>
+    pretrained: bool = True  # False: random weights
+    weights_files: tuple[str, ...] = ()  # local weights instead of a download: "vit=FILE", "timm:<model>=FILE"
+
+    # --- Optimisation
+    label_smoothing: float = 0.1
+    eta_min: float = 1e-6  # learning rate at the end of the cosine schedule
+
+    # --- Hardware
+    device: str = "auto"  # auto: CUDA where there is one; or cpu, cuda, cuda:1
+    precision: Literal["fp16", "bf16", "fp32"] = "fp16"  # of the forward pass on CUDA; the CPU computes in fp32
+    compile: bool = True  # torch.compile, on CUDA
+    channels_last: bool = True  # memory layout of convolutional backbones
+    deterministic: bool = True  # the same numbers on every run on the same machine
+    matmul_precision: Literal["highest", "high", "medium"] = "high"  # of float32 products; high is TF32
+    num_workers: int | Literal["auto"] = "auto"  # processes that load images; auto: one a core, 16 at most
+
+
+# ------------------------------------------------------------------------------------ one class an experiment room
+@dataclass(frozen=True)
+class Tuning:
+    """hyperparameter_tuning: one Optuna study per model."""
+
+    epochs: int = 25
+    glass_trials: int = 100
+    standard_trials: int = 50
+    min_resource: int = 5  # Hyperband: epochs before a trial can be pruned
+    max_resource: int = 25
+    reduction_factor: int = 3
+
+
+@dataclass(frozen=True)
+class Training:
+    """model_training: final training and evaluation."""
+
+    epochs: int = 50
+    seeds: tuple[int, ...] = (100, 200, 300, 400, 500)
+
+
+@dataclass(frozen=True)
+class NumCrops:
+    """num_crops: memory, time and accuracy against the number of crops K."""
+
+    epochs: int = 25
+    batch_size: int = 32
+    crop_counts: tuple[int, ...] = tuple(range(1, 17))
+    quick: bool = False  # a few steps for each K instead of `epochs`; epoch time is then extrapolated
+    warmup_steps: int = 3  # quick mode: steps before the clock starts
+    measured_steps: int = 10  # quick mode: steps on the clock
+
+
+@dataclass(frozen=True)
+class StandardMemory:
+    """standard_memory: memory, time and accuracy of the standard models."""
+
+    epochs: int = 25
+    batch_size: int = 32
+    quick: bool = False
+    warmup_steps: int = 3
+    measured_steps: int = 10
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """model_training.reproduce: which doors it opens, in this order, before it writes the tables."""
+
+    stages: tuple[str, ...] = ("tuning", "training", "num_crops", "standard_memory")
+    experiments: tuple[str, ...] = (
+        "standard_vit", "standard_convnext", "standard_resnet", "glass_vit", "glass_convnext", "glass_resnet",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- experiments
+@dataclass(frozen=True)
+class GlassExperiment:
+    """A GLASS model and its hyperparameters; `name` is its run folder and its row in the tables."""
+
+    name: str
+    backbone: str
+    batch_size: int
+    dropout_rate: float
+    lr_global: float
+    lr_local: float
+    lr_atten_class: float
+    wd_global: float
+    wd_local: float
+    num_crops: int
+
+
+@dataclass(frozen=True)
+class StandardExperiment:
+    """A standard transfer-learning model and its hyperparameters."""
+
+    name: str
+    backbone: str
+    batch_size: int
+    dropout_rate: float
+    lr: float
+    weight_decay: float
+
+
+Experiment = GlassExperiment | StandardExperiment
+
+# The tuned values of SPEC.
+PAPER_EXPERIMENTS = (
+    GlassExperiment(
+        name="glass_vit", backbone="vit", batch_size=64, dropout_rate=0.3,
+        lr_global=1.5831167386006587e-05, lr_local=4.260040963378685e-05, lr_atten_class=6.480235653979963e-05,
+        wd_global=3.1761532137124536e-05, wd_local=6.13778525618186e-06, num_crops=10,
+    ),
+    GlassExperiment(
+        name="glass_convnext", backbone="convnext", batch_size=32, dropout_rate=0.2,
+        lr_global=6.549128272517001e-06, lr_local=9.999570997037118e-05, lr_atten_class=1.679984935907822e-05,
+        wd_global=2.852588208730554e-06, wd_local=3.8782167347490953e-07, num_crops=4,
+    ),
+    GlassExperiment(
+        name="glass_resnet", backbone="resnet", batch_size=32, dropout_rate=0.3,
+        lr_global=2.158777650700252e-06, lr_local=6.853800121248665e-05, lr_atten_class=2.979509550261194e-05,
+        wd_global=1.7932951228672164e-07, wd_local=6.017513558414679e-07, num_crops=6,
+    ),
+    StandardExperiment(
+        name="standard_vit", backbone="vit", batch_size=128, dropout_rate=0.1,
+        lr=7.480854951931871e-05, weight_decay=0.0004369279810718895,
+    ),
+    StandardExperiment(
+        name="standard_convnext", backbone="convnext", batch_size=128, dropout_rate=0.1,
+        lr=7.124161487066723e-05, weight_decay=2.1340317671998637e-06,
+    ),
+    StandardExperiment(
+        name="standard_resnet", backbone="resnet", batch_size=32, dropout_rate=0.1,
+        lr=4.59049376073978e-05, weight_decay=3.642553424460737e-07,
+    ),
+)  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------- search spaces
+@dataclass(frozen=True)
+class LogUniform:
+    """A positive real number, uniform in its logarithm."""
+
+    low: float
+    high: float
+
+
+SearchSpace = Mapping[str, tuple | LogUniform]  # a tuple is a choice between its values
+
+# Suggested in this order, which the sampler's draws depend on.
+PAPER_GLASS_SPACE: SearchSpace = {
+    "batch_size": (16, 32, 64),
+    "dropout_rate": (0.0, 0.1, 0.2, 0.3),
+    "lr_global": LogUniform(1e-6, 1e-4),
+    "lr_local": LogUniform(1e-6, 1e-4),
+    "lr_atten_class": LogUniform(5e-6, 1e-3),
+    "wd_global": LogUniform(1e-7, 1e-3),
+    "wd_local": LogUniform(1e-7, 1e-3),
+    "num_crops": (2, 4, 6, 8, 10),
+}
+PAPER_STANDARD_SPACE: SearchSpace = {
+    "lr": LogUniform(1e-6, 1e-4),
+    "weight_decay": LogUniform(1e-7, 1e-3),
+    "batch_size": (32, 64, 128),
+    "dropout_rate": (0.0, 0.1, 0.2, 0.3),
+}
+
+
+# -------------------------------------------------------------------------------------------------- presets
+@dataclass(frozen=True)
+class Preset:
+    """A whole protocol: what `--preset NAME` selects."""
+
+    name: str
+    settings: Settings
+    tuning: Tuning
+    training: Training
+    num_crops: NumCrops
+    standard_memory: StandardMemory
+    reproduce: Reproduce
+    experiments: tuple[Experiment, ...]
+    glass_space: SearchSpace
+    standard_space: SearchSpace
+
+
+PAPER = Preset(
+    name="paper",
+    settings=Settings(),
+    tuning=Tuning(),
+    training=Training(),
+    num_crops=NumCrops(),
+    standard_memory=StandardMemory(),
+    reproduce=Reproduce(),
+    experiments=PAPER_EXPERIMENTS,
+    glass_space=PAPER_GLASS_SPACE,
+    standard_space=PAPER_STANDARD_SPACE,
+)
+
+# The same protocol in minutes on two CPU cores: procedural images, small backbones from scratch, small patches.
+DEMO_EXPERIMENTS = (
+    GlassExperiment(
+        name="glass_vit", backbone="timm:test_vit", batch_size=16, dropout_rate=0.1, lr_global=5e-4, lr_local=1e-3,
+        lr_atten_class=1e-3, wd_global=1e-4, wd_local=1e-4, num_crops=4,
+    ),
+    GlassExperiment(
+        name="glass_convnext", backbone="timm:test_convnext", batch_size=16, dropout_rate=0.1, lr_global=5e-4,
+        lr_local=1e-3, lr_atten_class=1e-3, wd_global=1e-4, wd_local=1e-4, num_crops=4,
+    ),
+    GlassExperiment(
+        name="glass_resnet", backbone="timm:resnet10t", batch_size=16, dropout_rate=0.1, lr_global=5e-4,
+        lr_local=1e-3, lr_atten_class=1e-3, wd_global=1e-4, wd_local=1e-4, num_crops=4,
+    ),
+    StandardExperiment(
+        name="standard_vit", backbone="timm:test_vit", batch_size=16, dropout_rate=0.1, lr=1e-3, weight_decay=1e-4,
+    ),
+    StandardExperiment(
+        name="standard_convnext", backbone="timm:test_convnext", batch_size=16, dropout_rate=0.1, lr=1e-3,
+        weight_decay=1e-4,
+    ),
+    StandardExperiment(
+        name="standard_resnet", backbone="timm:resnet10t", batch_size=16, dropout_rate=0.1, lr=1e-3,
+        weight_decay=1e-4,
+    ),
+)  # fmt: skip
+DEMO = Preset(
+    name="demo",
+    settings=replace(
+        PAPER.settings,
+        data_root=Path("datasets/demo"),
+        patch_size=64,
+        valid_size=0.15,
+        test_size=0.25,
+        pretrained=False,
+    ),
+    tuning=Tuning(epochs=5, glass_trials=4, standard_trials=4, min_resource=1, max_resource=5),
+    training=Training(epochs=12, seeds=(100, 200)),
+    num_crops=NumCrops(crop_counts=(1, 2, 4, 8), batch_size=16, quick=True, measured_steps=5),
+    standard_memory=StandardMemory(batch_size=16, quick=True, measured_steps=5),
+    reproduce=Reproduce(stages=("training",), experiments=("standard_resnet", "glass_resnet")),
+    experiments=DEMO_EXPERIMENTS,
+    glass_space={
+        **PAPER_GLASS_SPACE,
+        "batch_size": (16, 32),
+        "lr_global": LogUniform(1e-4, 1e-2),
+        "lr_local": LogUniform(1e-4, 1e-2),
+        "lr_atten_class": LogUniform(1e-4, 1e-2),
+        "num_crops": (2, 4, 6),
+    },
+    standard_space={**PAPER_STANDARD_SPACE, "batch_size": (16, 32), "lr": LogUniform(1e-4, 1e-2)},
+)
+
+PRESETS = {preset.name: preset for preset in (PAPER, DEMO)}

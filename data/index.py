@@ -1,0 +1,108 @@
+"""The index of a data set: one row per image file, written by `data.data_preprocess`, read by everything else."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+from config import Preset
+from data.images import IMAGE_ENDINGS
+from utils import UserError, dataset_folder, read_csv, read_json, write_csv
+
+CLASSES = ("fake", "real")  # label 0 and label 1: folder names in alphabetical order
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """What one file is. `problem` is empty for a readable image, else the reason; width and height are then 0."""
+
+    path: str  # relative to the data root, with forward slashes
+    label: int
+    bytes: int
+    format: str  # of the content, such as JPEG, whatever the ending
+    mode: str  # Pillow's, such as RGB or P
+    width: int
+    height: int
+    problem: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """A data set in the order of torchvision's ImageFolder: all fake files by name, then all real ones.
+
+    `fingerprint` is a hash over names, labels, sizes in bytes and problems: equal data sets have equal ones.
+    """
+
+    root: Path
+    records: tuple[ImageRecord, ...]
+
+    @property
+    def labels(self) -> list[int]:
+        """The class of each image: 0 fake, 1 real."""
+        return [record.label for record in self.records]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        rows = sorted(f"{r.path}\0{r.label}\0{r.bytes}\0{not r.problem}" for r in self.records)
+        return hashlib.sha256("\n".join(rows).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+    def readable(self, rows: list[int]) -> list[int]:
+        """`rows` without the images that cannot be read; the others keep their order."""
+        return [row for row in rows if not self.records[row].problem]
+
+
+def list_images(root: Path) -> list[tuple[str, int]]:
+    """Relative path and label of every image file under root/fake and root/real, in ImageFolder's order.
+
+    Raises:
+        UserError: a class folder is missing or holds no image file.
+    """
+    found = []
+    for label, class_name in enumerate(CLASSES):
+        folder = root / class_name
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder} does not exist: data_root must hold the folders fake/ and real/ "
+                f"(python -m data.data_download fetches the paper's data, or writes demo data with --demo DIR)"
+            )
+        before = len(found)
+        for directory, _, names in sorted(os.walk(folder, followlinks=True)):  # the order decides the split
+            for name in sorted(names):
+                if name.lower().endswith(IMAGE_ENDINGS):
+                    found.append(((Path(directory) / name).relative_to(root).as_posix(), label))
+        if len(found) == before:
+            raise UserError(f"{folder} holds no image file ({', '.join(IMAGE_ENDINGS)})")
+    return found
+
+
+def index_path(preset: Preset) -> Path:
+    """Where the index of the preset's data set lies: results/<preset>/dataset/index.csv."""
+    return dataset_folder(preset) / "index.csv"
+
+
+def write_index(path: Path, records: Sequence[ImageRecord]) -> None:
+    """Write the index as CSV, one image a row, whole or not at all."""
+    write_csv(path, [field.name for field in fields(ImageRecord)], map(astuple, records))
+
+
+def read_index(preset: Preset) -> Index:
+    """The index of the preset's data set.
+
+    Raises:
+        UserError: there is none yet, or it is of another data root.
+    """
+    path, root = index_path(preset), preset.settings.data_root
+    command = f"python -m data.data_preprocess --preset {preset.name} --data-root {root}"
+    if not path.exists():
+        raise UserError(f"{path} does not exist: run {command} first")
+    indexed_root = read_json(path.with_name("statistics.json"))["data_root"]
+    if Path(indexed_root) != root.absolute():
+        raise UserError(f"{path} is of {indexed_root}, not of {root.absolute()}: run {command} (or set --data-root)")
+    numbers = ("label", "bytes", "width", "height")
+    rows = [
+        ImageRecord(**{name: int(text) if name in numbers else text for name, text in row.items()})
+        for row in read_csv(path)
+    ]
+    return Index(root, tuple(rows))

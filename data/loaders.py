@@ -1,0 +1,85 @@
+"""The only `DataLoader` call."""
+
+import multiprocessing
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from config import Experiment, Preset
+from data.datasets import ImageDataset
+from data.index import Index
+from utils import available_cores, derived_seed
+
+
+class EpochSampler(Sampler[tuple[int, int | None]]):
+    """Yields (position, epoch), so that a worker process knows the epoch without being told.
+
+    In training the order is a shuffle that is a function of (seed, epoch); in evaluation it is 0..n-1 and the
+    epoch None. `set_epoch` comes before each pass over the loader.
+    """
+
+    def __init__(self, length: int, seed: int, training: bool) -> None:
+        self.length, self.seed, self.training, self.epoch = length, seed, training, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next pass."""
+        self.epoch = epoch
+
+    def order(self) -> list[int]:
+        """Positions in the order of the next pass."""
+        if not self.training:
+            return list(range(self.length))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, "shuffle", self.epoch))
+        return torch.randperm(self.length, generator=generator).tolist()
+
+    def __iter__(self) -> Iterator[tuple[int, int | None]]:
+        epoch = self.epoch if self.training else None
+        return iter([(position, epoch) for position in self.order()])
+
+    def __len__(self) -> int:
+        return self.length
+
+
+def build_loader(
+    preset: Preset, experiment: Experiment, index: Index, rows: list[int], training_seed: int | None = None
+) -> DataLoader:
+    """Batches `(*views, labels)` of the index's `rows` as the experiment's model takes them.
+
+    Views are uint8: global_view (B, 3, P, P) and local_crops (B, K, 3, P, P), or view (B, 3, P, P); labels int64 (B,).
+    The last batch may be smaller.
+
+    Args:
+        training_seed: of the shuffle and the crops of training; None: evaluation, with fixed order and the crops
+            of the settings' main seed.
+    """
+    settings, training = preset.settings, training_seed is not None
+    seed = training_seed if training else settings.main_seed
+    dataset = ImageDataset(
+        index,
+        rows,
+        settings.patch_size,
+        getattr(experiment, "num_crops", None),
+        seed,
+        settings.max_image_pixels,
+    )
+    workers = settings.num_workers
+    if workers == "auto":
+        workers = min(available_cores(), 16)
+    workers = min(workers, -(-len(rows) // experiment.batch_size))  # no more workers than batches
+    return DataLoader(
+        dataset,
+        batch_size=experiment.batch_size,
+        sampler=EpochSampler(len(dataset), seed, training),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own, so that loading leaves the global generator alone
+        multiprocessing_context=multiprocessing.get_context("forkserver") if workers else None,
+        worker_init_fn=_one_thread,
+    )
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)  # the processes are the parallelism

@@ -1,0 +1,1 @@
+"""Experiment 1: one Optuna study per model."""

@@ -1,0 +1,57 @@
+"""GLASS: one backbone for the global view, one for the crops, attention over the crops. SPEC, Model; paper, Fig. 2."""
+
+import torch
+from torch import nn
+
+from models.backbones import NUM_CLASSES, Backbone
+
+ATTENTION_WIDTH = 128
+
+
+class GlassModel(nn.Module):
+    """Global-Local Attention with Stratified Sampling.
+
+    Args:
+        global_backbone, local_backbone: two networks of the same width D, both trained.
+        dropout_rate: in the attention and in the classifier.
+
+    `input_mean` and `input_std` (3, 1, 1) are what views in [0, 1] are normalised with.
+    """
+
+    def __init__(self, global_backbone: Backbone, local_backbone: Backbone, dropout_rate: float) -> None:
+        super().__init__()
+        D = global_backbone.width
+        self.global_model = global_backbone.without_head()
+        self.local_model = local_backbone.without_head()
+        self.attention = nn.Sequential(
+            nn.Linear(D, ATTENTION_WIDTH),
+            nn.Tanh(),
+            nn.Dropout(dropout_rate),
+            nn.Linear(ATTENTION_WIDTH, 1),
+        )
+        self.classifier = nn.Sequential(
+            nn.LayerNorm(2 * D),
+            nn.Dropout(dropout_rate),
+            nn.Linear(2 * D, NUM_CLASSES),
+        )
+        self.register_buffer("input_mean", torch.tensor(global_backbone.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("input_std", torch.tensor(global_backbone.std).view(3, 1, 1), persistent=False)
+
+    def forward(self, global_view: torch.Tensor, local_crops: torch.Tensor) -> torch.Tensor:
+        """Normalised views (B, 3, P, P) and (B, K, 3, P, P) -> logits (B, 2)."""
+        return self.forward_with_attention(global_view, local_crops)[0]
+
+    def forward_with_attention(
+        self, global_view: torch.Tensor, local_crops: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `forward`, and the attention weights (B, K), which sum to one over the crops."""
+        B, K = local_crops.shape[:2]
+        global_features = self.global_model(global_view)  # (B, D)
+        crop_features = self.local_model(local_crops.flatten(0, 1)).unflatten(0, (B, K))  # (B, K, D)
+
+        attention_scores = self.attention(crop_features)  # (B, K, 1)
+        attention_weights = attention_scores.softmax(dim=1)  # (B, K, 1)
+        local_features = (attention_weights * crop_features).sum(dim=1)  # (B, D)
+
+        logits = self.classifier(torch.cat([global_features, local_features], dim=1))  # (B, 2)
+        return logits, attention_weights.squeeze(-1)

@@ -1,0 +1,1 @@
+"""Experiment 3: cost and accuracy of GLASS against the number of crops."""

@@ -1,0 +1,1 @@
+"""Experiment 4: cost and accuracy of the standard models."""

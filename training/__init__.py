@@ -1,0 +1,1 @@
+"""Loop, evaluation, metrics and checkpoints of all six models."""

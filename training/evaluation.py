@@ -1,0 +1,49 @@
+"""Model and loader -> probabilities, labels, loss; only looks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from training.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """probabilities (N, 2) float64 of fake and real, labels (N,) int64, and the mean cross-entropy unsmoothed."""
+
+    probabilities: np.ndarray
+    labels: np.ndarray
+    loss: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images whose more probable class is theirs."""
+        return float((self.probabilities.argmax(axis=1) == self.labels).mean())
+
+
+def predict_batch(model: nn.Module, views: Sequence[torch.Tensor], runtime: Runtime) -> torch.Tensor:
+    """Logits (B, 2) in float32, on the device, of a batch of uint8 views."""
+    with runtime.autocast():
+        return model(*runtime.to_device(model, views)).float()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: DataLoader, runtime: Runtime, description: str = "evaluate") -> Predictions:
+    """Predict every image of the loader, in its order, in evaluation mode."""
+    model.eval()
+    logits, labels = [], []
+    for *views, batch_labels in tqdm(loader, desc=description, leave=False, disable=None):
+        logits.append(predict_batch(model, views, runtime))
+        labels.append(batch_labels)
+    all_logits, all_labels = torch.cat(logits).double().cpu(), torch.cat(labels)
+    return Predictions(
+        probabilities=all_logits.softmax(dim=1).numpy(),
+        labels=all_labels.numpy(),
+        loss=F.cross_entropy(all_logits, all_labels).item(),
+    )

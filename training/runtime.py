@@ -1,0 +1,160 @@
+"""Device, precision and compilation, chosen once; the only place that knows the device. SPEC, Training."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from config import Settings
+from utils import UserError
+
+MEGABYTE = 2**20  # as in the paper's tables
+CUDA_MEMORY = "cuda_max_memory_allocated"
+CPU_MEMORY = "saved_for_backward"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How and where models compute."""
+
+    device: torch.device
+    precision: str  # fp16, bf16 or fp32, of the forward pass; always fp32 on the CPU
+    compile: bool
+    channels_last: bool
+
+    @property
+    def memory_kind(self) -> str:
+        """What `track_memory` measures here: CUDA's peak of allocated bytes, or bytes saved for backward."""
+        return CUDA_MEMORY if self.device.type == "cuda" else CPU_MEMORY
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """The model on the device, in its memory layout, compiled in place (its state-dict names stay)."""
+        model.to(self.device)
+        if self.channels_last and sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 2:
+            model.to(memory_format=torch.channels_last)  # not for ViTs, whose one convolution cuts patches
+        if self.compile:
+            model.compile()
+        return model
+
+    def to_device(self, model: nn.Module, views: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """uint8 views (..., 3, P, P) on the device, as float32 normalised with the model's mean and std."""
+        on_device = [view.to(self.device, non_blocking=True) for view in views]
+        return [(view.float() / 255 - model.input_mean) / model.input_std for view in on_device]
+
+    def autocast(self) -> AbstractContextManager:
+        """Mixed precision for a forward pass; nothing in fp32."""
+        if self.precision == "fp32":
+            return nullcontext()
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[self.precision]
+        return torch.autocast(self.device.type, dtype)
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling, which only fp16 needs; otherwise it passes everything through."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    @contextmanager
+    def track_memory(self) -> Iterator["MemoryMeter"]:
+        """Measure peak memory of the block; the meter's `peak_mb` holds it afterwards."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            meter = MemoryMeter()
+            yield meter
+            meter.peak_bytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            meter = MemoryMeter()
+            with torch.autograd.graph.saved_tensors_hooks(meter.save, meter.load):
+                yield meter
+
+    def wait(self) -> None:
+        """Return when the device has done all it was given; before reading a clock."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def build_runtime(settings: Settings) -> Runtime:
+    """Choose the device and set torch's global switches.
+
+    Raises:
+        UserError: a device that is not there, or a precision that it cannot compute in.
+    """
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device is {name}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device is {name}, and torch sees {torch.cuda.device_count()} CUDA devices: set --device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device is {name}: this project runs on cpu and cuda")
+    on_cuda = device.type == "cuda"
+    if on_cuda and settings.precision == "bf16" and not torch.cuda.is_bf16_supported():
+        raise UserError(f"precision is bf16, which {torch.cuda.get_device_name(device)} lacks: set --precision fp16")
+    torch.set_float32_matmul_precision(settings.matmul_precision)
+    torch.backends.cudnn.allow_tf32 = settings.matmul_precision != "highest"
+    torch.backends.cudnn.benchmark = not settings.deterministic
+    torch.use_deterministic_algorithms(settings.deterministic)
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
+    return Runtime(
+        device,
+        settings.precision if on_cuda else "fp32",
+        settings.compile and on_cuda,
+        settings.channels_last,
+    )
+
+
+class MemoryMeter:
+    """Peak of the bytes that autograd keeps for the backward pass, each storage counted once; weights excepted.
+
+    On CUDA it only carries the number that the allocator gives.
+    """
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._live_bytes = 0
+        self._uses: dict[int, int] = {}
+
+    @property
+    def peak_mb(self) -> float:
+        """Megabytes of 2**20 bytes."""
+        return self.peak_bytes / MEGABYTE
+
+    def save(self, tensor: torch.Tensor) -> Any:
+        """Called by autograd for each tensor it keeps."""
+        return tensor if tensor.is_leaf and tensor.requires_grad else _Saved(self, tensor)
+
+    def load(self, saved: Any) -> torch.Tensor:
+        """Called by autograd when it needs the tensor again."""
+        return saved.tensor if isinstance(saved, _Saved) else saved
+
+    def hold(self, storage: int, size: int) -> None:
+        """One more use of a storage."""
+        self._uses[storage] = self._uses.get(storage, 0) + 1
+        if self._uses[storage] == 1:
+            self._live_bytes += size
+            self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+
+    def release(self, storage: int, size: int) -> None:
+        """One use less."""
+        self._uses[storage] -= 1
+        if not self._uses[storage]:
+            del self._uses[storage]
+            self._live_bytes -= size
+
+
+class _Saved:
+    """A saved tensor that tells its meter when autograd lets go of it."""
+
+    def __init__(self, meter: MemoryMeter, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.meter, self.tensor, self.storage, self.size = meter, tensor, storage.data_ptr(), storage.nbytes()
+        meter.hold(self.storage, self.size)
+
+    def __del__(self) -> None:
+        self.meter.release(self.storage, self.size)

@@ -1,0 +1,460 @@
+"""What every room needs and none owns: settings from the command line, run folders, safe writes, seeds, facts.
+
+Knows nothing of images, models or metrics.
+"""
+
+import argparse
+import csv
+import difflib
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+import config
+from config import Experiment, Preset
+
+
+class UserError(Exception):
+    """Something that the user can mend: one sentence of what was found, where, and what to do."""
+
+
+# --------------------------------------------------------------------------------------------- command line
+def run_door(
+    doc: str,
+    action: Callable[[Preset], None],
+    groups: Sequence[str] = (),
+    experiments: Sequence[str] = (),
+    without: Sequence[str] = (),
+    arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    argv: Sequence[str] | None = None,
+) -> NoReturn:
+    """Read the command line, run `action` on the resolved preset, and exit with a code that tells the truth.
+
+    Args:
+        doc: the door's docstring, shown by `--help`.
+        action: what the door does; extra `arguments` reach it as keyword arguments.
+        groups: fields of `Preset` whose settings can be overridden here, besides `settings`.
+        experiments: names of the experiments whose hyperparameters can be overridden here.
+        without: names that this door does not read and therefore does not accept.
+        arguments: adds the door's own options to the parser.
+
+    Exit codes: 0 done, 2 a `UserError` (one sentence on stderr), 130 interrupted; a traceback is our own bug.
+    """
+    try:
+        preset, extra = parse_command_line(doc, groups, experiments, without, arguments, argv)
+        action(preset, **extra)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is kept; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def parse_command_line(
+    doc: str,
+    groups: Sequence[str] = (),
+    experiments: Sequence[str] = (),
+    without: Sequence[str] = (),
+    arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    argv: Sequence[str] | None = None,
+) -> tuple[Preset, dict[str, Any]]:
+    """Settings of config.py, then of `--preset`, then of the command line; see `run_door`.
+
+    Returns:
+        The resolved preset, and the values of the door's own `arguments`.
+
+    Raises:
+        UserError: an unknown name, or a value that is not of its setting's kind.
+    """
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--preset", default="paper", help=f"one of {', '.join(config.PRESETS)}; default paper")
+    if arguments:
+        arguments(parser)
+    own = {action.dest for action in parser._actions}
+    flags = overridable_fields(config.PAPER, groups, experiments, without)
+    section = parser.add_argument_group("settings, overriding config.py and the preset")
+    for name, hint in flags.items():
+        several = get_origin(hint) is tuple
+        section.add_argument(
+            _flag(name),
+            nargs="*" if several else "?" if hint is bool else None,
+            const="true" if hint is bool else None,
+            default=argparse.SUPPRESS,
+            metavar=_metavar(hint),
+        )
+        if hint is bool:
+            section.add_argument(
+                "--no-" + _flag(name)[2:],
+                dest=name,
+                action="store_const",
+                const="false",
+                default=argparse.SUPPRESS,
+            )
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        close = difflib.get_close_matches(unknown[0], options, n=1)
+        hint = f"did you mean {close[0]}?" if close else "--help lists the settings that this command reads"
+        raise UserError(f"unknown argument {unknown[0]}: {hint}")
+    given = vars(namespace)
+    preset = load_preset(given.pop("preset"))
+    extra = {name: given.pop(name) for name in list(given) if name in own}
+    values = {name: parse_value(name, text, flags[name]) for name, text in given.items()}
+    return override(preset, values, groups, experiments), extra
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def load_preset(name: str) -> Preset:
+    """The preset called `name` in config.py, its values checked."""
+    if name not in config.PRESETS:
+        raise UserError(f"--preset {name}: config.py has {', '.join(config.PRESETS)}")
+    preset = config.PRESETS[name]
+    for group in ("settings", *_ROOMS):
+        _check(getattr(preset, group))
+    for experiment in preset.experiments:
+        _check(experiment)
+    return preset
+
+
+def find_experiment(preset: Preset, name: str) -> Experiment:
+    """The experiment called `name` in the preset, such as glass_vit."""
+    for experiment in preset.experiments:
+        if experiment.name == name:
+            return experiment
+    known = ", ".join(experiment.name for experiment in preset.experiments)
+    raise UserError(f"preset {preset.name} has no experiment {name}: it has {known}")
+
+
+def overridable_fields(
+    preset: Preset, groups: Sequence[str], experiments: Sequence[str], without: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Setting name -> its type, for the groups and experiments that a door reads."""
+    owners = [preset.settings, *(getattr(preset, group) for group in groups)]
+    owners += [find_experiment(preset, name) for name in experiments]
+    hints: dict[str, Any] = {}
+    for owner in owners:
+        hints |= {name: hint for name, hint in get_type_hints(type(owner)).items() if name not in without}
+    return hints
+
+
+def override(preset: Preset, values: Mapping[str, Any], groups: Sequence[str], experiments: Sequence[str]) -> Preset:
+    """The preset with `values` in place of the fields of those names."""
+
+    def update(owner: Any) -> Any:
+        names = {field.name for field in fields(owner)}
+        return _check(replace(owner, **{name: value for name, value in values.items() if name in names}))
+
+    changed = {group: update(getattr(preset, group)) for group in ("settings", *groups)}
+    changed["experiments"] = tuple(
+        update(experiment) if experiment.name in experiments else experiment for experiment in preset.experiments
+    )
+    return replace(preset, **changed)
+
+
+def parse_value(name: str, text: Any, hint: Any) -> Any:
+    """`text` from the command line as the type `hint` of a setting.
+
+    Raises:
+        UserError: the text does not say such a value.
+    """
+    if get_origin(hint) is tuple:
+        if not text:
+            raise UserError(f"{_flag(name)} needs at least one value")
+        return tuple(parse_value(name, item, get_args(hint)[0]) for item in text)
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    for kind in (hint,) if not get_args(hint) or choices else get_args(hint):
+        try:
+            if get_origin(kind) is Literal:
+                return next(choice for choice in get_args(kind) if choice == text)
+            if kind is bool:
+                return {"true": True, "false": False}[text.lower()]
+            value = kind(text)
+            if kind is float and not math.isfinite(value):
+                raise ValueError
+            return value
+        except (ValueError, KeyError, StopIteration):
+            continue
+    raise UserError(f"{_flag(name)} {text}: expected {_metavar(hint)}")
+
+
+def _metavar(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return _metavar(get_args(hint)[0])
+    if get_args(hint):
+        return "|".join(_metavar(kind) for kind in get_args(hint))
+    return {bool: "true|false", int: "INTEGER", float: "NUMBER", Path: "PATH", str: "TEXT"}[hint]
+
+
+# ------------------------------------------------------------------------------------------ checks of values
+_ROOMS = ("tuning", "training", "num_crops", "standard_memory", "reproduce")
+_AT_LEAST_ONE = (
+    "patch_size", "max_image_pixels", "epochs", "batch_size", "glass_trials", "standard_trials", "min_resource",
+    "max_resource", "num_crops", "crop_counts", "measured_steps",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "main_seed", "seeds", "eta_min", "warmup_steps", "lr", "weight_decay", "lr_global", "lr_local", "lr_atten_class",
+    "wd_global", "wd_local",
+)  # fmt: skip
+
+
+def _check(owner: Any) -> Any:
+    """`owner` itself, a settings dataclass, if each value is of its field's type and in its range."""
+    for name, hint in get_type_hints(type(owner)).items():
+        value = getattr(owner, name)
+        if not _is_a(value, hint):
+            raise UserError(f"{name} is {value!r}: expected {_metavar(hint)}")
+        for item in value if isinstance(value, tuple) else (value,):
+            wanted = _wanted(name, item)
+            if wanted:
+                raise UserError(f"{name} is {item}: it must be {wanted}")
+        if name in ("seeds", "crop_counts") and (not value or len(set(value)) < len(value)):
+            raise UserError(f"{name} is {value}: it must hold at least one value, each once")
+    return owner
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_a(item, get_args(hint)[0]) for item in value)
+    if get_args(hint):
+        return any(_is_a(value, kind) for kind in get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _wanted(name: str, value: Any) -> str | None:
+    """What `value` of setting `name` should have been, or None if it is in range."""
+    if name in _AT_LEAST_ONE and value < 1:
+        return "at least 1"
+    if name in _NOT_NEGATIVE and value < 0:
+        return "at least 0"
+    if name in ("dropout_rate", "label_smoothing") and not 0 <= value < 1:
+        return "at least 0 and below 1"
+    if name == "final_valid_fraction" and not 0 < value < 1:
+        return "between 0 and 1"
+    if name in ("valid_size", "test_size") and not (value >= 1 if isinstance(value, int) else 0 < value < 1):
+        return "a number of images, or a share between 0 and 1"
+    if name == "reduction_factor" and value < 2:
+        return "at least 2"
+    if name == "num_workers" and value != "auto" and value < 0:
+        return "auto, or at least 0"
+    if name == "weights_files" and not all(value.partition("=")):
+        return "BACKBONE=FILE"
+    if name == "name" and (not value or value.startswith(".") or not all(c.isalnum() or c in "_-." for c in value)):
+        return "a folder name of letters, digits, '_', '-' and '.'"
+    return None
+
+
+# ----------------------------------------------------------------------------------------------- run folders
+def preset_folder(preset: Preset) -> Path:
+    """results/<preset>: all that a preset writes."""
+    return preset.settings.results_root / preset.name
+
+
+def dataset_folder(preset: Preset) -> Path:
+    """results/<preset>/dataset: the index of the data set, its statistics, tables and figures."""
+    return preset_folder(preset) / "dataset"
+
+
+def run_folder(preset: Preset, experiment: str, seed: int) -> Path:
+    """results/<preset>/<experiment>/seed_<seed>."""
+    return preset_folder(preset) / experiment / f"seed_{seed}"
+
+
+# Settings that say where and how fast, not what: two runs that differ only here may be compared and resumed.
+_DO_NOT_CHANGE_NUMBERS = (
+    "data_root", "results_root", "kaggle_dataset", "num_workers", "device", "max_image_pixels",
+    "seeds", "glass_trials", "standard_trials", "crop_counts",
+)  # fmt: skip
+
+
+def resolved(*owners: Any) -> dict[str, Any]:
+    """All fields of the settings dataclasses `owners`, as JSON-ready values."""
+    values: dict[str, Any] = {}
+    for owner in owners:
+        values |= {name: str(value) if isinstance(value, Path) else value for name, value in asdict(owner).items()}
+    return json.loads(json.dumps(values))
+
+
+def run_facts(values: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
+    """What a result needs to explain itself: resolved settings, data fingerprint, commit, versions, hardware."""
+    return {
+        "settings": dict(values),
+        "dataset_fingerprint": fingerprint,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": git_commit(),
+        "versions": {"python": platform.python_version(), **library_versions()},
+        "hardware": hardware(),
+    }
+
+
+def check_same_ground(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Refuse to go on in `folder` if its run.json was written under other settings or data.
+
+    Raises:
+        UserError: names the first difference.
+    """
+    path = folder / "run.json"
+    if not path.exists():
+        return
+    before = read_json(path)
+    if before["dataset_fingerprint"] != facts["dataset_fingerprint"]:
+        raise UserError(
+            f"{folder} was started on another data set (or an index made since then has changed): "
+            f"choose another --results-root or --name, or move that folder away"
+        )
+    old, new = before["settings"], facts["settings"]
+    for name in sorted((old.keys() | new.keys()) - set(_DO_NOT_CHANGE_NUMBERS)):
+        if old.get(name) != new.get(name):
+            raise UserError(
+                f"{folder} was started with {name} = {old.get(name)}, now it is {new.get(name)}: "
+                f"choose another --results-root or --name, or move that folder away"
+            )
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, with "+changes" if tracked files differ from it; None without git."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        changes = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        return git("rev-parse", "HEAD") + changes
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of the libraries that numbers can depend on."""
+    names = ("torch", "torchvision", "timm", "optuna", "numpy", "pillow", "scikit-learn")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, number of cores this process may use, GPU and its memory if there is one."""
+    import torch  # here, so that commands without a model do not wait for it
+
+    facts: dict[str, Any] = {"processor": platform.machine(), "cores": available_cores()}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {"gpu": properties.name, "gpu_memory_mb": round(properties.total_memory / 2**20)}
+    return facts
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ----------------------------------------------------------------------------------------------- safe writes
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; takes the place of `path` if the block ends well.
+
+    A reader therefore sees the old file or the whole new one, never a part, whenever this process is killed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all; bytes of file names that are not UTF-8 survive."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON; a number that is not finite becomes null, which is what JSON has."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, Mapping):
+            return {str(key): plain(inner) for key, inner in item.items()}
+        if isinstance(item, list | tuple):
+            return [plain(inner) for inner in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that this project wrote."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete it and run the command that writes it") from None
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV file, whole or not at all; floats keep all their digits."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    write_text(path, buffer.getvalue())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file that this project wrote, as column -> text."""
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ----------------------------------------------------------------------------------------------------- seeds
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch (all devices)."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A 63-bit seed that is a function of `parts` alone, the same on every machine."""
+    text = "\0".join(f"{type(part).__name__}:{part}" for part in parts)
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
