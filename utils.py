@@ -33,7 +33,7 @@ class UserError(Exception):
 # --------------------------------------------------------------------------------------------- command line
 def run_door(
     doc: str,
-    action: Callable[[Preset], None],
+    action: Callable[..., None],
     groups: Sequence[str] = (),
     experiments: Sequence[str] = (),
     without: Sequence[str] = (),
@@ -44,7 +44,8 @@ def run_door(
 
     Args:
         doc: the door's docstring, shown by `--help`.
-        action: what the door does; extra `arguments` reach it as keyword arguments.
+        action: what the door does; called with the resolved preset, then the resolved `experiments`, and its
+            own `arguments` as keywords.
         groups: fields of `Preset` whose settings can be overridden here, besides `settings`.
         experiments: names of the experiments whose hyperparameters can be overridden here.
         without: names that this door does not read and therefore does not accept.
@@ -53,8 +54,8 @@ def run_door(
     Exit codes: 0 done, 2 a `UserError` (one sentence on stderr), 130 interrupted; a traceback is our own bug.
     """
     try:
-        preset, extra = parse_command_line(doc, groups, experiments, without, arguments, argv)
-        action(preset, **extra)
+        preset, chosen, extra = parse_command_line(doc, groups, experiments, without, arguments, argv)
+        action(preset, *chosen, **extra)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -76,11 +77,11 @@ def parse_command_line(
     without: Sequence[str] = (),
     arguments: Callable[[argparse.ArgumentParser], None] | None = None,
     argv: Sequence[str] | None = None,
-) -> tuple[Preset, dict[str, Any]]:
+) -> tuple[Preset, list[Experiment], dict[str, Any]]:
     """Settings of config.py, then of `--preset`, then of the command line; see `run_door`.
 
     Returns:
-        The resolved preset, and the values of the door's own `arguments`.
+        The resolved preset, the resolved `experiments`, and the values of the door's own `arguments`.
 
     Raises:
         UserError: an unknown name, or a value that is not of its setting's kind.
@@ -119,7 +120,9 @@ def parse_command_line(
     preset = load_preset(given.pop("preset"))
     extra = {name: given.pop(name) for name in list(given) if name in own}
     values = {name: parse_value(name, text, flags[name]) for name, text in given.items()}
-    return override(preset, values, groups, experiments), extra
+    resolved_preset = override(preset, values, groups, experiments)
+    order = [experiment.name for experiment in preset.experiments]  # --name may have changed a name, not its place
+    return resolved_preset, [resolved_preset.experiments[order.index(name)] for name in experiments], extra
 
 
 def _flag(name: str) -> str:
@@ -171,6 +174,21 @@ def override(preset: Preset, values: Mapping[str, Any], groups: Sequence[str], e
         update(experiment) if experiment.name in experiments else experiment for experiment in preset.experiments
     )
     return replace(preset, **changed)
+
+
+def as_flags(preset: Preset, groups: Sequence[str] = ()) -> list[str]:
+    """Command-line arguments that give another door the same preset and the same overrides of these groups."""
+    original, flags = load_preset(preset.name), ["--preset", preset.name]
+    for group in ("settings", *groups):
+        for field in fields(getattr(preset, group)):
+            value = getattr(getattr(preset, group), field.name)
+            if value != getattr(getattr(original, group), field.name):
+                flags += [_flag(field.name), *map(_text, value if isinstance(value, tuple) else (value,))]
+    return flags
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def parse_value(name: str, text: Any, hint: Any) -> Any:

@@ -1,13 +1,12 @@
 """The training loop of all six models: takes built objects, returns numbers. SPEC, Training.
 
-Knows no file, no Optuna, no plot.
+Knows no Optuna, no plot and no file. A loader yields `(*views, labels)`; its sampler has `set_epoch` and `order`,
+its dataset `names`.
 """
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
 
 import torch
 from torch import nn
@@ -16,16 +15,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from training.evaluation import evaluate, predict_batch
-from training.runtime import Runtime
+from config import Experiment, Settings
+from training.evaluation import evaluate
+from training.optimizer import build_optimizer
+from training.runtime import Runtime, build_runtime
+from utils import UserError
 
 
-class NonFiniteLoss(Exception):
-    """The loss of training became infinite or NaN at `step` of `epoch`, both counted from 0."""
-
-    def __init__(self, epoch: int, step: int, loss: float) -> None:
-        super().__init__(f"the training loss is {loss} at epoch {epoch + 1}, step {step + 1}")
-        self.epoch, self.step = epoch, step
+class OutOfMemory(UserError):
+    """The device had no memory left for a step."""
 
 
 @dataclass(frozen=True)
@@ -57,37 +55,66 @@ class Trainer:
         self.scaler = self.runtime.grad_scaler()
 
     def train_step(self, views: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-        """One optimizer step on a batch of uint8 views; returns the loss, still on the device."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.runtime.autocast():
-            logits = self.model(*self.runtime.to_device(self.model, views))
-            labels = labels.to(self.runtime.device, non_blocking=True)
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        """One optimizer step on a batch of uint8 views; returns the loss, still on the device.
+
+        Raises:
+            OutOfMemory: names the batch, the views and the precision that did not fit.
+        """
+        try:
+            self.optimizer.zero_grad(set_to_none=True)
+            with self.runtime.autocast():
+                logits = self.model(*self.runtime.to_device(self.model, views))
+                labels = labels.to(self.runtime.device, non_blocking=True)
+                loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        except torch.OutOfMemoryError:
+            tried = " and ".join("x".join(map(str, view.shape)) for view in views)
+            raise OutOfMemory(
+                f"{self.runtime.device} has no memory left for a training step on views of {tried} (batch first) in "
+                f"{self.runtime.precision}: lower --batch-size or, for GLASS, the number of crops"
+            ) from None
         return loss.detach()
 
     def train_epoch(self, loader: DataLoader, epoch: int, description: str) -> float:
         """One pass over the loader, `epoch` counted from 0; returns the mean loss over images.
 
         Raises:
-            NonFiniteLoss: for the first step whose loss is not finite.
+            UserError: the loss is not finite; names the epoch, the step and its images.
         """
         self.model.train()
         loader.sampler.set_epoch(epoch)
         check_every = 1 if self.runtime.device.type == "cpu" else 20  # to look at a loss is to wait for the GPU
-        losses, sizes, checked = [], [], 0
-        for step, (*views, labels) in enumerate(tqdm(loader, desc=description, leave=False, disable=None)):
+        losses, sizes = [], []
+        for *views, labels in tqdm(loader, desc=description, leave=False, disable=None):
             losses.append(self.train_step(views, labels))
             sizes.append(len(labels))
-            if (step + 1) % check_every == 0 or step + 1 == len(loader):
-                for loss in torch.stack(losses[checked:]).tolist():
-                    if not math.isfinite(loss):
-                        raise NonFiniteLoss(epoch, checked, loss)
-                    checked += 1
+            if len(losses) % check_every == 0 or len(losses) == len(loader):
+                self._check_finite(losses, sizes, loader, epoch)
         image_counts = torch.tensor(sizes, dtype=torch.float64)
         return float((torch.stack(losses).double().cpu() * image_counts).sum() / image_counts.sum())
+
+    def _check_finite(self, losses: list[torch.Tensor], sizes: list[int], loader: DataLoader, epoch: int) -> None:
+        finite = torch.stack(losses).isfinite()
+        if finite.all():
+            return
+        step = int(finite.logical_not().nonzero()[0])
+        first = sum(sizes[:step])
+        positions = loader.sampler.order()[first : first + sizes[step]]
+        names = ", ".join(loader.dataset.names[position] for position in positions)
+        raise UserError(
+            f"the training loss became {losses[step].item()} at epoch {epoch + 1}, step {step + 1}: lower the "
+            f"learning rate, try --precision fp32, and look at that batch's images: {names}"
+        )
+
+
+def build_trainer(model: nn.Module, experiment: Experiment, settings: Settings, epochs: int) -> Trainer:
+    """Place the model on the device and give it its optimizer and schedule over `epochs` epochs."""
+    runtime = build_runtime(settings)
+    runtime.place(model)
+    optimizer, scheduler = build_optimizer(model, experiment, epochs, settings.eta_min)
+    return Trainer(model, optimizer, scheduler, runtime, settings.label_smoothing)
 
 
 def fit(
@@ -106,7 +133,7 @@ def fit(
         The history, one record an epoch.
 
     Raises:
-        NonFiniteLoss: the training loss became infinite or NaN.
+        UserError: the loss is not finite, or the device has no memory left.
     """
     history = []
     for epoch in range(epochs):
@@ -120,48 +147,3 @@ def fit(
         history.append(record)
         on_epoch(record)
     return history
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """Mean seconds of a training step and of a validation step, and peak memory of both."""
-
-    train_step_seconds: float
-    valid_step_seconds: float
-    peak_memory_mb: float
-
-
-def profile_steps(
-    trainer: Trainer, train_loader: DataLoader, valid_loader: DataLoader, warmup: int, measured: int
-) -> StepCost:
-    """Time `measured` training steps and as many validation steps, each after `warmup` others, loading included."""
-    runtime = trainer.runtime
-
-    def mean_seconds(loader: DataLoader, step: Callable[[Sequence[torch.Tensor], torch.Tensor], object]) -> float:
-        batches = _repeated(loader)
-        for _ in range(warmup):
-            *views, labels = next(batches)
-            step(views, labels)
-        runtime.wait()
-        start = time.perf_counter()
-        for _ in tqdm(range(measured), desc="measure steps", leave=False, disable=None):
-            *views, labels = next(batches)
-            step(views, labels)
-        runtime.wait()
-        return (time.perf_counter() - start) / measured
-
-    with runtime.track_memory() as memory:
-        trainer.model.train()
-        train_seconds = mean_seconds(train_loader, trainer.train_step)
-        trainer.model.eval()
-        with torch.no_grad():
-            valid_seconds = mean_seconds(
-                valid_loader, lambda views, labels: predict_batch(trainer.model, views, runtime)
-            )
-    return StepCost(train_seconds, valid_seconds, memory.peak_mb)
-
-
-def _repeated(loader: DataLoader) -> Iterator[Sequence[torch.Tensor]]:
-    for epoch in count():
-        loader.sampler.set_epoch(epoch)
-        yield from loader

@@ -37,6 +37,7 @@ class Runtime:
         if self.channels_last and sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 2:
             model.to(memory_format=torch.channels_last)  # not for ViTs, whose one convolution cuts patches
         if self.compile:
+            torch.compiler.reset()  # else many models in one process run into the recompilation limit, silently
             model.compile()
         return model
 

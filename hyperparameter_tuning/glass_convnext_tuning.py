@@ -1,0 +1,12 @@
+"""Search the hyperparameters of GLASS with ConvNeXt-Tiny: 100 trials of up to 25 epochs.
+
+    python -m hyperparameter_tuning.glass_convnext_tuning [--preset demo] [--glass-trials N] [--epochs N]
+
+@TIME@
+Leaves results/<preset>/tuning/glass_convnext/study.db, and prints the best values, to be put into config.py.
+"""
+
+from hyperparameter_tuning.study import main
+
+if __name__ == "__main__":
+    main("glass_convnext", __doc__)

@@ -1,0 +1,189 @@
+"""One Optuna study: `tune(preset, experiment)`. SPEC, Experiments 1.
+
+Two studies hold the same trials. The *record* is an SQLite file that lasts. The *judge* lives in memory and decides:
+it suggests values and prunes. A restart rebuilds the judge by going through the recorded trials again, so its sampler
+and its pruner arrive in the very state that they had, and the study goes on as if it had never stopped.
+"""
+
+import gc
+import time
+import warnings
+from collections.abc import Callable
+
+import optuna
+import torch
+from optuna.trial import FrozenTrial, TrialState
+
+from config import Experiment, GlassExperiment, Preset
+from data.datasets import Splits, load_splits
+from data.index import Index
+from data.loaders import build_loader
+from hyperparameter_tuning.search_spaces import suggest_experiment
+from models.build import build_model
+from training.loop import EpochRecord, OutOfMemory, build_trainer, fit
+from utils import (
+    UserError,
+    check_same_ground,
+    preset_folder,
+    resolved,
+    run_door,
+    run_facts,
+    seed_everything,
+    write_json,
+)
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+def main(name: str, doc: str) -> None:
+    """The door of the study of experiment `name`; its hyperparameters come from trials, not from the command line."""
+    hyperparameters = ("batch_size", "dropout_rate", "num_crops", "lr", "weight_decay")
+    rates = ("lr_global", "lr_local", "lr_atten_class", "wd_global", "wd_local")
+    run_door(doc, tune, groups=("tuning",), experiments=(name,), without=hyperparameters + rates)
+
+
+def tune(preset: Preset, experiment: Experiment) -> None:
+    """Search the experiment's hyperparameters for the best validation accuracy, and print them.
+
+    Writes results/<preset>/tuning/<experiment>/study.db (SQLite, opens in optuna-dashboard) and run.json.
+    Killed and started again, it runs the trial that was in progress once more, with the same values.
+
+    Raises:
+        UserError: no index, no weights, or a study that was started under other settings.
+    """
+    index, splits = load_splits(preset)
+    folder = preset_folder(preset) / "tuning" / experiment.name
+    facts = run_facts(
+        resolved(preset.settings, preset.tuning) | {"name": experiment.name, "backbone": experiment.backbone},
+        index.fingerprint,
+    )
+    check_same_ground(folder, facts)
+    write_json(folder / "run.json", facts)
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    record = optuna.create_study(
+        study_name=experiment.name,
+        storage=f"sqlite:///{folder / 'study.db'}",
+        direction="maximize",
+        load_if_exists=True,
+    )
+    glass = isinstance(experiment, GlassExperiment)
+    wanted = preset.tuning.glass_trials if glass else preset.tuning.standard_trials
+    finished = [trial for trial in record.trials if trial.state in FINISHED]
+    judge = _build_judge(preset, experiment)
+    for past in finished:
+        _replay(judge, past, preset, experiment)
+    print(f"{experiment.name}: {len(finished)} of {wanted} trials are finished")
+    for _ in range(len(finished), wanted):
+        _run_trial(judge, record, preset, experiment, index, splits)
+    _report(record, experiment)
+
+
+def _build_judge(preset: Preset, experiment: Experiment) -> optuna.Study:
+    tuning = preset.tuning
+    return optuna.create_study(
+        study_name=experiment.name,  # Hyperband's brackets depend on it
+        direction="maximize",
+        # The defaults that the paper's Optuna had: version 5 changed both.
+        sampler=optuna.samplers.TPESampler(seed=preset.settings.main_seed, multivariate=False, constant_liar=False),
+        pruner=optuna.pruners.HyperbandPruner(
+            min_resource=tuning.min_resource,
+            max_resource=tuning.max_resource,
+            reduction_factor=tuning.reduction_factor,
+        ),
+    )
+
+
+def _replay(judge: optuna.Study, past: FrozenTrial, preset: Preset, experiment: Experiment) -> None:
+    """Take the judge through a finished trial: the same draws, reports and pruning questions as when it ran."""
+    trial = judge.ask()
+    suggest_experiment(trial, preset, experiment)
+    if trial.params != past.params:
+        raise UserError(
+            f"trial {past.number} of the study {experiment.name} has values that these search spaces, seed and Optuna "
+            f"{optuna.__version__} do not suggest: restore them, or choose another --results-root or --name"
+        )
+    for epoch, accuracy in sorted(past.intermediate_values.items()):
+        trial.report(accuracy, epoch)
+        trial.should_prune()
+    judge.tell(trial, past.value if past.state == TrialState.COMPLETE else None, state=past.state)
+
+
+def _run_trial(
+    judge: optuna.Study, record: optuna.Study, preset: Preset, experiment: Experiment, index: Index, splits: Splits
+) -> None:
+    judged = judge.ask()
+    suggested = suggest_experiment(judged, preset, experiment)
+    recorded = _recorded_trial(record, judged.params)
+    if recorded.number != judged.number:
+        raise UserError(
+            f"the study {experiment.name} holds trials that another process began: wait for it, or set another --name"
+        )
+    suggest_experiment(recorded, preset, experiment)
+    start, accuracies = time.perf_counter(), []
+
+    def on_epoch(epoch: EpochRecord) -> None:
+        accuracies.append(epoch.valid_accuracy)
+        step = epoch.epoch - 1  # Hyperband counts from 0, as the author's code
+        judged.report(epoch.valid_accuracy, step)
+        if step not in record.trials[recorded.number].intermediate_values:
+            recorded.report(epoch.valid_accuracy, step)
+        if judged.should_prune():
+            raise optuna.TrialPruned
+
+    value, state, comment = None, TrialState.FAIL, ""
+    try:
+        _train(preset, suggested, preset.settings.main_seed + judged.number, index, splits, on_epoch)
+        value, state = max(accuracies), TrialState.COMPLETE
+    except optuna.TrialPruned:
+        state = TrialState.PRUNED
+    except OutOfMemory as error:  # these values do not fit this device; the study goes on without them
+        comment = f": {error}"
+    judge.tell(judged, value, state=state)
+    record.tell(recorded, value, state=state)
+    best = f"{max(accuracies):.4f}" if accuracies else "none"
+    print(
+        f"trial {judged.number}: validation accuracy {best} after {len(accuracies)} epochs, {state.name.lower()}, "
+        f"{time.perf_counter() - start:.0f} s, {judged.params}{comment}",
+        flush=True,
+    )
+
+
+def _recorded_trial(record: optuna.Study, params: dict) -> optuna.Trial:
+    """The record's trial for these values: the one that an earlier process began and did not finish, else a new one."""
+    record.sampler = optuna.samplers.PartialFixedSampler(params, optuna.samplers.RandomSampler())
+    begun = [trial for trial in record.trials if trial.state == TrialState.RUNNING]
+    # Optuna has no public way to take up a trial of a process that is gone.
+    return optuna.Trial(record, begun[0]._trial_id) if begun else record.ask()
+
+
+def _train(
+    preset: Preset,
+    experiment: Experiment,
+    seed: int,
+    index: Index,
+    splits: Splits,
+    on_epoch: Callable[[EpochRecord], None],
+) -> None:
+    seed_everything(seed)
+    model = build_model(experiment, preset.settings)
+    trainer = build_trainer(model, experiment, preset.settings, preset.tuning.epochs)
+    train_loader = build_loader(preset, experiment, index, splits.train, training_seed=seed)
+    valid_loader = build_loader(preset, experiment, index, splits.valid)
+    fit(trainer, train_loader, valid_loader, preset.tuning.epochs, on_epoch)
+    del model, trainer, train_loader, valid_loader
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _report(record: optuna.Study, experiment: Experiment) -> None:
+    complete = [trial for trial in record.trials if trial.state == TrialState.COMPLETE]
+    if not complete:
+        raise UserError(
+            f"no trial of the study {experiment.name} ran to its end: raise --glass-trials or --standard-trials"
+        )
+    best = record.best_trial
+    print(f"best of {experiment.name}: trial {best.number}, validation accuracy {best.value:.4f}")
+    for name, value in best.params.items():
+        print(f"  {name} = {value!r}")

@@ -1,0 +1,12 @@
+"""Train and evaluate GLASS with ConvNeXt-Tiny: five seeds of 50 epochs at the tuned values.
+
+    python -m model_training.glass_convnext_training [--preset demo] [--seeds 100 200] [--epochs N]
+
+@TIME@
+Leaves results/<preset>/glass_convnext/seed_<seed>/: checkpoint, history, predictions and test metrics.
+"""
+
+from model_training.run import main
+
+if __name__ == "__main__":
+    main("glass_convnext", __doc__)

@@ -1,0 +1,97 @@
+"""The whole reproduction: data, experiments, tables and figures, one door after the other.
+
+    python -m model_training.reproduce                 the paper: eighteen doors on the Kaggle data
+    python -m model_training.reproduce --preset demo   two models on procedural images, minutes on two CPU cores
+    python -m model_training.reproduce --preset demo --all   all eighteen doors at demo size
+
+Each door is a process of its own. What is finished is not run again, so the command can be stopped and repeated.
+Leaves the tables and figures of the paper in results/<preset>/tables/.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import config
+from config import Preset
+from data.index import index_path
+from utils import UserError, as_flags, run_door
+
+STAGES = {
+    "tuning": "hyperparameter_tuning.{family}_{backbone}_tuning",
+    "training": "model_training.{family}_{backbone}_training",
+    "num_crops": "num_crops.num_crops_{backbone}",
+    "standard_memory": "standard_memory.standard_memory_{backbone}",
+}
+FAMILY_OF_STAGE = {"num_crops": "glass", "standard_memory": "standard"}  # the others have a door for both
+
+
+def reproduce(preset: Preset, all_doors: bool) -> None:
+    """Run the preset's doors in order and write the tables; a door that fails does not keep the others from running.
+
+    Raises:
+        UserError: the data are not to be had, a door is not known, or doors failed.
+    """
+    if all_doors:
+        preset = replace(preset, reproduce=replace(preset.reproduce, **_everything()))
+    doors = _doors(preset)
+    if preset.reproduce.demo_data and not preset.settings.data_root.exists():
+        _run("data.data_download", "--demo", str(preset.settings.data_root))
+    if not index_path(preset).exists():
+        _run("data.data_preprocess", *as_flags(preset))
+    failed = []
+    for number, (stage, door) in enumerate(doors, 1):
+        print(f"\n[{number}/{len(doors)}] python -m {door}", flush=True)
+        try:
+            _run(door, *as_flags(preset, (stage,)))
+        except UserError:
+            failed.append(door)
+    print(flush=True)
+    if len(failed) < len(doors):
+        _run("model_training.results_tables", *as_flags(preset, ("training",)))
+    if failed:
+        raise UserError(f"{len(failed)} of {len(doors)} doors failed, each with its reason above: {', '.join(failed)}")
+    if preset.reproduce.closing_words:
+        print(f"\n{preset.reproduce.closing_words}")
+
+
+def _everything() -> dict[str, tuple[str, ...]]:
+    whole = config.PAPER.reproduce
+    return {"stages": whole.stages, "experiments": whole.experiments}
+
+
+def _doors(preset: Preset) -> list[tuple[str, str]]:
+    """(stage, module) of each door, stage by stage."""
+    doors = []
+    for stage in preset.reproduce.stages:
+        for experiment in preset.reproduce.experiments:
+            family, _, backbone = experiment.partition("_")
+            if stage not in STAGES or experiment not in config.PAPER.reproduce.experiments:
+                raise UserError(
+                    f"there is no door for {stage} of {experiment}: stages are {', '.join(STAGES)}, "
+                    f"experiments {', '.join(config.PAPER.reproduce.experiments)}"
+                )
+            if FAMILY_OF_STAGE.get(stage, family) == family:
+                doors.append((stage, STAGES[stage].format(family=family, backbone=backbone)))
+    return doors
+
+
+def _run(door: str, *arguments: str) -> None:
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", door, *arguments])
+    if done.returncode == 130:
+        raise KeyboardInterrupt
+    if done.returncode:
+        raise UserError(f"python -m {door} ended with exit code {done.returncode}")
+    print(f"({door}: {time.perf_counter() - start:.0f} s)", flush=True)
+
+
+def _add_all(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--all", dest="all_doors", action="store_true", help="all eighteen doors, whatever the preset")
+
+
+if __name__ == "__main__":
+    rooms = ("reproduce", *STAGES)
+    run_door(__doc__, reproduce, groups=rooms, arguments=_add_all)

@@ -1,0 +1,107 @@
+"""Final training and evaluation of one experiment over its seeds. SPEC, Experiments 2."""
+
+from dataclasses import asdict, astuple, fields
+
+from config import Experiment, Preset
+from data.datasets import Splits, load_splits
+from data.index import Index
+from data.loaders import build_loader
+from model_training.figures import plot_training_curve
+from models.build import build_model
+from training.checkpoints import load_model, save_model
+from training.evaluation import Predictions, evaluate
+from training.loop import EpochRecord, build_trainer, fit
+from training.metrics import compute_metrics
+from utils import (
+    check_same_ground,
+    read_json,
+    resolved,
+    run_door,
+    run_facts,
+    run_folder,
+    seed_everything,
+    write_csv,
+    write_json,
+)
+
+
+def main(name: str, doc: str) -> None:
+    """The door of experiment `name`."""
+    run_door(doc, train_and_evaluate, groups=("training",), experiments=(name,))
+
+
+def train_and_evaluate(preset: Preset, experiment: Experiment) -> None:
+    """Train every seed of the preset and evaluate its best checkpoint on the test split; finished seeds are skipped.
+
+    Writes one run folder a seed: run.json, history.csv, model.safetensors, predictions.csv, training_curve.png and,
+    last, metrics.json, whose presence says that the seed is finished.
+
+    Raises:
+        UserError: no index, no weights, or a folder that was started under other settings.
+    """
+    index, splits = load_splits(preset)
+    print(
+        f"{experiment.name}: {len(splits.final_train)} images to train, {len(splits.final_valid)} to choose the "
+        f"checkpoint, {len(splits.test)} to test"
+    )
+    for seed in preset.training.seeds:
+        folder = run_folder(preset, experiment.name, seed)
+        values = resolved(preset.settings, preset.training, experiment) | {"seed": seed}
+        facts = run_facts(values, index.fingerprint)
+        check_same_ground(folder, facts)
+        finished = (folder / "metrics.json").exists()
+        if not finished:
+            write_json(folder / "run.json", facts)
+            _train_seed(preset, experiment, seed, index, splits)
+        metrics = read_json(folder / "metrics.json")
+        print(
+            f"{experiment.name} seed {seed}: test accuracy {metrics['test']['accuracy']:.2%}, checkpoint of epoch "
+            f"{metrics['best_epoch']} of {preset.training.epochs}{' (finished before)' if finished else ''}"
+        )
+
+
+def _train_seed(preset: Preset, experiment: Experiment, seed: int, index: Index, splits: Splits) -> None:
+    settings, folder = preset.settings, run_folder(preset, experiment.name, seed)
+    seed_everything(seed)
+    model = build_model(experiment, settings)
+    trainer = build_trainer(model, experiment, settings, preset.training.epochs)
+    train_loader = build_loader(preset, experiment, index, splits.final_train, training_seed=seed)
+    valid_loader = build_loader(preset, experiment, index, splits.final_valid)
+    test_loader = build_loader(preset, experiment, index, splits.test)
+
+    history: list[EpochRecord] = []
+    best: list[EpochRecord] = []
+    about = {"experiment": asdict(experiment), "settings": resolved(settings), "seed": seed}
+
+    def on_epoch(record: EpochRecord) -> None:
+        history.append(record)
+        write_csv(folder / "history.csv", [field.name for field in fields(EpochRecord)], map(astuple, history))
+        if not best or record.valid_accuracy > best[-1].valid_accuracy:  # the first of equals stays
+            best.append(record)
+            save_model(folder / "model.safetensors", model, about | {"epoch": record.epoch})
+
+    fit(trainer, train_loader, valid_loader, preset.training.epochs, on_epoch)
+    load_model(folder / "model.safetensors", model)
+    predictions = evaluate(model, test_loader, trainer.runtime, "test")
+
+    title = f"{experiment.name}, seed {seed}"
+    plot_training_curve(folder / "training_curve.png", title, {f"seed {seed}": history})
+    _write_predictions(preset, experiment, seed, test_loader.dataset.names, predictions)
+    metrics = {
+        "experiment": experiment.name,
+        "seed": seed,
+        "best_epoch": best[-1].epoch,
+        "valid_accuracy": best[-1].valid_accuracy,
+        "test_images": len(predictions.labels),
+        "test_loss": predictions.loss,
+        "test": compute_metrics(predictions.probabilities, predictions.labels),
+    }
+    write_json(folder / "metrics.json", metrics)
+
+
+def _write_predictions(
+    preset: Preset, experiment: Experiment, seed: int, names: list[str], predictions: Predictions
+) -> None:
+    rows = zip(names, predictions.labels.tolist(), *predictions.probabilities.T.tolist(), strict=True)
+    path = run_folder(preset, experiment.name, seed) / "predictions.csv"
+    write_csv(path, ("path", "label", "probability_fake", "probability_real"), rows)

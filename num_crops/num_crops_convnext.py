@@ -1,0 +1,12 @@
+"""Memory, time and accuracy of GLASS with ConvNeXt-Tiny for K = 1 to 16 crops, 25 epochs each.
+
+    python -m num_crops.num_crops_convnext [--preset demo] [--quick] [--crop-counts 1 4 16]
+
+@TIME@
+Leaves results/<preset>/num_crops/glass_convnext/<full or quick>/costs.csv, and prints the fitted lines.
+"""
+
+from num_crops.sweep import main
+
+if __name__ == "__main__":
+    main("glass_convnext", __doc__)

@@ -1,0 +1,12 @@
+"""Memory, time and accuracy of GLASS with ViT-B/16 for K = 1 to 16 crops, 25 epochs each.
+
+    python -m num_crops.num_crops_vit [--preset demo] [--quick] [--crop-counts 1 4 16]
+
+@TIME@
+Leaves results/<preset>/num_crops/glass_vit/<full or quick>/costs.csv, and prints the fitted lines.
+"""
+
+from num_crops.sweep import main
+
+if __name__ == "__main__":
+    main("glass_vit", __doc__)

@@ -1,0 +1,57 @@
+"""Cost and accuracy of a standard transfer-learning model. SPEC, Experiments 4."""
+
+from dataclasses import astuple, fields, replace
+
+from config import Preset, StandardExperiment
+from data.datasets import load_splits
+from data.loaders import build_loader
+from models.build import build_model
+from training.cost import Cost, measure_cost
+from training.loop import build_trainer
+from utils import (
+    check_same_ground,
+    preset_folder,
+    read_csv,
+    resolved,
+    run_door,
+    run_facts,
+    seed_everything,
+    write_csv,
+    write_json,
+)
+
+
+def main(name: str, doc: str) -> None:
+    """The door of experiment `name`."""
+    run_door(doc, profile, groups=("standard_memory",), experiments=(name,))
+
+
+def profile(preset: Preset, experiment: StandardExperiment) -> None:
+    """Train once and write what it cost; a finished measurement is not repeated.
+
+    Writes results/<preset>/standard_memory/<experiment>/<full or quick>/costs.csv and run.json.
+
+    Raises:
+        UserError: no index, no weights, or a folder that was started under other settings.
+    """
+    study, settings, seed = preset.standard_memory, preset.settings, preset.settings.main_seed
+    index, splits = load_splits(preset)
+    folder = preset_folder(preset) / "standard_memory" / experiment.name / ("quick" if study.quick else "full")
+    experiment = replace(experiment, batch_size=study.batch_size)
+    facts = run_facts(resolved(settings, study, experiment), index.fingerprint)
+    check_same_ground(folder, facts)
+    if not (folder / "costs.csv").exists():
+        seed_everything(seed)
+        model = build_model(experiment, settings)
+        trainer = build_trainer(model, experiment, settings, study.epochs)
+        train_loader = build_loader(preset, experiment, index, splits.train, training_seed=seed)
+        valid_loader = build_loader(preset, experiment, index, splits.valid)
+        write_json(folder / "run.json", facts | {"memory_kind": trainer.runtime.memory_kind})
+        cost = measure_cost(trainer, train_loader, valid_loader, study)
+        write_csv(folder / "costs.csv", ("num_crops", *(field.name for field in fields(Cost))), [("", *astuple(cost))])
+    row = read_csv(folder / "costs.csv")[0]
+    accuracy = f", best validation accuracy {float(row['valid_accuracy']):.2%}" if row["valid_accuracy"] else ""
+    print(
+        f"{experiment.name}: {float(row['peak_memory_mb']):.1f} MB, {float(row['epoch_seconds']):.2f} s an epoch"
+        f"{' (extrapolated)' if study.quick else ''}{accuracy}"
+    )

@@ -1,0 +1,12 @@
+"""Memory, time and accuracy of standard transfer learning with ResNet-50: batch 32, 25 epochs.
+
+    python -m standard_memory.standard_memory_resnet [--preset demo] [--quick]
+
+@TIME@
+Leaves results/<preset>/standard_memory/standard_resnet/<full or quick>/costs.csv.
+"""
+
+from standard_memory.profile import main
+
+if __name__ == "__main__":
+    main("standard_resnet", __doc__)

@@ -1,0 +1,12 @@
+"""Memory, time and accuracy of standard transfer learning with ViT-B/16: batch 32, 25 epochs.
+
+    python -m standard_memory.standard_memory_vit [--preset demo] [--quick]
+
+@TIME@
+Leaves results/<preset>/standard_memory/standard_vit/<full or quick>/costs.csv.
+"""
+
+from standard_memory.profile import main
+
+if __name__ == "__main__":
+    main("standard_vit", __doc__)

@@ -1,0 +1,103 @@
+"""Tiny images, a toy preset and a way to run commands as a user does."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import config
+from config import NumCrops, Preset, StandardMemory, Training, Tuning
+
+REPOSITORY = Path(__file__).parents[1]
+FIXTURES = Path(__file__).parent / "fixtures"
+# With a data root and a results root, the toy preset below as a user would ask for it.
+TOY_FLAGS = (
+    *("--preset", "demo", "--patch-size", "32", "--valid-size", "6", "--test-size", "6"),
+    *("--num-workers", "0", "--device", "cpu"),
+)
+
+
+def write_toy_images(root: Path, images_per_class: int = 20) -> None:
+    """Noise of two kinds, 40 to 120 pixels a side, half JPEG and half PNG."""
+    random = np.random.default_rng(0)
+    for label, class_name in enumerate(("fake", "real")):
+        (root / class_name).mkdir(parents=True)
+        for i in range(images_per_class):
+            height, width = random.integers(40, 120, 2)
+            pixels = random.integers(0, 256, (height // 2, width // 2, 3), dtype=np.uint8)
+            pixels = pixels.repeat(2, 0).repeat(2, 1) if label == 0 else np.tile(pixels, (2, 2, 1))
+            Image.fromarray(pixels).save(root / class_name / f"{i:04d}.{'jpg' if i % 2 else 'png'}")
+
+
+def run_module(module: str, *arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess:
+    """`python -m module arguments` in the repository, without a terminal."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def succeed(module: str, *arguments: str | Path, timeout: float = 300) -> str:
+    """`run_module`, which must end well; returns what it printed."""
+    done = run_module(module, *arguments, timeout=timeout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root of 40 toy images; read-only by agreement."""
+    root = tmp_path_factory.mktemp("data")
+    write_toy_images(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def indexed(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results root that holds nothing but the index of the toy data, made by the real command."""
+    results = tmp_path_factory.mktemp("indexed")
+    succeed("data.data_preprocess", *TOY_FLAGS, "--data-root", toy_data, "--results-root", results)
+    return results
+
+
+@pytest.fixture
+def toy_preset(toy_data: Path, indexed: Path) -> Callable[..., Preset]:
+    """The preset of TOY_FLAGS with the given settings changed; results go to `indexed` unless changed."""
+
+    def make(**settings: object) -> Preset:
+        toy = dict(
+            data_root=toy_data,
+            results_root=indexed,
+            patch_size=32,
+            valid_size=6,
+            test_size=6,
+            num_workers=0,
+            device="cpu",
+        )
+        return replace(
+            config.DEMO,
+            settings=replace(config.DEMO.settings, **(toy | settings)),
+            tuning=Tuning(epochs=2, glass_trials=2, standard_trials=2, min_resource=1, max_resource=2),
+            training=Training(epochs=2, seeds=(1,)),
+            num_crops=NumCrops(epochs=1, batch_size=8, crop_counts=(1, 3)),
+            standard_memory=StandardMemory(epochs=1, batch_size=8),
+        )
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _same_torch_state() -> None:
+    torch.manual_seed(0)

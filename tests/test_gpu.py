@@ -1,0 +1,77 @@
+"""What only a CUDA device can show: `pytest -m gpu`."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+import config
+from config import Preset
+from data.datasets import load_splits
+from data.loaders import build_loader
+from models.build import build_model
+from training.loop import EpochRecord, OutOfMemory, Trainer, build_trainer, fit
+from training.runtime import CUDA_MEMORY
+from utils import find_experiment, seed_everything
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+NAMES = [experiment.name for experiment in config.DEMO.experiments]
+
+
+def train(preset: Preset, name: str, epochs: int = 2, **changes: float) -> tuple[Trainer, list[EpochRecord]]:
+    experiment = replace(find_experiment(preset, name), batch_size=8, **changes)
+    index, splits = load_splits(preset)
+    seed_everything(1)
+    trainer = build_trainer(build_model(experiment, preset.settings), experiment, preset.settings, epochs)
+    train_loader = build_loader(preset, experiment, index, splits.train, training_seed=1)
+    return trainer, fit(trainer, train_loader, build_loader(preset, experiment, index, splits.valid), epochs)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", NAMES)
+def test_same_seed_gives_the_same_bits_on_cuda(name: str, compiled: bool, toy_preset: Callable[..., Preset]) -> None:
+    runs = [train(toy_preset(device="cuda", compile=compiled), name) for _ in range(2)]
+    records = [[replace(record, epoch_seconds=0) for record in history] for _, history in runs]
+    assert records[0] == records[1]
+    states = [trainer.model.state_dict() for trainer, _ in runs]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_precisions_and_compilation_agree_with_fp32_on_the_cpu(name: str, toy_preset: Callable[..., Preset]) -> None:
+    _, expected = train(toy_preset(device="cpu"), name, epochs=1, dropout_rate=0.0)
+    for precision, compiled, tolerance in (
+        ("fp32", False, 5e-3),
+        ("fp32", True, 5e-3),
+        ("fp16", True, 3e-2),
+        ("bf16", False, 6e-2),
+    ):
+        preset = toy_preset(device="cuda", precision=precision, compile=compiled)
+        _, history = train(preset, name, epochs=1, dropout_rate=0.0)
+        assert history[0].train_loss == pytest.approx(expected[0].train_loss, rel=tolerance), (precision, compiled)
+
+
+def test_convolutional_weights_are_channels_last_and_others_are_not(toy_preset: Callable[..., Preset]) -> None:
+    for name, expected in (("glass_resnet", True), ("glass_vit", False)):
+        trainer, _ = train(toy_preset(device="cuda", compile=False), name, epochs=1)
+        weights = [p for p in trainer.model.parameters() if p.ndim == 4 and min(p.shape[:2]) > 1 and p.shape[2] > 1]
+        assert any(p.is_contiguous(memory_format=torch.channels_last) for p in weights) == expected
+
+
+def test_memory_is_the_allocators_peak(toy_preset: Callable[..., Preset]) -> None:
+    trainer, history = train(toy_preset(device="cuda", compile=False), "glass_resnet", epochs=1)
+    assert trainer.runtime.memory_kind == CUDA_MEMORY
+    assert history[0].peak_memory_mb == pytest.approx(torch.cuda.max_memory_allocated() / 2**20)
+
+
+def test_out_of_memory_says_what_was_tried(toy_preset: Callable[..., Preset]) -> None:
+    torch.cuda.set_per_process_memory_fraction(0.0005)
+    try:
+        with pytest.raises(OutOfMemory, match=r"8x3x32x32 and 8x16x3x32x32 .* in fp16: lower --batch-size"):
+            train(toy_preset(device="cuda", compile=False), "glass_resnet", num_crops=16)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

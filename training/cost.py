@@ -1,0 +1,79 @@
+"""What a model costs: peak memory, seconds an epoch, and the validation accuracy it buys. SPEC, Experiments 3 and 4."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from config import NumCrops, StandardMemory
+from training.evaluation import predict_batch
+from training.loop import Trainer, fit
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Peak memory in MB (2**20 bytes; of which kind, `Runtime.memory_kind` says), seconds of an epoch with its
+    validation, and the best validation accuracy as a fraction (None in quick mode, which trains too little for one).
+    """
+
+    peak_memory_mb: float
+    epoch_seconds: float
+    valid_accuracy: float | None
+
+
+def measure_cost(
+    trainer: Trainer, train_loader: DataLoader, valid_loader: DataLoader, study: NumCrops | StandardMemory
+) -> Cost:
+    """Train and measure: all `study.epochs`, or in quick mode a few steps, extrapolated to an epoch.
+
+    Full mode takes the maximum memory and the mean seconds over epochs, first epoch included, as the paper does.
+    """
+    if study.quick:
+        return _measure_steps(trainer, train_loader, valid_loader, study.warmup_steps, study.measured_steps)
+    history = fit(trainer, train_loader, valid_loader, study.epochs)
+    return Cost(
+        peak_memory_mb=max(record.peak_memory_mb for record in history),
+        epoch_seconds=sum(record.epoch_seconds for record in history) / len(history),
+        valid_accuracy=max(record.valid_accuracy for record in history),
+    )
+
+
+def _measure_steps(
+    trainer: Trainer, train_loader: DataLoader, valid_loader: DataLoader, warmup: int, measured: int
+) -> Cost:
+    runtime = trainer.runtime
+
+    def mean_seconds(loader: DataLoader, step: Callable[[Sequence[torch.Tensor], torch.Tensor], object]) -> float:
+        batches = _repeated(loader)
+        # Batches that workers have ready when the clock starts would hide what loading costs.
+        in_flight = loader.num_workers * (loader.prefetch_factor or 0)
+        for *views, labels in islice(batches, max(warmup, in_flight)):
+            step(views, labels)
+        runtime.wait()
+        steps = max(measured, loader.num_workers)
+        start = time.perf_counter()
+        for *views, labels in islice(tqdm(batches, total=steps, leave=False, disable=None), steps):
+            step(views, labels)
+        runtime.wait()
+        return (time.perf_counter() - start) / steps
+
+    with runtime.track_memory() as memory:
+        trainer.model.train()
+        train_seconds = mean_seconds(train_loader, trainer.train_step)
+        trainer.model.eval()
+        with torch.no_grad():
+            valid_seconds = mean_seconds(
+                valid_loader, lambda views, labels: predict_batch(trainer.model, views, runtime)
+            )
+    epoch_seconds = train_seconds * len(train_loader) + valid_seconds * len(valid_loader)
+    return Cost(memory.peak_mb, epoch_seconds, None)
+
+
+def _repeated(loader: DataLoader) -> Iterator[Sequence[torch.Tensor]]:
+    for epoch in count():
+        loader.sampler.set_epoch(epoch)
+        yield from loader
