@@ -274,8 +274,8 @@ DEMO = Preset(
         experiments=("standard_resnet", "glass_resnet"),
         demo_data=True,
         closing_words=(
-            "Why: the demo's fake images differ from its real ones only at native resolution, in the periodic traces of "
-            "an upsampling decoder. The standard model sees the image resized, where both classes look alike; GLASS's "
+            "Why: the demo's fake images differ from its real ones only at native resolution, in the periodic traces "
+            "of an upsampling decoder. The standard model sees the image resized, where both classes look alike; GLASS's "
             "crops see the traces. This demonstrates the mechanism on procedural images; it is no evidence about real "
             "generators."
         ),

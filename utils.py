@@ -51,7 +51,8 @@ def run_door(
         without: names that this door does not read and therefore does not accept.
         arguments: adds the door's own options to the parser.
 
-    Exit codes: 0 done, 2 a `UserError` (one sentence on stderr), 130 interrupted; a traceback is our own bug.
+    Exit codes: 0 done, 2 a `UserError` (one sentence on stderr), 130 interrupted, 141 nobody reads the output; a
+    traceback is our own bug.
     """
     try:
         preset, chosen, extra = parse_command_line(doc, groups, experiments, without, arguments, argv)
@@ -60,8 +61,11 @@ def run_door(
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: what was finished is kept; the same command goes on from there", file=sys.stderr)
+        print("interrupted: the same command goes on from what was finished", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output is gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     sys.exit(0)
 
 
@@ -447,11 +451,12 @@ def read_json(path: Path) -> Any:
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write a CSV file, whole or not at all; floats keep all their digits."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    write_text(path, buffer.getvalue())
+    lines = []
+    for row in (columns, *rows):
+        buffer = io.StringIO()
+        csv.writer(buffer, lineterminator="\r\n").writerow(row)  # this terminator makes it quote "\r" in names
+        lines.append(buffer.getvalue().removesuffix("\r\n"))
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

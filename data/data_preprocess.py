@@ -134,18 +134,17 @@ def check_images(preset: Preset, files: Sequence[tuple[str, int]]) -> tuple[list
     else:
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(min(workers, len(files)), context, _start_worker, (context.Lock(),))
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit it: Ctrl-C is ours to handle
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is ours to handle
         try:
-            results = pool.map(check, files)
-            signal.signal(signal.SIGINT, handler)
-            found = list(progress(results))
+            futures = [pool.submit(check, file) for file in files]  # pool.map can hang when a worker is killed
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            found = [future.result() for future in progress(futures)]
         except BrokenProcessPool:
             raise UserError(
                 f"a worker process was killed, most likely because memory ran out: "
                 f"set a smaller --num-workers than {workers} and run the command again"
             ) from None
         finally:
-            signal.signal(signal.SIGINT, handler)
             pool.shutdown(cancel_futures=True)
     return [record for record, _ in found], np.stack([sums for _, sums in found])
 

@@ -50,7 +50,7 @@ SUBSAMPLINGS = ("4:4:4", "4:2:0")
 # so the variance is the same).
 EVEN_TAPS = (-0.07, 0.27, 0.91, -0.11)
 ODD_TAPS = (-0.10, 0.89, 0.28, -0.07)
-CHECKERBOARD = 0.045
+CHECKERBOARD = 0.055
 BLOCK_NOISE = (0.65, 0.65, 1.47)
 
 

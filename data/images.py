@@ -74,6 +74,8 @@ def read_image(path: str | Path, max_pixels: int) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror  # without the path, which the reader knows
     first_line = (str(error).splitlines() or [""])[0]
     if "cannot identify image file" in first_line:
         return "not an image"

@@ -5,13 +5,11 @@ it suggests values and prunes. A restart rebuilds the judge by going through the
 and its pruner arrive in the very state that they had, and the study goes on as if it had never stopped.
 """
 
-import gc
 import time
 import warnings
 from collections.abc import Callable
 
 import optuna
-import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from config import Experiment, GlassExperiment, Preset
@@ -172,9 +170,6 @@ def _train(
     train_loader = build_loader(preset, experiment, index, splits.train, training_seed=seed)
     valid_loader = build_loader(preset, experiment, index, splits.valid)
     fit(trainer, train_loader, valid_loader, preset.tuning.epochs, on_epoch)
-    del model, trainer, train_loader, valid_loader
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def _report(record: optuna.Study, experiment: Experiment) -> None:

@@ -42,7 +42,8 @@ class EpochRecord:
 class Trainer:
     """One model's training: the objects that every step needs, built by the caller.
 
-    `label_smoothing` is of the training loss only.
+    `label_smoothing` is of the training loss only. Compilation, where the runtime has it, is for batches of
+    `batch_size`; the smaller last batch of an epoch and evaluation run as they are, which saves three compilations.
     """
 
     model: nn.Module
@@ -50,9 +51,11 @@ class Trainer:
     scheduler: LRScheduler
     runtime: Runtime
     label_smoothing: float
+    batch_size: int
 
     def __post_init__(self) -> None:
         self.scaler = self.runtime.grad_scaler()
+        self.compiled_model = self.runtime.compiled(self.model)
 
     def train_step(self, views: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         """One optimizer step on a batch of uint8 views; returns the loss, still on the device.
@@ -60,10 +63,11 @@ class Trainer:
         Raises:
             OutOfMemory: names the batch, the views and the precision that did not fit.
         """
+        forward = self.compiled_model if len(labels) == self.batch_size else self.model
         try:
             self.optimizer.zero_grad(set_to_none=True)
             with self.runtime.autocast():
-                logits = self.model(*self.runtime.to_device(self.model, views))
+                logits = forward(*self.runtime.to_device(self.model, views))
                 labels = labels.to(self.runtime.device, non_blocking=True)
                 loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
             self.scaler.scale(loss).backward()
@@ -114,7 +118,7 @@ def build_trainer(model: nn.Module, experiment: Experiment, settings: Settings, 
     runtime = build_runtime(settings)
     runtime.place(model)
     optimizer, scheduler = build_optimizer(model, experiment, epochs, settings.eta_min)
-    return Trainer(model, optimizer, scheduler, runtime, settings.label_smoothing)
+    return Trainer(model, optimizer, scheduler, runtime, settings.label_smoothing, experiment.batch_size)
 
 
 def fit(

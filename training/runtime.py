@@ -1,7 +1,8 @@
 """Device, precision and compilation, chosen once; the only place that knows the device. SPEC, Training."""
 
+import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ CPU_MEMORY = "saved_for_backward"
 
 @dataclass(frozen=True)
 class Runtime:
-    """How and where models compute."""
+    """How and where models compute. `compile` is of full training batches."""
 
     device: torch.device
     precision: str  # fp16, bf16 or fp32, of the forward pass; always fp32 on the CPU
@@ -32,14 +33,21 @@ class Runtime:
         return CUDA_MEMORY if self.device.type == "cuda" else CPU_MEMORY
 
     def place(self, model: nn.Module) -> nn.Module:
-        """The model on the device, in its memory layout, compiled in place (its state-dict names stay)."""
+        """The model on the device, in its memory layout; memory of models that are gone is given back first."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         model.to(self.device)
         if self.channels_last and sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 2:
             model.to(memory_format=torch.channels_last)  # not for ViTs, whose one convolution cuts patches
-        if self.compile:
-            torch.compiler.reset()  # else many models in one process run into the recompilation limit, silently
-            model.compile()
         return model
+
+    def compiled(self, model: nn.Module) -> Callable[..., torch.Tensor]:
+        """The model's forward pass, compiled for one shape of views where the settings say so, else the model."""
+        if not self.compile:
+            return model
+        torch.compiler.reset()  # else many models in one process run into the recompilation limit, silently
+        return torch.compile(model, dynamic=False)
 
     def to_device(self, model: nn.Module, views: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """uint8 views (..., 3, P, P) on the device, as float32 normalised with the model's mean and std."""
