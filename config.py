@@ -58,7 +58,7 @@ class Tuning:
     epochs: int = 25
     glass_trials: int = 100
     standard_trials: int = 50
-    min_resource: int = 5  # Hyperband: epochs before a trial can be pruned
+    min_resource: int = 5  # Hyperband; it counts epochs from 0, so that a trial is first judged after epoch 6
     max_resource: int = 25
     reduction_factor: int = 3
 
@@ -275,9 +275,9 @@ DEMO = Preset(
         demo_data=True,
         closing_words=(
             "Why: the demo's fake images differ from its real ones only at native resolution, in the periodic traces "
-            "of an upsampling decoder. The standard model sees the image resized, where both classes look alike; GLASS's "
-            "crops see the traces. This demonstrates the mechanism on procedural images; it is no evidence about real "
-            "generators."
+            "of an upsampling decoder. The standard model sees the image resized, where both classes look alike; "
+            "GLASS's crops see the traces. This demonstrates the mechanism on procedural images; it is no evidence "
+            "about real generators."
         ),
     ),
     experiments=DEMO_EXPERIMENTS,

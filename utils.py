@@ -187,7 +187,10 @@ def as_flags(preset: Preset, groups: Sequence[str] = ()) -> list[str]:
         for field in fields(getattr(preset, group)):
             value = getattr(getattr(preset, group), field.name)
             if value != getattr(getattr(original, group), field.name):
-                flags += [_flag(field.name), *map(_text, value if isinstance(value, tuple) else (value,))]
+                if isinstance(value, tuple):
+                    flags += [_flag(field.name), *map(_text, value)]
+                else:
+                    flags.append(f"{_flag(field.name)}={_text(value)}")  # as one word: a value may begin with "-"
     return flags
 
 
@@ -253,6 +256,8 @@ def _check(owner: Any) -> Any:
             wanted = _wanted(name, item)
             if wanted:
                 raise UserError(f"{name} is {item}: it must be {wanted}")
+        if name == "max_resource" and value < owner.min_resource:
+            raise UserError(f"max_resource is {value}: it must be at least min_resource = {owner.min_resource}")
         if name in ("seeds", "crop_counts") and (not value or len(set(value)) < len(value)):
             raise UserError(f"{name} is {value}: it must hold at least one value, each once")
     return owner
@@ -274,6 +279,8 @@ def _wanted(name: str, value: Any) -> str | None:
     """What `value` of setting `name` should have been, or None if it is in range."""
     if name in _AT_LEAST_ONE and value < 1:
         return "at least 1"
+    if name in ("main_seed", "seeds") and value >= 2**32:
+        return "below 2**32"
     if name in _NOT_NEGATIVE and value < 0:
         return "at least 0"
     if name in ("dropout_rate", "label_smoothing") and not 0 <= value < 1:
@@ -288,6 +295,8 @@ def _wanted(name: str, value: Any) -> str | None:
         return "auto, or at least 0"
     if name == "weights_files" and not all(value.partition("=")):
         return "BACKBONE=FILE"
+    if name == "name" and value in (*_ROOMS, "dataset", "tables"):
+        return "no name of a folder that has another use there"
     if name == "name" and (not value or value.startswith(".") or not all(c.isalnum() or c in "_-." for c in value)):
         return "a folder name of letters, digits, '_', '-' and '.'"
     return None
@@ -336,6 +345,22 @@ def run_facts(values: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
     }
 
 
+def first_difference(before: Mapping[str, Any], now: Mapping[str, Any], ignore: Iterable[str] = ()) -> str | None:
+    """The first setting in which two runs differ so that their numbers may, with both values; None if there is none.
+
+    Args:
+        before, now: what `run_facts` gave for each.
+        ignore: settings that are meant to differ, such as "seed".
+    """
+    if before["dataset_fingerprint"] != now["dataset_fingerprint"]:
+        return f"dataset_fingerprint = {before['dataset_fingerprint']}, now {now['dataset_fingerprint']}"
+    old, new = before["settings"], now["settings"]
+    for name in sorted((old.keys() | new.keys()) - {*_DO_NOT_CHANGE_NUMBERS, *ignore}):
+        if old.get(name) != new.get(name):
+            return f"{name} = {old.get(name)}, now {new.get(name)}"
+    return None
+
+
 def check_same_ground(folder: Path, facts: Mapping[str, Any]) -> None:
     """Refuse to go on in `folder` if its run.json was written under other settings or data.
 
@@ -343,21 +368,11 @@ def check_same_ground(folder: Path, facts: Mapping[str, Any]) -> None:
         UserError: names the first difference.
     """
     path = folder / "run.json"
-    if not path.exists():
-        return
-    before = read_json(path)
-    if before["dataset_fingerprint"] != facts["dataset_fingerprint"]:
+    difference = first_difference(read_json(path), facts) if path.exists() else None
+    if difference:
         raise UserError(
-            f"{folder} was started on another data set (or an index made since then has changed): "
-            f"choose another --results-root or --name, or move that folder away"
+            f"{folder} was started with {difference}: choose another --results-root or --name, or move that folder away"
         )
-    old, new = before["settings"], facts["settings"]
-    for name in sorted((old.keys() | new.keys()) - set(_DO_NOT_CHANGE_NUMBERS)):
-        if old.get(name) != new.get(name):
-            raise UserError(
-                f"{folder} was started with {name} = {old.get(name)}, now it is {new.get(name)}: "
-                f"choose another --results-root or --name, or move that folder away"
-            )
 
 
 def git_commit() -> str | None:

@@ -7,11 +7,11 @@ fixed, learned-looking kernels, one for even and one for odd pixels. Its noise h
 strength but is also made on the half-resolution grid: each drawn value fills a 2 x 2 block.
 
 Why the classes agree when resized and differ natively: the low spatial frequencies of scene and
-noise have the same distribution in both classes. What differs (missing fine detail, the even/odd
-trace of the kernels, the checkerboard lean of the noise) lies above half the Nyquist frequency,
-and an antialiased resize to 224 x 224 or less removes it. A native crop keeps it. Scene kind,
-size, file format, JPEG quality and chroma subsampling are the same for the fake and the real
-image with the same number, so they cannot tell the class.
+noise are distributed alike in both classes. What differs (missing fine detail, the checkerboard of
+the upsampling, the lean of the noise) lies near and above half the Nyquist frequency, and an
+antialiased resize to 224 x 224 or less removes it. A native crop keeps it. Scene kind, size, file
+format, JPEG quality and chroma subsampling are the same for the fake and the real image with the
+same number, so they cannot tell the class.
 
 This shows the mechanism in small. It is no evidence on the images of real generators.
 """
@@ -39,7 +39,7 @@ SHAPES = (  # height, width in pixels
     *((640, 640), (640, 720), (720, 640), (704, 704)),
     *((640, 800), (800, 640), (640, 1000), (1000, 640)),
 )
-PNG_SHARE = 0.2
+PNG_EVERY = 7  # images; the others are JPEG
 JPEG_QUALITIES = (92, 94, 96)
 SUBSAMPLINGS = ("4:4:4", "4:2:0")
 
@@ -147,7 +147,8 @@ def still_life(canvas: Canvas) -> None:
     rng, (height, width) = canvas.rng, canvas.shape
     light = 1.15 - 0.5 * np.hypot(canvas.x / width - rng.uniform(), canvas.y / height - 0.2)
     canvas.picture += canvas.material() * light
-    canvas.paint(canvas.material(), rng.uniform(0.45, 0.7) * height - canvas.y, rng.choice([1.2, 8]))
+    table = rng.uniform(0.45, 0.7) * height - canvas.y
+    canvas.paint(canvas.material(), table, rng.choice([1.2, 8]))
     for _ in range(int(rng.integers(4, 8))):
         size = rng.uniform(0.06, 0.17) * min(height, width)
         x, y = rng.uniform(0.05, 0.95) * width, rng.uniform(0.45, 0.9) * height
@@ -254,7 +255,7 @@ def demo_image(seed: int, name: str, index: int) -> Image.Image:
 def encode(image: Image.Image, seed: int, index: int) -> tuple[str, bytes]:
     """The file suffix and the bytes of an image, by rules that know the index but not the class."""
     rng, buffer = np.random.default_rng([seed, index, len(CLASSES)]), io.BytesIO()
-    if rng.uniform() < PNG_SHARE:
+    if index % PNG_EVERY == 0:
         image.save(buffer, "PNG", compress_level=4)
         return ".png", buffer.getvalue()
     quality, subsampling = int(rng.choice(JPEG_QUALITIES)), str(rng.choice(SUBSAMPLINGS))
@@ -276,7 +277,12 @@ def write_image(task: tuple[str, int], root: Path, seed: int) -> None:
     write_file(root / name / f"{index:04d}{suffix}", content)
 
 
-def write_demo_dataset(root: Path, images_per_class: int = 200, seed: int = 606, workers: int = 2) -> None:
+def write_demo_dataset(
+    root: Path,
+    images_per_class: int = 200,
+    seed: int = 606,
+    workers: int = 2,
+) -> None:
     """Makes root/fake and root/real with `images_per_class` images each (0001.jpg, 0002.png, ...).
 
     The pixels depend on the seed and the versions of numpy and Pillow, not on the number of worker
@@ -291,10 +297,9 @@ def write_demo_dataset(root: Path, images_per_class: int = 200, seed: int = 606,
     if marker.is_file():
         if marker.read_text() != settings:
             found = f"a demo data set with other settings ({marker.read_text()})"
-            raise UserError(f"Found {found} in {root}: delete it or choose another folder.")
+            raise UserError(f"{root} holds {found}: delete it or choose another folder.")
     elif root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        found = f"{root}, which is no demo data set and not an empty folder"
-        raise UserError(f"Found {found}: choose another folder for the demo data set.")
+        raise UserError(f"{root} is no demo data set and not empty: choose another folder for it.")
     for name in CLASSES:
         (root / name).mkdir(parents=True, exist_ok=True)
     write_file(marker, settings.encode())

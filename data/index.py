@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import cached_property
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from config import Preset
 from data.images import IMAGE_ENDINGS
-from utils import UserError, dataset_folder, read_csv, read_json, write_csv
+from utils import UserError, as_flags, dataset_folder, read_csv, read_json, write_csv
 
 CLASSES = ("fake", "real")  # label 0 and label 1: folder names in alphabetical order
 
@@ -32,7 +33,7 @@ class ImageRecord:
 class Index:
     """A data set in the order of torchvision's ImageFolder: all fake files by name, then all real ones.
 
-    `fingerprint` is a hash over names, labels, sizes in bytes and problems: equal data sets have equal ones.
+    Equal data sets have equal fingerprints, wherever they lie.
     """
 
     root: Path
@@ -45,6 +46,7 @@ class Index:
 
     @cached_property
     def fingerprint(self) -> str:
+        """16 hexadecimal digits over names, labels, sizes in bytes and readability of all images."""
         rows = sorted(f"{r.path}\0{r.label}\0{r.bytes}\0{not r.problem}" for r in self.records)
         return hashlib.sha256("\n".join(rows).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
@@ -94,7 +96,7 @@ def read_index(preset: Preset) -> Index:
         UserError: there is none yet, or it is of another data root.
     """
     path, root = index_path(preset), preset.settings.data_root
-    command = f"python -m data.data_preprocess --preset {preset.name} --data-root {root}"
+    command = shlex.join(["python", "-m", "data.data_preprocess", *as_flags(preset)])
     if not path.exists():
         raise UserError(f"{path} does not exist: run {command} first")
     indexed_root = read_json(path.with_name("statistics.json"))["data_root"]

@@ -19,6 +19,7 @@ from data.loaders import build_loader
 from hyperparameter_tuning.search_spaces import suggest_experiment
 from models.build import build_model
 from training.loop import EpochRecord, OutOfMemory, build_trainer, fit
+from training.runtime import build_runtime
 from utils import (
     UserError,
     check_same_ground,
@@ -52,7 +53,9 @@ def tune(preset: Preset, experiment: Experiment) -> None:
     index, splits = load_splits(preset)
     folder = preset_folder(preset) / "tuning" / experiment.name
     facts = run_facts(
-        resolved(preset.settings, preset.tuning) | {"name": experiment.name, "backbone": experiment.backbone},
+        resolved(preset.settings, preset.tuning)
+        | {"name": experiment.name, "backbone": experiment.backbone}
+        | build_runtime(preset.settings).facts(),
         index.fingerprint,
     )
     check_same_ground(folder, facts)

@@ -12,6 +12,7 @@ from training.checkpoints import load_model, save_model
 from training.evaluation import Predictions, evaluate
 from training.loop import EpochRecord, build_trainer, fit
 from training.metrics import compute_metrics
+from training.runtime import build_runtime
 from utils import (
     check_same_ground,
     read_json,
@@ -40,13 +41,14 @@ def train_and_evaluate(preset: Preset, experiment: Experiment) -> None:
         UserError: no index, no weights, or a folder that was started under other settings.
     """
     index, splits = load_splits(preset)
+    runtime = build_runtime(preset.settings)
     print(
         f"{experiment.name}: {len(splits.final_train)} images to train, {len(splits.final_valid)} to choose the "
         f"checkpoint, {len(splits.test)} to test"
     )
     for seed in preset.training.seeds:
         folder = run_folder(preset, experiment.name, seed)
-        values = resolved(preset.settings, preset.training, experiment) | {"seed": seed}
+        values = resolved(preset.settings, preset.training, experiment) | {"seed": seed} | runtime.facts()
         facts = run_facts(values, index.fingerprint)
         check_same_ground(folder, facts)
         finished = (folder / "metrics.json").exists()

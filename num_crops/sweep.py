@@ -14,6 +14,7 @@ from training.metrics import fit_line
 from training.runtime import build_runtime
 from utils import (
     check_same_ground,
+    hardware,
     preset_folder,
     read_csv,
     resolved,
@@ -45,9 +46,10 @@ def sweep(preset: Preset, experiment: GlassExperiment) -> None:
     index, splits = load_splits(preset)
     folder = preset_folder(preset) / "num_crops" / experiment.name / ("quick" if study.quick else "full")
     experiment = replace(experiment, batch_size=study.batch_size)
-    values = resolved(settings, study, experiment)
+    runtime = build_runtime(settings)
+    values = resolved(settings, study, experiment) | runtime.facts() | {"hardware": hardware()}
     del values["num_crops"]  # each K in turn
-    facts = run_facts(values, index.fingerprint) | {"memory_kind": build_runtime(settings).memory_kind}
+    facts = run_facts(values, index.fingerprint) | {"memory_kind": runtime.memory_kind}
     check_same_ground(folder, facts)
     write_json(folder / "run.json", facts)
 

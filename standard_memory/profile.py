@@ -8,8 +8,10 @@ from data.loaders import build_loader
 from models.build import build_model
 from training.cost import Cost, measure_cost
 from training.loop import build_trainer
+from training.runtime import build_runtime
 from utils import (
     check_same_ground,
+    hardware,
     preset_folder,
     read_csv,
     resolved,
@@ -38,7 +40,9 @@ def profile(preset: Preset, experiment: StandardExperiment) -> None:
     index, splits = load_splits(preset)
     folder = preset_folder(preset) / "standard_memory" / experiment.name / ("quick" if study.quick else "full")
     experiment = replace(experiment, batch_size=study.batch_size)
-    facts = run_facts(resolved(settings, study, experiment), index.fingerprint)
+    runtime = build_runtime(settings)
+    values = resolved(settings, study, experiment) | runtime.facts() | {"hardware": hardware()}
+    facts = run_facts(values, index.fingerprint) | {"memory_kind": runtime.memory_kind}
     check_same_ground(folder, facts)
     if not (folder / "costs.csv").exists():
         seed_everything(seed)
@@ -46,7 +50,7 @@ def profile(preset: Preset, experiment: StandardExperiment) -> None:
         trainer = build_trainer(model, experiment, settings, study.epochs)
         train_loader = build_loader(preset, experiment, index, splits.train, training_seed=seed)
         valid_loader = build_loader(preset, experiment, index, splits.valid)
-        write_json(folder / "run.json", facts | {"memory_kind": trainer.runtime.memory_kind})
+        write_json(folder / "run.json", facts)
         cost = measure_cost(trainer, train_loader, valid_loader, study)
         write_csv(folder / "costs.csv", ("num_crops", *(field.name for field in fields(Cost))), [("", *astuple(cost))])
     row = read_csv(folder / "costs.csv")[0]

@@ -1,6 +1,7 @@
 """Tiny images, a toy preset and a way to run commands as a user does."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -72,9 +73,15 @@ def indexed(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return results
 
 
-@pytest.fixture
-def toy_preset(toy_data: Path, indexed: Path) -> Callable[..., Preset]:
-    """The preset of TOY_FLAGS with the given settings changed; results go to `indexed` unless changed."""
+def copy_index(source: Path, results: Path) -> Path:
+    """`results`, made a results root of its own with the index of `source`."""
+    shutil.copytree(source / "demo" / "dataset", results / "demo" / "dataset")
+    return results
+
+
+@pytest.fixture(scope="session")
+def make_preset(toy_data: Path, indexed: Path) -> Callable[..., Preset]:
+    """As `toy_preset`."""
 
     def make(**settings: object) -> Preset:
         toy = dict(
@@ -98,6 +105,19 @@ def toy_preset(toy_data: Path, indexed: Path) -> Callable[..., Preset]:
     return make
 
 
+@pytest.fixture
+def toy_preset(make_preset: Callable[..., Preset]) -> Callable[..., Preset]:
+    """The preset of TOY_FLAGS with the given settings changed; results go to `indexed` unless changed."""
+    return make_preset
+
+
+@pytest.fixture(scope="module")
+def module_preset(make_preset: Callable[..., Preset]) -> Preset:
+    """The preset of TOY_FLAGS."""
+    return make_preset()
+
+
 @pytest.fixture(autouse=True)
 def _same_torch_state() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # tiny models on busy cores: two threads wait for each other far longer than they compute

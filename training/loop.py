@@ -62,6 +62,7 @@ class Trainer:
 
         Raises:
             OutOfMemory: names the batch, the views and the precision that did not fit.
+            UserError: one image alone, where batch normalisation takes none.
         """
         forward = self.compiled_model if len(labels) == self.batch_size else self.model
         try:
@@ -78,6 +79,13 @@ class Trainer:
             raise OutOfMemory(
                 f"{self.runtime.device} has no memory left for a training step on views of {tried} (batch first) in "
                 f"{self.runtime.precision}: lower --batch-size or, for GLASS, the number of crops"
+            ) from None
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"batch normalisation needs more than one image, and the last batch of an epoch has one: at this "
+                f"patch size: change --batch-size from {self.batch_size}"
             ) from None
         return loss.detach()
 

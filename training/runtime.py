@@ -32,6 +32,10 @@ class Runtime:
         """What `track_memory` measures here: CUDA's peak of allocated bytes, or bytes saved for backward."""
         return CUDA_MEMORY if self.device.type == "cuda" else CPU_MEMORY
 
+    def facts(self) -> dict[str, Any]:
+        """What numbers depend on here, for a run's settings, which may say auto."""
+        return {"device_type": self.device.type, "precision": self.precision, "compile": self.compile}
+
     def place(self, model: nn.Module) -> nn.Module:
         """The model on the device, in its memory layout; memory of models that are gone is given back first."""
         gc.collect()

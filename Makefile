@@ -1,0 +1,28 @@
+# make demo   environment, demo data, two models, tables and figures
+# make test   environment, tests, ruff
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test lint gpu-test clean
+
+demo: .venv/installed
+	$(BIN)/python -m model_training.reproduce --preset demo
+
+test: .venv/installed lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+gpu-test: .venv/installed
+	$(BIN)/python -m pytest -m gpu
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,236 @@
+"""Result folders -> dataclasses: runs, cost studies and Optuna studies. Reads only, and knows no table."""
+
+import math
+import sqlite3
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from training.loop import EpochRecord
+from training.runtime import CPU_MEMORY, CUDA_MEMORY
+from utils import UserError, first_difference, read_csv, read_json
+
+NAN = float("nan")
+METRICS = {  # of metrics.json -> heading
+    "accuracy": "Accuracy",
+    "auc_score": "AUC",
+    "f1_score": "F1",
+    "precision": "Precision",
+    "recall": "Recall",
+    "conf_correct": "Confidence, correct",
+    "conf_incorrect": "Confidence, incorrect",
+    "overall_conf": "Confidence, all",
+    "ece": "ECE",
+}
+MEMORY_KINDS = {
+    CUDA_MEMORY: "peak GPU memory",
+    CPU_MEMORY: "memory kept for the backward pass, CPU",
+}
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Errors of reading `path` become one sentence."""
+    try:
+        yield
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} does not hold what this project writes there ({type(error).__name__}: {error}): "
+            f"move it away and run the command that writes it"
+        ) from None
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    """What run.json says, as `utils.run_facts` wrote it; no settings if there is none."""
+    facts = {"settings": {}, "dataset_fingerprint": None}
+    path = folder / "run.json"
+    if path.exists():
+        with _reading(path):
+            facts.update(read_json(path))
+            facts["settings"] = dict(facts["settings"])
+    return facts
+
+
+# ----------------------------------------------------------------------------------------------------- runs
+@dataclass(frozen=True)
+class Run:
+    """One seed of one experiment."""
+
+    folder: Path
+    seed: int
+    facts: Mapping[str, Any]
+    history: list[EpochRecord]
+    test: Mapping[str, float] | None  # None: not finished; a metric is NaN where it is not defined
+
+
+def read_runs(results: Path) -> dict[str, list[Run]]:
+    """Experiment -> its runs, in the order of their seeds.
+
+    Raises:
+        UserError: a file cannot be read, or two finished runs of one experiment differ in a setting or in their data,
+            so that no mean may be taken.
+    """
+    runs = defaultdict(list)
+    for folder in results.glob("*/seed_*"):
+        if folder.name.removeprefix("seed_").isdecimal():
+            runs[folder.parent.name].append(_read_run(folder))
+    for of_experiment in runs.values():
+        of_experiment.sort(key=lambda run: run.seed)
+        _check_one_mean(of_experiment)
+    return dict(runs)
+
+
+def percents(runs: Iterable[Run], metric: str) -> list[float]:
+    """A metric of the finished runs, in percent, where it is defined."""
+    values = [100 * run.test[metric] for run in runs if run.test]
+    return [value for value in values if not math.isnan(value)]
+
+
+def _read_run(folder: Path) -> Run:
+    history: list[EpochRecord] = []
+    path = folder / "history.csv"
+    if path.exists():
+        with _reading(path):
+            for row in read_csv(path):
+                values: dict[str, Any] = {name: float(text) for name, text in row.items()}
+                values["epoch"] = int(row["epoch"])
+                history.append(EpochRecord(**values))
+    test: dict[str, float] | None = None
+    path = folder / "metrics.json"
+    if path.exists():
+        with _reading(path):
+            values = read_json(path)["test"]
+            test = {name: NAN if values[name] is None else float(values[name]) for name in METRICS}
+    return Run(folder, int(folder.name.removeprefix("seed_")), _read_facts(folder), history, test)
+
+
+def _check_one_mean(runs: list[Run]) -> None:
+    finished = [run for run in runs if run.test]
+    for run in finished[1:]:
+        difference = first_difference(finished[0].facts, run.facts, ignore=("seed",))
+        if difference:
+            raise UserError(
+                f"{finished[0].folder} and {run.folder} differ ({difference}), "
+                f"so a mean of both would mean nothing: move one of them away"
+            )
+
+
+# --------------------------------------------------------------------------------------------- cost studies
+@dataclass(frozen=True)
+class CostStudy:
+    """What was measured in one mode: a row for each crop count, or one row for a standard model."""
+
+    experiment: str
+    mode: str | None = None  # full or quick; None: nothing was measured
+    facts: Mapping[str, Any] = field(default_factory=lambda: {"settings": {}})
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """What notes call it."""
+        return f"{self.experiment} {self.mode}"
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What it ran with."""
+        return self.facts["settings"]
+
+    @property
+    def memory_kind(self) -> str | None:
+        """What its memory is; numbers of two kinds cannot be compared."""
+        return self.facts.get("memory_kind")
+
+    @property
+    def memory_text(self) -> str:
+        """The kind of its memory, in words."""
+        return MEMORY_KINDS.get(self.memory_kind, str(self.memory_kind))
+
+    @property
+    def epoch_time_text(self) -> str:
+        """How its epoch time was found, in words."""
+        if self.mode == "full":
+            return "full: mean of whole epochs"
+        return f"quick: epoch time extrapolated from {self.settings.get('measured_steps')} steps"
+
+    def row_at(self, num_crops: int | None) -> dict[str, float] | None:
+        """What it measured with this number of crops, if it did."""
+        return next((row for row in self.rows if row["num_crops"] == num_crops), None)
+
+
+def read_cost_studies(room: Path) -> list[CostStudy]:
+    """The full studies, then the quick ones; `room` is results/<preset>/num_crops or .../standard_memory."""
+    studies = []
+    for mode in ("full", "quick"):
+        for path in room.glob(f"*/{mode}/costs.csv"):
+            name = path.parent.parent.name
+            studies.append(CostStudy(name, mode, _read_facts(path.parent), _read_costs(path)))
+    return studies
+
+
+def _read_costs(path: Path) -> list[dict[str, float]]:
+    rows = []
+    with _reading(path):
+        for texts in read_csv(path):
+            row = {name: float(text) if text else NAN for name, text in texts.items()}
+            if not math.isnan(row["num_crops"]):
+                row["num_crops"] = int(row["num_crops"])
+            row["valid_accuracy_percent"] = 100 * row["valid_accuracy"]
+            rows.append(row)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------- Optuna studies
+@dataclass(frozen=True)
+class TuningStudy:
+    """One Optuna study, and the settings that it ran with."""
+
+    study: optuna.Study
+    settings: Mapping[str, Any]
+    trials: list[FrozenTrial]
+
+    def trials_in(self, state: TrialState) -> list[FrozenTrial]:
+        """Its trials that ended so."""
+        return [trial for trial in self.trials if trial.state == state]
+
+    @property
+    def complete(self) -> list[FrozenTrial]:
+        """The trials that ran to their end."""
+        return self.trials_in(TrialState.COMPLETE)
+
+    @property
+    def best(self) -> FrozenTrial | None:
+        """The first of the best complete trials."""
+        return max(self.complete, key=lambda trial: trial.value, default=None)
+
+
+def read_tuning_studies(room: Path) -> dict[str, TuningStudy]:
+    """Experiment -> its study; `room` is results/<preset>/tuning."""
+    studies = {}
+    for path in room.glob("*/study.db"):
+        study = _load_study(path)
+        studies[path.parent.name] = TuningStudy(
+            study, _read_facts(path.parent)["settings"], study.get_trials(deepcopy=False)
+        )
+    return studies
+
+
+def _load_study(path: Path) -> optuna.Study:
+    """The study in `path`, a file that is opened for reading only."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    url = f"{path.resolve().as_uri()}?mode=ro"
+    try:
+        connection = {"creator": lambda: sqlite3.connect(url, uri=True)}
+        storage = optuna.storages.RDBStorage("sqlite://", engine_kwargs=connection)
+        return optuna.load_study(study_name=path.parent.name, storage=storage)
+    except (SQLAlchemyError, sqlite3.Error, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"{path} cannot be read as the Optuna study {path.parent.name} ({str(error).splitlines()[0]}): "
+            f"run its tuning command again, or move the file away"
+        ) from None

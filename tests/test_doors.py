@@ -1,0 +1,100 @@
+"""All eighteen doors, the tables and the reproduction, run as a user runs them, at toy size."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.conftest import TOY_FLAGS, copy_index, run_module, succeed
+from utils import read_csv
+
+FLAGS = (*TOY_FLAGS, "--final-valid-fraction", "0.1")
+BACKBONES = ("vit", "convnext", "resnet")
+NAMES = [f"{family}_{backbone}" for family in ("standard", "glass") for backbone in BACKBONES]
+TUNING = [
+    *("--epochs", "2", "--glass-trials", "2", "--standard-trials", "2"),
+    *("--min-resource", "1", "--max-resource", "2"),
+]
+DOORS = {
+    **{f"hyperparameter_tuning.{name}_tuning": TUNING for name in NAMES},
+    **{f"model_training.{name}_training": ["--epochs", "2", "--seeds", "1", "2"] for name in NAMES},
+    **{
+        f"num_crops.num_crops_{backbone}": [
+            *("--crop-counts", "1", "2", "4", "--measured-steps", "2", "--batch-size", "8")
+        ]
+        for backbone in BACKBONES
+    },
+    **{f"standard_memory.standard_memory_{backbone}": ["--epochs", "1", "--no-quick"] for backbone in BACKBONES},
+}
+
+
+@pytest.fixture(scope="module")
+def results(indexed: Path, toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results root after all eighteen doors and the tables."""
+    root = copy_index(indexed, tmp_path_factory.mktemp("doors"))
+    places = ("--data-root", toy_data, "--results-root", root)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda door: succeed(door, *FLAGS, *places, *DOORS[door]), DOORS))
+    succeed("model_training.results_tables", *FLAGS, *places, "--seeds", "1", "2", *TUNING[2:])
+    return root / "demo"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_door_leaves_its_results(name: str, results: Path) -> None:
+    family, _ = name.split("_")
+    for seed in (1, 2):
+        folder = results / name / f"seed_{seed}"
+        assert len(read_csv(folder / "history.csv")) == 2
+        assert 0 <= json.loads((folder / "metrics.json").read_text())["test"]["accuracy"] <= 1
+        assert len(read_csv(folder / "predictions.csv")) == 6
+        Image.open(folder / "training_curve.png").verify()
+    assert (results / "tuning" / name / "study.db").stat().st_size > 0
+    if family == "glass":
+        rows = read_csv(results / "num_crops" / name / "quick" / "costs.csv")
+        assert [int(row["num_crops"]) for row in rows] == [1, 2, 4]
+        memory = [float(row["peak_memory_mb"]) for row in rows]
+        assert memory[2] - memory[1] == pytest.approx(2 * (memory[1] - memory[0]), rel=0.05)
+    else:
+        (row,) = read_csv(results / "standard_memory" / name / "full" / "costs.csv")
+        assert float(row["peak_memory_mb"]) > 0 and 0 <= float(row["valid_accuracy"]) <= 1
+
+
+def test_every_table_is_complete(results: Path) -> None:
+    tables = results / "tables"
+    for name in ("test_metrics", "best_hyperparameters", "crop_costs", "crop_cost_lines"):
+        for ending in ("md", "tex"):
+            assert "missing" not in (tables / f"{name}.{ending}").read_text().lower(), name
+    assert [row["n"] for row in read_csv(tables / "test_metrics.csv")] == ["2"] * 6
+    for png in tables.glob("*.png"):
+        Image.open(png).verify()
+    assert {png.stem for png in tables.glob("training_curves_*.png")} == {f"training_curves_{name}" for name in NAMES}
+
+
+def test_a_door_opened_again_does_nothing_twice(results: Path, toy_data: Path) -> None:
+    before = {
+        path: path.read_bytes() for path in results.rglob("*") if path.suffix in (".csv", ".safetensors", ".json")
+    }
+    for door in list(DOORS)[5:18:6] + list(DOORS)[12::3]:
+        succeed(door, *FLAGS, "--data-root", toy_data, "--results-root", results.parent, *DOORS[door])
+    after = {path: path.read_bytes() for path in before}
+    changed = [path.name for path in before if before[path] != after[path]]
+    assert set(changed) <= {"run.json"}  # which tells of the latest command
+
+
+def test_the_reproduction_runs_its_doors_then_the_tables_and_says_why(toy_data: Path, tmp_path: Path) -> None:
+    arguments = [*FLAGS, "--data-root", toy_data, "--results-root", tmp_path, "--epochs", "1", "--seeds", "3"]
+    printed = succeed("model_training.reproduce", *arguments)
+    order = [printed.index(f"-m model_training.{name}_training") for name in ("standard_resnet", "glass_resnet")]
+    assert order == sorted(order) and printed.index("no evidence about real generators") > order[1]
+    assert (tmp_path / "demo" / "tables" / "test_metrics.md").exists()
+    assert (tmp_path / "demo" / "glass_resnet" / "seed_3" / "metrics.json").exists()
+
+
+def test_the_reproduction_names_the_doors_that_failed(toy_data: Path, tmp_path: Path) -> None:
+    arguments = [*TOY_FLAGS, "--data-root", toy_data, "--results-root", tmp_path, "--epochs", "1"]
+    done = run_module("model_training.reproduce", *arguments)  # 33 images to train are two batches and one image
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.count("batch normalisation needs more than one image") == 2
+    assert "2 of 2 doors failed" in done.stderr and "glass_resnet_training" in done.stderr
