@@ -12,15 +12,15 @@ def table_of_crop_costs(studies: Sequence[CostStudy], expected_crops: Sequence[i
     """A row for each crop count of each study."""
     rows = []
     for study in studies:
-        about = {"model": study.experiment, "mode": study.mode}
+        about = {"model": study.experiment, "mode": study.mode, "memory_kind": study.memory_kind}
         if not study.mode:
-            rows.append({**about, "num_crops": None, **_costs(study, None), "missing": "not measured"})
+            rows.append({**about, "num_crops": None, **_costs(None), "missing": "not measured"})
             continue
         measured = [row["num_crops"] for row in study.rows]
         absent = [crops for crops in expected_crops if crops not in measured]
         for crops in sorted({*measured, *expected_crops}):
             missing = f"{study.mode}: K = {listed(absent)} not measured" if crops in absent else ""
-            rows.append({**about, "num_crops": crops, **_costs(study, study.row_at(crops)), "missing": missing})
+            rows.append({**about, "num_crops": crops, **_costs(study.row_at(crops)), "missing": missing})
     measured_studies = [study for study in studies if study.mode]
     columns = {"Model": value_of("model"), "Mode": value_of("mode"), "K": value_of("num_crops")}
     columns |= _cost_columns(measured_studies)
@@ -91,8 +91,10 @@ def table_of_standard_costs(preset: Preset, studies: Sequence[CostStudy], crop_s
             missing.append(f"{glass_name} is not in config.py, so its tuned K is not known")
         else:
             missing.append(f"{glass_name} at its tuned K = {glass_crops} not measured in this mode")
-        row: Row = {"model": study.experiment, "mode": study.mode, **_costs(study, measured)}
-        row |= {"glass_model": glass_name, "glass_num_crops": glass_crops, **_costs(glass, glass_measured, "glass_")}
+        row: Row = {"model": study.experiment, "mode": study.mode, "memory_kind": study.memory_kind}
+        row |= _costs(measured)
+        row |= {"glass_model": glass_name, "glass_memory_kind": glass.memory_kind, "glass_num_crops": glass_crops}
+        row |= _costs(glass_measured, "glass_")
         row["missing"] = "; ".join(missing)
         rows.append(row)
     columns = {"Model": value_of("model"), "Mode": value_of("mode"), **_cost_columns(used)}
@@ -102,16 +104,14 @@ def table_of_standard_costs(preset: Preset, studies: Sequence[CostStudy], crop_s
 
 
 # ---------------------------------------------------------------------------------- what these tables share
-def _costs(study: CostStudy, measured: Mapping[str, float] | None, prefix: str = "") -> Row:
-    """The costs of one row of a study; None where it is not measured."""
-    row: Row = {f"{prefix}memory_kind": study.memory_kind}
-    for name in ("peak_memory_mb", "epoch_seconds", "valid_accuracy_percent"):
-        row[f"{prefix}{name}"] = measured[name] if measured else None
-    return row
+def _costs(measured: Mapping[str, float] | None, prefix: str = "") -> Row:
+    """The costs in one row of a study; None where it is not measured."""
+    names = ("peak_memory_mb", "epoch_seconds", "valid_accuracy_percent")
+    return {f"{prefix}{name}": measured[name] if measured else None for name in names}
 
 
 def _cost_columns(studies: Sequence[CostStudy], heading: str = "", prefix: str = "") -> dict[str, Cell]:
-    """Columns of what `_costs` gives; each kind of memory has one of its own, so that no column mixes two."""
+    """Columns of the three costs; each kind of memory has one of its own, so that no column mixes two."""
     columns = {f"{heading}{study.memory_text} (MB)": _memory_cell(study.memory_kind, prefix) for study in studies}
     if not studies:
         columns[f"{heading}memory (MB)"] = value_of(f"{prefix}peak_memory_mb", ".1f")

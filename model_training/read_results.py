@@ -49,13 +49,10 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _read_facts(folder: Path) -> dict[str, Any]:
     """What run.json says, as `utils.run_facts` wrote it; no settings if there is none."""
-    facts = {"settings": {}, "dataset_fingerprint": None}
     path = folder / "run.json"
-    if path.exists():
-        with _reading(path):
-            facts.update(read_json(path))
-            facts["settings"] = dict(facts["settings"])
-    return facts
+    facts = read_json(path) if path.exists() else {"settings": {}}
+    with _reading(path):
+        return {"dataset_fingerprint": None, **facts, "settings": dict(facts["settings"])}
 
 
 # ----------------------------------------------------------------------------------------------------- runs
@@ -83,7 +80,7 @@ def read_runs(results: Path) -> dict[str, list[Run]]:
             runs[folder.parent.name].append(_read_run(folder))
     for of_experiment in runs.values():
         of_experiment.sort(key=lambda run: run.seed)
-        _check_one_mean(of_experiment)
+        _check_comparable(of_experiment)
     return dict(runs)
 
 
@@ -111,7 +108,7 @@ def _read_run(folder: Path) -> Run:
     return Run(folder, int(folder.name.removeprefix("seed_")), _read_facts(folder), history, test)
 
 
-def _check_one_mean(runs: list[Run]) -> None:
+def _check_comparable(runs: list[Run]) -> None:
     finished = [run for run in runs if run.test]
     for run in finished[1:]:
         difference = first_difference(finished[0].facts, run.facts, ignore=("seed",))
