@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import random
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -335,10 +336,11 @@ def resolved(*owners: Any) -> dict[str, Any]:
 
 def run_facts(values: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
     """What a result needs to explain itself: resolved settings, data fingerprint, commit, versions, hardware."""
+    door = sys.modules["__main__"].__spec__
     return {
         "settings": dict(values),
         "dataset_fingerprint": fingerprint,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": shlex.join(["python", "-m", door.name if door else "(interactive)", *sys.argv[1:]]),
         "commit": git_commit(),
         "versions": {"python": platform.python_version(), **library_versions()},
         "hardware": hardware(),

@@ -37,7 +37,19 @@ def results(indexed: Path, toy_data: Path, tmp_path_factory: pytest.TempPathFact
     places = ("--data-root", toy_data, "--results-root", root)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda door: succeed(door, *FLAGS, *places, *DOORS[door]), DOORS))
-    succeed("model_training.results_tables", *FLAGS, *places, "--seeds", "1", "2", *TUNING[2:])
+    succeed(
+        "model_training.results_tables",
+        *FLAGS,
+        *places,
+        "--seeds",
+        "1",
+        "2",
+        *TUNING[2:],
+        "--crop-counts",
+        "1",
+        "2",
+        "4",
+    )
     return root / "demo"
 
 

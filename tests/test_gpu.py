@@ -22,7 +22,7 @@ pytestmark = [
 NAMES = [experiment.name for experiment in config.DEMO.experiments]
 
 
-def train(preset: Preset, name: str, epochs: int = 2, **changes: float) -> tuple[Trainer, list[EpochRecord]]:
+def train(preset: Preset, name: str, epochs: int = 2, **changes: object) -> tuple[Trainer, list[EpochRecord]]:
     experiment = replace(find_experiment(preset, name), batch_size=8, **changes)
     index, splits = load_splits(preset)
     seed_everything(1)
@@ -59,8 +59,8 @@ def test_losses_agree_with_fp32_on_the_cpu(
 
 
 def test_convolutional_weights_are_channels_last_and_others_are_not(toy_preset: Callable[..., Preset]) -> None:
-    for name, expected in (("glass_resnet", True), ("glass_vit", False)):
-        trainer, _ = train(toy_preset(device="cuda", compile=False), name, epochs=1)
+    for backbone, expected in (("timm:resnet10t", True), ("timm:test_vit", False)):
+        trainer, _ = train(toy_preset(device="cuda", compile=False), "glass_vit", epochs=1, backbone=backbone)
         weights = [p for p in trainer.model.parameters() if p.ndim == 4 and min(p.shape[:2]) > 1 and p.shape[2] > 1]
         assert any(p.is_contiguous(memory_format=torch.channels_last) for p in weights) == expected
 
