@@ -47,7 +47,7 @@ class Settings:
     channels_last: bool = True  # memory layout of convolutional backbones
     deterministic: bool = True  # the same numbers on every run on the same machine
     matmul_precision: Literal["highest", "high", "medium"] = "high"  # of float32 products; high is TF32
-    num_workers: int | Literal["auto"] = "auto"  # processes that load images; auto: one a core, 16 at most
+    num_workers: int | Literal["auto"] = "auto"  # processes that load images; auto: by the cores, see utils
 
 
 # ------------------------------------------------------------------------------------ one class an experiment room

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 from config import Experiment, Preset
 from data.datasets import ImageDataset
 from data.index import Index
-from utils import available_cores, derived_seed
+from utils import derived_seed, loading_processes
 
 
 class EpochSampler(Sampler[tuple[int, int | None]]):
@@ -68,7 +68,7 @@ def build_loader(
     )
     workers = settings.num_workers
     if workers == "auto":
-        workers = min(available_cores(), 16)
+        workers = loading_processes(on_gpu=settings.device != "cpu" and torch.cuda.is_available())
     workers = min(workers, -(-len(rows) // experiment.batch_size))  # no more workers than batches
     return DataLoader(
         dataset,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from config import Settings
-from utils import UserError
+from utils import UserError, available_cores, loading_processes
 
 MEGABYTE = 2**20  # as in the paper's tables
 CUDA_MEMORY = "cuda_max_memory_allocated"
@@ -108,6 +108,8 @@ def build_runtime(settings: Settings) -> Runtime:
     on_cuda = device.type == "cuda"
     if on_cuda and settings.precision == "bf16" and not torch.cuda.is_bf16_supported():
         raise UserError(f"precision is bf16, which {torch.cuda.get_device_name(device)} lacks: set --precision fp16")
+    if not on_cuda:  # whatever num_workers is: sums over another number of threads may round otherwise
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, available_cores() - loading_processes(False))))
     torch.set_float32_matmul_precision(settings.matmul_precision)
     torch.backends.cudnn.allow_tf32 = settings.matmul_precision != "highest"
     torch.backends.cudnn.benchmark = not settings.deterministic
