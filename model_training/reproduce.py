@@ -50,7 +50,7 @@ def reproduce(preset: Preset, all_doors: bool) -> None:
             failed.append(door)
     print(flush=True)
     if len(failed) < len(doors):
-        _run("model_training.results_tables", *as_flags(preset, ("tuning", "training", "num_crops")))
+        _run("model_training.results_tables", *as_flags(preset, ("reproduce", "tuning", "training", "num_crops")))
     if failed:
         raise UserError(f"{len(failed)} of {len(doors)} doors failed, each with its reason above: {', '.join(failed)}")
     if preset.reproduce.closing_words:

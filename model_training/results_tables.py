@@ -48,11 +48,11 @@ def write_tables(preset: Preset) -> None:
             f"or one experiment, such as python -m model_training.{preset.experiments[0].name}_training "
             f"--preset {preset.name}"
         )
-    # An experiment of the preset without results has its place too, so that the tables say what is missing.
-    runs = {name: runs.get(name, []) for name in _names(preset, runs)}
-    studies = {name: studies.get(name) for name in _names(preset, studies)}
-    crop_costs = _with_unmeasured(preset, crop_costs, "glass_")
-    standard_costs = _with_unmeasured(preset, standard_costs, "standard_")
+    # What the preset reproduces and has no results has its place too, so that the tables say what is missing.
+    runs = {name: runs.get(name, []) for name in _names(preset, "training", runs)}
+    studies = {name: studies.get(name) for name in _names(preset, "tuning", studies)}
+    crop_costs = _with_unmeasured(preset, "num_crops", crop_costs, "glass_")
+    standard_costs = _with_unmeasured(preset, "standard_memory", standard_costs, "standard_")
 
     folder = results / "tables"
     tables = [
@@ -63,25 +63,27 @@ def write_tables(preset: Preset) -> None:
         table_of_crop_cost_lines(crop_costs),
         table_of_standard_costs(preset, standard_costs, crop_costs),
     ]
+    tables = [table for table in tables if table.rows]
     for table in tables:
         table.write(folder)
     why_not = _draw_figures(folder, runs, studies, crop_costs)
     _report(folder, tables, why_not)
 
 
-def _names(preset: Preset, found: Iterable[str], family: str = "") -> list[str]:
-    """The preset's experiments (of a family) and those found on disk: standard ones, then GLASS, then others."""
-    names = [experiment.name for experiment in preset.experiments if experiment.name.startswith(family)]
+def _names(preset: Preset, stage: str, found: Iterable[str], family: str = "") -> list[str]:
+    """What the preset reproduces (of a family) in a stage, and what is on disk: standard, then GLASS, then others."""
+    reproduced = preset.reproduce.experiments if stage in preset.reproduce.stages else ()
+    names = [name for name in reproduced if name.startswith(family)]
     names += sorted(set(found).difference(names))
     standard = [name for name in names if name.startswith("standard_")]
     glass = [name for name in names if name.startswith("glass_")]
     return standard + glass + [name for name in names if name not in standard + glass]
 
 
-def _with_unmeasured(preset: Preset, found: Sequence[CostStudy], family: str) -> list[CostStudy]:
+def _with_unmeasured(preset: Preset, stage: str, found: Sequence[CostStudy], family: str) -> list[CostStudy]:
     """What was found, experiment by experiment, and an empty study for each of the family that has none."""
     studies = []
-    for name in _names(preset, [study.experiment for study in found], family):
+    for name in _names(preset, stage, [study.experiment for study in found], family):
         of_name = [study for study in found if study.experiment == name]
         studies += of_name or [CostStudy(name)]
     return studies
@@ -89,9 +91,13 @@ def _with_unmeasured(preset: Preset, found: Sequence[CostStudy], family: str) ->
 
 def _report(folder: Path, tables: Sequence[Table], why_not: Mapping[str, str | None]) -> None:
     """Print the first two tables, how complete the others are, what was written and what is missing."""
-    for table in tables[:2]:
-        print(table.markdown())
-    for table in tables[2:]:
+    in_full = ("test_metrics", "differences")
+    for table in tables:
+        if table.name in in_full:
+            print(table.markdown())
+    for table in tables:
+        if table.name in in_full:
+            continue
         models = {row["model"] for row in table.rows}
         incomplete = {row["model"] for row in table.rows if row["missing"]}
         print(f"{table.title}: {len(models) - len(incomplete)} of {len(models)} models complete")
@@ -202,4 +208,4 @@ def _draw_crop_costs(path: Path, study: CostStudy) -> str | None:
 
 
 if __name__ == "__main__":
-    run_door(__doc__, write_tables, groups=("tuning", "training", "num_crops"))
+    run_door(__doc__, write_tables, groups=("reproduce", "tuning", "training", "num_crops"))

@@ -50,7 +50,7 @@ def parse(*argv: str) -> tuple[Preset, Experiment, Experiment]:
 
 # ------------------------------------------------------------------------------------------------- what wins
 def test_the_command_line_wins_over_the_preset_and_the_preset_over_config() -> None:
-    assert config.Training.epochs == 50 and config.DEMO.training.epochs == 12
+    assert config.Training.epochs == 50 and config.DEMO.training.epochs == 4
     assert parse_command_line("", ("training",), argv=[])[0] == config.PAPER
     assert parse("--preset", "demo")[0] == config.DEMO
     preset, *_ = parse("--epochs", "3")

@@ -25,9 +25,19 @@ STANDARD = {100: 0.88, 200: 0.91, 300: 0.93}
 
 @pytest.fixture
 def preset(tmp_path: Path) -> Preset:
-    """The demo preset with its results in tmp_path, where three seeds are expected."""
+    """The demo preset with its results in tmp_path, where three seeds of all eighteen experiments are expected."""
     settings = replace(config.DEMO.settings, results_root=tmp_path)
-    return replace(config.DEMO, settings=settings, training=config.Training(seeds=(100, 200, 300)))
+    training = config.Training(seeds=(100, 200, 300))
+    return replace(config.DEMO, settings=settings, training=training, reproduce=config.PAPER.reproduce)
+
+
+def test_what_a_preset_does_not_reproduce_is_not_missing(preset: Preset, capsys: pytest.CaptureFixture[str]) -> None:
+    preset = replace(preset, reproduce=config.DEMO.reproduce)
+    write_run(preset, "glass_resnet", 100, 0.9)
+    write_tables(preset)
+    printed = capsys.readouterr().out
+    assert "standard_resnet: seed 100, 200, 300 not run" in printed and "vit" not in printed
+    assert not (home(preset) / "tables" / "crop_costs.md").exists()
 
 
 def home(preset: Preset) -> Path:
@@ -232,7 +242,7 @@ def test_a_study_too_small_for_importances_says_so(preset: Preset, capsys: pytes
     write_tables(preset)
     printed = capsys.readouterr().out
     assert "tuning_importance_glass_vit.png: needs two complete trials of different accuracy" in printed
-    assert "best_hyperparameters: glass_vit: 2 of 4 trials" in printed
+    assert "best_hyperparameters: glass_vit: 3 of 5 trials" in printed
     assert "best_hyperparameters: glass_resnet: no complete trial" in printed
     assert "tuning_history_glass_resnet.png: no complete trial" in printed
 
