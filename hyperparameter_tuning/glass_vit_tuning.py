@@ -2,7 +2,8 @@
 
     python -m hyperparameter_tuning.glass_vit_tuning [--preset demo] [--glass-trials N] [--epochs N]
 
-@TIME@
+Hardware: one CUDA GPU, and as many CPU cores as there are: at the paper's size, loading images alone takes about
+595 core-hours, less what pruning saves (README, Hardware and hours). With --preset demo: minutes on two CPU cores.
 Leaves results/<preset>/tuning/glass_vit/study.db, and prints the best values, to be put into config.py.
 """
 

@@ -2,7 +2,8 @@
 
     python -m hyperparameter_tuning.standard_resnet_tuning [--preset demo] [--standard-trials N] [--epochs N]
 
-@TIME@
+Hardware: one CUDA GPU, and as many CPU cores as there are: at the paper's size, loading images alone takes about
+253 core-hours, less what pruning saves (README, Hardware and hours). With --preset demo: minutes on two CPU cores.
 Leaves results/<preset>/tuning/standard_resnet/study.db, and prints the best values, to be put into config.py.
 """
 

@@ -2,7 +2,8 @@
 
     python -m num_crops.num_crops_convnext [--preset demo] [--quick] [--crop-counts 1 4 16]
 
-@TIME@
+Hardware: one CUDA GPU, and as many CPU cores as there are: at the paper's size, loading images alone takes about
+95 core-hours (README, Hardware and hours). With --preset demo: minutes on two CPU cores.
 Leaves results/<preset>/num_crops/glass_convnext/<full or quick>/costs.csv, and prints the fitted lines.
 """
 

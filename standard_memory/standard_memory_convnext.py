@@ -2,7 +2,8 @@
 
     python -m standard_memory.standard_memory_convnext [--preset demo] [--quick]
 
-@TIME@
+Hardware: one CUDA GPU, and as many CPU cores as there are: at the paper's size, loading images alone takes about
+5 core-hours (README, Hardware and hours). With --preset demo: minutes on two CPU cores.
 Leaves results/<preset>/standard_memory/standard_convnext/<full or quick>/costs.csv.
 """
 
