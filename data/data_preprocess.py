@@ -286,29 +286,51 @@ def _printable(name: str) -> str:
 # ---------------------------------------------------------------------------------------------------- figure
 def draw_sizes_and_formats(path: Path, records: Sequence[ImageRecord]) -> None:
     """Write a figure of the sizes, areas and file formats of each class, as PNG."""
-    from matplotlib.figure import Figure  # here, because worker processes import this module too and draw nothing
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import (
+        LogLocator,
+        MaxNLocator,
+        NullLocator,
+    )  # here, because worker processes import this module too and draw nothing
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
     sizes, areas, formats = figure.subplots(1, 3)
-    readable = [record for record in records if not record.problem]
-    kinds = [kind for kind, _ in Counter(record.format for record in readable).most_common()]
-    megapixels = [record.width * record.height / 1e6 for record in readable]
-    edges = np.geomspace(min(megapixels) / 1.1, max(megapixels) * 1.1, 41)
-    for label, (class_name, colour) in enumerate(zip(CLASSES, ("tab:orange", "tab:blue"), strict=True)):
-        rows = [row for row, record in enumerate(readable) if record.label == label]
-        members = [readable[row] for row in rows]
-        widths, heights = [record.width for record in members], [record.height for record in members]
-        sizes.scatter(widths, heights, s=9, alpha=0.4, color=colour, label=class_name)
-        weights = np.full(len(rows), 100 / len(rows))
-        areas.hist([megapixels[row] for row in rows], edges, weights=weights, alpha=0.5, color=colour)
-        counts = Counter(record.format for record in members)
-        shares = [100 * counts[kind] / len(members) for kind in kinds]
-        bars = formats.bar(np.arange(len(kinds)) + 0.4 * label - 0.2, shares, 0.38, color=colour, alpha=0.7)
+    members = [[record for record in records if record.label == label and not record.problem] for label in (0, 1)]
+    kinds = [kind for kind, _ in Counter(record.format for of_class in members for record in of_class).most_common()]
+    megapixels = [[record.width * record.height / 1e6 for record in of_class] for of_class in members]
+    edges = np.geomspace(min(map(min, megapixels)) / 1.1, max(map(max, megapixels)) * 1.1, 21)
+    colours = ("tab:orange", "tab:blue")
+    for label, class_name in enumerate(CLASSES):
+        sizes.scatter(
+            [record.width for record in members[label]],
+            [record.height for record in members[label]],
+            marker="ox"[label],  # so that neither class hides the other where sizes are shared
+            s=(30, 18)[label],
+            facecolor=("none", colours[1])[label],
+            edgecolor=("tab:orange", None)[label],
+            linewidth=1,
+            alpha=0.7,
+            label=class_name,
+        )
+        counts = Counter(record.format for record in members[label])
+        shares = [100 * counts[kind] / len(members[label]) for kind in kinds]
+        bars = formats.bar(np.arange(len(kinds)) + 0.4 * label - 0.2, shares, 0.38, color=colours[label])
         formats.bar_label(bars, fmt="%.1f", fontsize=8)
-    sizes.set_xscale("log", base=2)
-    sizes.set_yscale("log", base=2)
-    areas.set_xscale("log")
-    for axis in (sizes.xaxis, sizes.yaxis, areas.xaxis):
+    areas.hist(
+        megapixels, edges, weights=[np.full(len(values), 100 / len(values)) for values in megapixels], color=colours
+    )
+    for axis, scale in (
+        (sizes.xaxis, sizes.set_xscale),
+        (sizes.yaxis, sizes.set_yscale),
+        (areas.xaxis, areas.set_xscale),
+    ):
+        low, high = axis.get_view_interval()
+        if high > 8 * max(low, high / 1000):  # a narrow range reads better on a linear axis
+            scale("log")
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_minor_locator(NullLocator())
+        else:
+            axis.set_major_locator(MaxNLocator(6))
         axis.set_major_formatter("{x:g}")
     sizes.set(title="Size", xlabel="width (pixels)", ylabel="height (pixels)")
     areas.set(title="Area", xlabel="megapixels", ylabel="share of class (%)")
