@@ -1,7 +1,7 @@
 # make demo   environment, demo data, two models, tables and figures
 # make test   environment, tests, ruff
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 
 .PHONY: demo test lint gpu-test clean

@@ -267,10 +267,10 @@ DEMO = Preset(
         test_size=0.25,
         pretrained=False,
     ),
-    tuning=Tuning(epochs=4, glass_trials=5, standard_trials=5, min_resource=1, max_resource=4),
+    tuning=Tuning(epochs=3, glass_trials=4, standard_trials=4, min_resource=1, max_resource=3),
     training=Training(epochs=4, seeds=(100, 200)),
-    num_crops=NumCrops(epochs=3, batch_size=16, crop_counts=(1, 2, 4, 8)),
-    standard_memory=StandardMemory(epochs=3, batch_size=16),
+    num_crops=NumCrops(epochs=2, batch_size=16, crop_counts=(1, 2, 4, 8)),
+    standard_memory=StandardMemory(epochs=2, batch_size=16),
     reproduce=Reproduce(
         stages=("training",),
         experiments=("standard_resnet", "glass_resnet"),

@@ -242,7 +242,7 @@ def test_a_study_too_small_for_importances_says_so(preset: Preset, capsys: pytes
     write_tables(preset)
     printed = capsys.readouterr().out
     assert "tuning_importance_glass_vit.png: needs two complete trials of different accuracy" in printed
-    assert "best_hyperparameters: glass_vit: 3 of 5 trials" in printed
+    assert "best_hyperparameters: glass_vit: 2 of 4 trials" in printed
     assert "best_hyperparameters: glass_resnet: no complete trial" in printed
     assert "tuning_history_glass_resnet.png: no complete trial" in printed
 
