@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import config
-from config import Experiment, Preset
+from config import Experiment, GlassExperiment, Preset, StandardExperiment
 
 
 class UserError(Exception):
@@ -62,7 +62,11 @@ def run_door(
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from what was finished", file=sys.stderr)
+        print(
+            "interrupted: give the same command again; finished seeds, trials and crop counts are kept, an unfinished "
+            "one starts over",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output is gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -91,12 +95,21 @@ def parse_command_line(
     Raises:
         UserError: an unknown name, or a value that is not of its setting's kind.
     """
-    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = _Parser(
+        prog=f"python -m {_door_name()}",
+        usage="%(prog)s [--preset NAME] [--SETTING VALUE ...]",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--preset", default="paper", help=f"one of {', '.join(config.PRESETS)}; default paper")
     if arguments:
         arguments(parser)
     own = {action.dest for action in parser._actions}
     flags = overridable_fields(config.PAPER, groups, experiments, without)
+    defaults = resolved(config.PAPER.settings, *(getattr(config.PAPER, group) for group in groups)) | resolved(
+        *(find_experiment(config.PAPER, name) for name in experiments)
+    )
     section = parser.add_argument_group("settings, overriding config.py and the preset")
     for name, hint in flags.items():
         several = get_origin(hint) is tuple
@@ -106,6 +119,7 @@ def parse_command_line(
             const="true" if hint is bool else None,
             default=argparse.SUPPRESS,
             metavar=_metavar(hint),
+            help=f"paper: {_shown(defaults[name])}",
         )
         if hint is bool:
             section.add_argument(
@@ -117,9 +131,10 @@ def parse_command_line(
             )
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        options = [option for action in parser._actions for option in action.option_strings]
-        close = difflib.get_close_matches(unknown[0], options, n=1)
-        hint = f"did you mean {close[0]}?" if close else "--help lists the settings that this command reads"
+        options = [option for action in parser._actions for option in action.option_strings if option != "--help"]
+        close = [option for option in options if option.startswith(f"{unknown[0]}-")]
+        close = close or difflib.get_close_matches(unknown[0], options, n=1)
+        hint = f"did you mean {' or '.join(close)}?" if close else "--help lists the settings that this command takes"
         raise UserError(f"unknown argument {unknown[0]}: {hint}")
     given = vars(namespace)
     preset = load_preset(given.pop("preset"))
@@ -128,6 +143,15 @@ def parse_command_line(
     resolved_preset = override(preset, values, groups, experiments)
     order = [experiment.name for experiment in preset.experiments]  # --name may have changed a name, not its place
     return resolved_preset, [resolved_preset.experiments[order.index(name)] for name in experiments], extra
+
+
+def _door_name() -> str:
+    door = sys.modules["__main__"].__spec__
+    return door.name if door else "(interactive)"
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _flag(name: str) -> str:
@@ -139,6 +163,11 @@ def load_preset(name: str) -> Preset:
     if name not in config.PRESETS:
         raise UserError(f"--preset {name}: config.py has {', '.join(config.PRESETS)}")
     preset = config.PRESETS[name]
+    for space, kind in ((preset.glass_space, GlassExperiment), (preset.standard_space, StandardExperiment)):
+        for parameter in space.keys() - {field.name for field in fields(kind)}:
+            raise UserError(
+                f"a search space of preset {name} has {parameter}, which {kind.__name__} in config.py has not"
+            )
     for group in ("settings", *_ROOMS):
         _check(getattr(preset, group))
     for experiment in preset.experiments:
@@ -252,7 +281,8 @@ def _check(owner: Any) -> Any:
     for name, hint in get_type_hints(type(owner)).items():
         value = getattr(owner, name)
         if not _is_a(value, hint):
-            raise UserError(f"{name} is {value!r}: expected {_metavar(hint)}")
+            several = "a tuple, such as (1, 2) or (1,), of " if get_origin(hint) is tuple else ""
+            raise UserError(f"{type(owner).__name__}.{name} is {value!r}: expected {several}{_metavar(hint)}")
         for item in value if isinstance(value, tuple) else (value,):
             wanted = _wanted(name, item)
             if wanted:
@@ -284,6 +314,8 @@ def _wanted(name: str, value: Any) -> str | None:
         return "below 2**32"
     if name in _NOT_NEGATIVE and value < 0:
         return "at least 0"
+    if name.startswith("lr") and value > 1:
+        return "at most 1"
     if name in ("dropout_rate", "label_smoothing") and not 0 <= value < 1:
         return "at least 0 and below 1"
     if name == "final_valid_fraction" and not 0 < value < 1:
@@ -336,11 +368,10 @@ def resolved(*owners: Any) -> dict[str, Any]:
 
 def run_facts(values: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
     """What a result needs to explain itself: resolved settings, data fingerprint, commit, versions, hardware."""
-    door = sys.modules["__main__"].__spec__
     return {
         "settings": dict(values),
         "dataset_fingerprint": fingerprint,
-        "command": shlex.join(["python", "-m", door.name if door else "(interactive)", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", _door_name(), *sys.argv[1:]]),
         "commit": git_commit(),
         "versions": {"python": platform.python_version(), **library_versions()},
         "hardware": hardware(),
@@ -363,14 +394,18 @@ def first_difference(before: Mapping[str, Any], now: Mapping[str, Any], ignore: 
     return None
 
 
-def check_same_ground(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Refuse to go on in `folder` if its run.json was written under other settings or data.
+def check_same_ground(folder: Path, facts: Mapping[str, Any], results: str) -> None:
+    """Refuse to go on in `folder` if the results in it were begun under other settings or data.
+
+    Args:
+        results: name of the file whose presence says that there are any; what failed before it wrote one may be
+            begun anew under other settings.
 
     Raises:
         UserError: names the first difference.
     """
     path = folder / "run.json"
-    difference = first_difference(read_json(path), facts) if path.exists() else None
+    difference = first_difference(read_json(path), facts) if (folder / results).exists() else None
     if difference:
         raise UserError(
             f"{folder} was started with {difference}: choose another --results-root or --name, or move that folder away"

@@ -18,7 +18,11 @@ from utils import UserError
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows of the index, readable images only. `final_*` are train + valid, split anew for final training."""
+    """Rows of the index, readable images only.
+
+    Tuning and the cost studies train on `train` and look at `valid`; final training trains on `final_train`, chooses
+    its checkpoint by `final_valid` (both are train + valid, split anew) and reports `test`.
+    """
 
     train: list[int]
     valid: list[int]
@@ -35,7 +39,13 @@ def load_splits(preset: Preset) -> tuple[Index, Splits]:
     index, settings = read_index(preset), preset.settings
     train, valid, test = split_indices(index.labels, settings.valid_size, settings.test_size, settings.main_seed)
     final_train, final_valid = final_split(train, valid, settings.final_valid_fraction, settings.main_seed)
-    return index, Splits(*(index.readable(rows) for rows in (train, valid, test, final_train, final_valid)))
+    return index, Splits(
+        train=index.readable(train),
+        valid=index.readable(valid),
+        test=index.readable(test),
+        final_train=index.readable(final_train),
+        final_valid=index.readable(final_valid),
+    )
 
 
 def generate_views(

@@ -97,6 +97,8 @@ def read_index(preset: Preset) -> Index:
     """
     path, root = index_path(preset), preset.settings.data_root
     command = shlex.join(["python", "-m", "data.data_preprocess", *as_flags(preset)])
+    if not root.is_dir():
+        raise UserError(f"the data root {root} does not exist: set data_root in config.py, or pass --data-root")
     if not path.exists():
         raise UserError(f"{path} does not exist: run {command} first")
     indexed_root = read_json(path.with_name("statistics.json"))["data_root"]

@@ -58,9 +58,7 @@ def tune(preset: Preset, experiment: Experiment) -> None:
         | build_runtime(preset.settings).facts(),
         index.fingerprint,
     )
-    check_same_ground(folder, facts)
-    write_json(folder / "run.json", facts)
-
+    folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     record = optuna.create_study(
@@ -72,6 +70,9 @@ def tune(preset: Preset, experiment: Experiment) -> None:
     glass = isinstance(experiment, GlassExperiment)
     wanted = preset.tuning.glass_trials if glass else preset.tuning.standard_trials
     finished = [trial for trial in record.trials if trial.state in FINISHED]
+    if finished:
+        check_same_ground(folder, facts, results="study.db")
+    write_json(folder / "run.json", facts)
     judge = _build_judge(preset, experiment)
     for past in finished:
         _replay(judge, past, preset, experiment)

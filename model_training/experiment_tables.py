@@ -42,7 +42,11 @@ def table_of_test_metrics(runs: Mapping[str, Sequence[Run]], expected_seeds: Seq
         rows.append(row)
 
     all_finished = [(name, run) for name, of_name in runs.items() for run in of_name if run.test]
-    for label, fact in (("Data set", "dataset_fingerprint"), ("Commit", "commit"), ("Hardware", "hardware")):
+    for label, fact in (
+        ("Data set fingerprint", "dataset_fingerprint"),
+        ("Commit", "commit"),
+        ("Hardware", "hardware"),
+    ):
         notes += note_of_values(label, [(name, run.facts.get(fact)) for name, run in all_finished])
     columns = {"Model": value_of("model"), "n": value_of("n")}
     for metric, heading in METRICS.items():

@@ -3,7 +3,7 @@
 import math
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,8 +67,8 @@ class Run:
     test: Mapping[str, float] | None  # None: not finished; a metric is NaN where it is not defined
 
 
-def read_runs(results: Path) -> dict[str, list[Run]]:
-    """Experiment -> its runs, in the order of their seeds.
+def read_runs(results: Path, seeds: Sequence[int]) -> dict[str, list[Run]]:
+    """Experiment -> its runs of these seeds, in their order; runs that failed before their first epoch are no runs.
 
     Raises:
         UserError: a file cannot be read, or two finished runs of one experiment differ in a setting or in their data,
@@ -76,7 +76,7 @@ def read_runs(results: Path) -> dict[str, list[Run]]:
     """
     runs = defaultdict(list)
     for folder in results.glob("*/seed_*"):
-        if folder.name.removeprefix("seed_").isdecimal():
+        if (folder / "history.csv").exists() and folder.name in {f"seed_{seed}" for seed in seeds}:
             runs[folder.parent.name].append(_read_run(folder))
     for of_experiment in runs.values():
         of_experiment.sort(key=lambda run: run.seed)

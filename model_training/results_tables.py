@@ -38,7 +38,7 @@ def write_tables(preset: Preset) -> None:
         UserError: no results at all, results that must not be averaged, or an unreadable file.
     """
     results = preset_folder(preset)
-    runs = read_runs(results)
+    runs = read_runs(results, preset.training.seeds)
     studies = read_tuning_studies(results / "tuning")
     crop_costs = read_cost_studies(results / "num_crops")
     standard_costs = read_cost_studies(results / "standard_memory")
@@ -68,6 +68,10 @@ def write_tables(preset: Preset) -> None:
         table.write(folder)
     why_not = _draw_figures(folder, runs, studies, crop_costs)
     _report(folder, tables, why_not)
+    wanted = {f"seed_{seed}" for seed in preset.training.seeds}
+    others = sorted(f"{path.parent.name} {path.name}" for path in results.glob("*/seed_*") if path.name not in wanted)
+    if others:
+        print("\nLeft out, because their seeds are not among --seeds:", *others, sep="\n  ")
 
 
 def _names(preset: Preset, stage: str, found: Iterable[str], family: str = "") -> list[str]:

@@ -50,7 +50,7 @@ def train_and_evaluate(preset: Preset, experiment: Experiment) -> None:
         folder = run_folder(preset, experiment.name, seed)
         values = resolved(preset.settings, preset.training, experiment) | {"seed": seed} | runtime.facts()
         facts = run_facts(values, index.fingerprint)
-        check_same_ground(folder, facts)
+        check_same_ground(folder, facts, results="history.csv")
         finished = (folder / "metrics.json").exists()
         if not finished:
             write_json(folder / "run.json", facts)
@@ -72,14 +72,15 @@ def _train_seed(preset: Preset, experiment: Experiment, seed: int, index: Index,
     test_loader = build_loader(preset, experiment, index, splits.test)
 
     history: list[EpochRecord] = []
-    best: list[EpochRecord] = []
+    best: EpochRecord | None = None
     about = {"experiment": asdict(experiment), "settings": resolved(settings), "seed": seed}
 
     def on_epoch(record: EpochRecord) -> None:
+        nonlocal best
         history.append(record)
         write_csv(folder / "history.csv", [field.name for field in fields(EpochRecord)], map(astuple, history))
-        if not best or record.valid_accuracy > best[-1].valid_accuracy:  # the first of equals stays
-            best.append(record)
+        if best is None or record.valid_accuracy > best.valid_accuracy:  # the first of equals stays
+            best = record
             save_model(folder / "model.safetensors", model, about | {"epoch": record.epoch})
 
     fit(trainer, train_loader, valid_loader, preset.training.epochs, on_epoch)
@@ -92,8 +93,8 @@ def _train_seed(preset: Preset, experiment: Experiment, seed: int, index: Index,
     metrics = {
         "experiment": experiment.name,
         "seed": seed,
-        "best_epoch": best[-1].epoch,
-        "valid_accuracy": best[-1].valid_accuracy,
+        "best_epoch": best.epoch,
+        "valid_accuracy": best.valid_accuracy,
         "test_images": len(predictions.labels),
         "test_loss": predictions.loss,
         "test": compute_metrics(predictions.probabilities, predictions.labels),

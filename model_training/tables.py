@@ -136,10 +136,8 @@ def mean_and_std_of(key: str) -> Cell:
     """<key>_mean ± <key>_std."""
 
     def cell(row: Row) -> str:
-        mean = show(row[f"{key}_mean"], ".2f")
-        if mean in (MISSING, UNDEFINED):
-            return mean
-        return f"{mean} ± {show(row[f'{key}_std'], '.2f')}"
+        mean, std = show(row[f"{key}_mean"], ".2f"), show(row[f"{key}_std"], ".2f")
+        return mean if std in (MISSING, UNDEFINED) else f"{mean} ± {std}"
 
     return cell
 

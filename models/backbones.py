@@ -3,6 +3,7 @@
 `vit`, `convnext` and `resnet` are the paper's, from torchvision; `timm:<model>` is any model of timm.
 """
 
+import logging
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,14 +117,19 @@ def _load_timm(name: str, settings: Settings, file: Path | None) -> Backbone:
     model, P = name.removeprefix("timm:"), settings.patch_size
     if not timm.is_model(model.split(".")[0]):
         raise UserError(f"timm {timm.__version__} has no model {model}: python -c 'import timm; timm.list_models()'")
-    fixed_size = timm.get_pretrained_cfg(model.split(".")[0])
-    size = {"img_size": P} if fixed_size is not None and fixed_size.fixed_input_size else {}
+    cfg = timm.get_pretrained_cfg(model) or timm.models.PretrainedCfg()
+    size = {"img_size": P} if cfg.fixed_input_size else {}
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our sentence says it once
     try:
         network = timm.create_model(model, pretrained=settings.pretrained and file is None, **size)
     except Exception as error:  # timm, its hub clients and the networks raise many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if not settings.pretrained or file is not None:
+            raise UserError(f"timm cannot build {name} for patch_size {P}: {reason}") from None
         raise UserError(
-            f"backbone {name} could not be built for patch_size {P} ({error}): if its weights cannot be downloaded, "
-            f"fetch them elsewhere and name the file with --weights-files {name}=FILE (weights_files in config.py)"
+            f"backbone {name} could not be built with its pretrained weights ({reason}): if they cannot be downloaded, "
+            f"fetch {cfg.hf_hub_id or cfg.url or 'them'} elsewhere and name the file with --weights-files {name}=FILE "
+            f"(weights_files in config.py)"
         ) from None
     if file is not None:
         _load_strictly(network, read_weights(file), name, file)
@@ -137,8 +143,8 @@ def _load_timm(name: str, settings: Settings, file: Path | None) -> Backbone:
     if features.ndim != 2:
         raise UserError(f"backbone {name} gives features of shape {tuple(features.shape)}, not (B, D): choose another")
     network.train(training)
-    cfg = network.pretrained_cfg
-    return Backbone(name, network, features.shape[1], tuple(cfg["mean"]), tuple(cfg["std"]))
+    mean, std = (tuple(network.pretrained_cfg[key]) for key in ("mean", "std"))
+    return Backbone(name, network, features.shape[1], mean, std)
 
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:

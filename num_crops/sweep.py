@@ -50,7 +50,7 @@ def sweep(preset: Preset, experiment: GlassExperiment) -> None:
     values = resolved(settings, study, experiment) | runtime.facts() | {"hardware": hardware()}
     del values["num_crops"]  # each K in turn
     facts = run_facts(values, index.fingerprint) | {"memory_kind": runtime.memory_kind}
-    check_same_ground(folder, facts)
+    check_same_ground(folder, facts, results="costs.csv")
     write_json(folder / "run.json", facts)
 
     costs = _read_costs(folder / "costs.csv")

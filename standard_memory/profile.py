@@ -43,7 +43,7 @@ def profile(preset: Preset, experiment: StandardExperiment) -> None:
     runtime = build_runtime(settings)
     values = resolved(settings, study, experiment) | runtime.facts() | {"hardware": hardware()}
     facts = run_facts(values, index.fingerprint) | {"memory_kind": runtime.memory_kind}
-    check_same_ground(folder, facts)
+    check_same_ground(folder, facts, results="costs.csv")
     if not (folder / "costs.csv").exists():
         seed_everything(seed)
         model = build_model(experiment, settings)

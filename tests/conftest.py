@@ -21,7 +21,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 # With a data root and a results root, the toy preset below as a user would ask for it.
 TOY_FLAGS = (
     *("--preset", "demo", "--patch-size", "32", "--valid-size", "6", "--test-size", "6"),
-    *("--num-workers", "0", "--device", "cpu"),
+    *("--final-valid-fraction", "0.1", "--num-workers", "0", "--device", "cpu"),
 )
 
 
@@ -90,6 +90,7 @@ def make_preset(toy_data: Path, indexed: Path) -> Callable[..., Preset]:
             patch_size=32,
             valid_size=6,
             test_size=6,
+            final_valid_fraction=0.1,
             num_workers=0,
             device="cpu",
         )

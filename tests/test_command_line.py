@@ -175,7 +175,7 @@ def test_a_flag_that_a_door_does_not_read_is_unknown_to_it() -> None:
 def test_a_bad_value_in_config_is_one_sentence_too(monkeypatch: pytest.MonkeyPatch) -> None:
     for group, wrong, sentence in (
         ("training", config.Training(epochs="9"), "epochs is '9': expected INTEGER"),
-        ("settings", config.Settings(weights_files="vit=x"), "weights_files is 'vit=x': expected TEXT"),
+        ("settings", config.Settings(weights_files="vit=x"), "weights_files is 'vit=x': expected a tuple"),
         ("settings", config.Settings(deterministic=1), "deterministic is 1: expected true|false"),
         ("training", config.Training(seeds=()), "at least one value"),
     ):
@@ -295,11 +295,11 @@ def test_derived_seeds_never_change() -> None:
 
 def test_a_folder_of_other_settings_is_refused_by_the_first_that_differs(tmp_path: Path) -> None:
     before = run_facts({"epochs": 5, "patch_size": 224, "eta_min": 0.1, "data_root": "a", "device": "cpu"}, "print")
-    check_same_ground(tmp_path, before)  # nothing there yet
+    check_same_ground(tmp_path, before, "run.json")  # nothing there yet
     write_json(tmp_path / "run.json", before)
 
     def again(fingerprint: str = "print", **settings: object) -> None:
-        check_same_ground(tmp_path, run_facts(before["settings"] | settings, fingerprint))
+        check_same_ground(tmp_path, run_facts(before["settings"] | settings, fingerprint), "run.json")
 
     again()
     again(data_root="b", results_root="c", device="cuda", num_workers=3, seeds=[1], glass_trials=7, crop_counts=[2])

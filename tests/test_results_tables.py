@@ -142,9 +142,19 @@ def test_one_seed_has_neither_a_standard_deviation_nor_an_interval(preset: Prese
     write_runs(preset, {"glass_vit": {100: 0.9}, "standard_vit": {100: 0.8}})
     write_tables(preset)
     assert csv_rows(preset, "test_metrics")["glass_vit"]["accuracy_percent_std"] == ""
-    assert "90.00 ± n/a" in line_of(preset, "test_metrics", "glass_vit")
+    assert "| 90.00 |" in line_of(preset, "test_metrics", "glass_vit")
     assert "+10.00 [n/a, n/a]" in line_of(preset, "differences", "glass_vit")
     assert "glass_vit: one seed in common with standard_vit" in text(preset, "differences.md")
+
+
+def test_a_seed_that_was_not_asked_for_is_left_out_and_named(
+    preset: Preset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_runs(preset, {"glass_vit": {100: 0.9, 200: 0.8}})
+    write_run(preset, "glass_vit", 5, 0.1, settings={"epochs": 1})  # a quick try, which must not block the tables
+    write_tables(preset)
+    assert csv_rows(preset, "test_metrics")["glass_vit"]["n"] == "2"
+    assert "glass_vit seed_5" in capsys.readouterr().out.split("Left out")[1]
 
 
 def test_what_is_missing_is_named(preset: Preset, capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,6 +129,16 @@ def test_a_folder_of_other_settings_or_data_is_refused(finished: tuple[Preset, P
         index_file.write_text(original)
 
 
+def test_a_run_that_failed_before_its_first_epoch_may_be_begun_anew_otherwise(
+    toy_preset: Callable[..., Preset], indexed: Path, tmp_path: Path
+) -> None:
+    results = copy_index(indexed, tmp_path)
+    with pytest.raises(UserError, match=r"nowhere\.pth does not exist"):
+        train(toy_preset(results_root=results, weights_files=("timm:resnet10t=nowhere.pth",)), "standard_resnet")
+    folder = train(toy_preset(results_root=results), "standard_resnet")
+    assert read_json(folder / "run.json")["settings"]["weights_files"] == []
+
+
 def test_an_unreadable_file_keeps_every_other_image_in_its_split(finished: tuple[Preset, Path]) -> None:
     preset, folder = finished
     _, whole = load_splits(preset)

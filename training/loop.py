@@ -84,8 +84,8 @@ class Trainer:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise UserError(
-                f"batch normalisation needs more than one image, and the last batch of an epoch has one: at this "
-                f"patch size: change --batch-size from {self.batch_size}"
+                f"batch normalisation needs more than one image, and the last batch of an epoch has only one: "
+                f"change --batch-size from {self.batch_size}"
             ) from None
         return loss.detach()
 
