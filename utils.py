@@ -10,12 +10,14 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
@@ -59,7 +61,7 @@ def run_door(
         preset, chosen, extra = parse_command_line(doc, groups, experiments, without, arguments, argv)
         action(preset, *chosen, **extra)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {str(error).rpartition('utils.UserError: ')[2].strip()}", file=sys.stderr)  # or a worker's
         sys.exit(2)
     except KeyboardInterrupt:
         print(
@@ -71,6 +73,14 @@ def run_door(
     except BrokenPipeError:  # the reader of our output is gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # a read-only folder, a full disk, a name that is too long
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        print(f"error: a process that loads images was killed ({error}): lower --num-workers", file=sys.stderr)
+        sys.exit(2)
     sys.exit(0)
 
 
@@ -465,6 +475,16 @@ def loading_processes(on_gpu: bool) -> int:
     return min(available_cores(), 16) if on_gpu else max(1, available_cores() // 4)
 
 
+def leave_with_parent() -> None:
+    """In a worker process: end as soon as the parent has ended, however it did."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 # ----------------------------------------------------------------------------------------------- safe writes
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -476,6 +496,8 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        os.umask(mask := os.umask(0))
+        os.chmod(temporary, 0o666 & ~mask)  # as any new file; some libraries make theirs private
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

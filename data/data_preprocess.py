@@ -31,7 +31,17 @@ from tqdm import tqdm
 from config import Preset
 from data.images import IMAGE_ENDINGS, UnreadableImage, decode, open_image
 from data.index import CLASSES, ImageRecord, Index, index_path, list_images, write_index
-from utils import UserError, available_cores, dataset_folder, replacing, run_door, write_csv, write_json, write_text
+from utils import (
+    UserError,
+    available_cores,
+    dataset_folder,
+    leave_with_parent,
+    replacing,
+    run_door,
+    write_csv,
+    write_json,
+    write_text,
+)
 
 CHANNELS = ("red", "green", "blue")
 QUANTILES = {"min": 0.0, "p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
@@ -63,6 +73,7 @@ def preprocess(preset: Preset) -> None:
                 f"(the first: {problems[0]}): mend them, or set --data-root"
             )
     statistics = measure(root, records, sums)
+    (folder / "statistics.json").unlink(missing_ok=True)
     write_index(index_path(preset), records)
     write_json(folder / "statistics.json", statistics)  # after the index, whose data root it vouches for
     print(f"Checked {len(files):,} images of {root.absolute()} in {time.perf_counter() - started:.1f} s")
@@ -82,6 +93,7 @@ _large_images: AbstractContextManager = nullcontext()  # in a worker process, a 
 def _start_worker(lock: AbstractContextManager) -> None:
     global _large_images
     _large_images = lock
+    leave_with_parent()
 
 
 def check_image(file: tuple[str, int], root: Path, max_pixels: int) -> tuple[ImageRecord, np.ndarray]:

@@ -39,13 +39,19 @@ def load_splits(preset: Preset) -> tuple[Index, Splits]:
     index, settings = read_index(preset), preset.settings
     train, valid, test = split_indices(index.labels, settings.valid_size, settings.test_size, settings.main_seed)
     final_train, final_valid = final_split(train, valid, settings.final_valid_fraction, settings.main_seed)
-    return index, Splits(
+    splits = Splits(
         train=index.readable(train),
         valid=index.readable(valid),
         test=index.readable(test),
         final_train=index.readable(final_train),
         final_valid=index.readable(final_valid),
     )
+    for name, rows in vars(splits).items():
+        if not rows:
+            raise UserError(
+                f"no image of the split {name} of {index.root} can be read: add images, or enlarge the split"
+            )
+    return index, splits
 
 
 def generate_views(
@@ -109,6 +115,7 @@ class ImageDataset(Dataset):
         self.root = index.root
         self.names = [index.records[row].path for row in rows]
         self.labels = [index.records[row].label for row in rows]
+        self.sizes = [index.records[row].bytes for row in rows]
         self.patch_size, self.num_crops, self.seed, self.max_pixels = patch_size, num_crops, seed, max_pixels
 
     def __len__(self) -> int:
@@ -118,10 +125,12 @@ class ImageDataset(Dataset):
         position, epoch = item
         name = self.names[position]
         try:
+            if (self.root / name).stat().st_size != self.sizes[position]:
+                raise UnreadableImage("its size has changed")
             image = read_image(self.root / name, self.max_pixels)
-        except UnreadableImage as error:
+        except (UnreadableImage, OSError) as error:
             raise UserError(
-                f"{self.root / name} was readable when the index was made and is not now ({error}): "
+                f"{self.root / name} is not what it was when the index was made ({error}): "
                 f"mend it, or run python -m data.data_preprocess again"
             ) from None
         if self.num_crops is None:

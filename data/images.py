@@ -6,6 +6,7 @@ EXIF orientation is ignored, the content decides and not the ending, and files a
 import warnings
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 IMAGE_ENDINGS = (
@@ -56,8 +57,8 @@ def decode(image: Image.Image) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of palette transparency; we drop it knowingly
             image.load()
-            if image.mode.startswith("I;16"):
-                image = image.point(lambda value: value / 256).convert("L")
+            if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would clip them to white
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
             return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:
         raise UnreadableImage(_reason(error)) from error

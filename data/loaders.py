@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 from config import Experiment, Preset
 from data.datasets import ImageDataset
 from data.index import Index
-from utils import derived_seed, loading_processes
+from utils import derived_seed, leave_with_parent, loading_processes
 
 
 class EpochSampler(Sampler[tuple[int, int | None]]):
@@ -80,7 +80,7 @@ def build_loader(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, so that loading leaves the global generator alone
         multiprocessing_context=_worker_context() if workers else None,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
     )
 
 
@@ -92,5 +92,6 @@ def _worker_context() -> BaseContext:
     return context
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the processes are the parallelism
+    leave_with_parent()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import URL
 
 from config import Experiment, GlassExperiment, Preset
 from data.datasets import Splits, load_splits
@@ -18,7 +19,7 @@ from data.index import Index
 from data.loaders import build_loader
 from hyperparameter_tuning.search_spaces import suggest_experiment
 from models.build import build_model
-from training.loop import EpochRecord, OutOfMemory, build_trainer, fit
+from training.loop import EpochRecord, NonFiniteLoss, OutOfMemory, build_trainer, fit
 from training.runtime import build_runtime
 from utils import (
     UserError,
@@ -52,9 +53,12 @@ def tune(preset: Preset, experiment: Experiment) -> None:
     """
     index, splits = load_splits(preset)
     folder = preset_folder(preset) / "tuning" / experiment.name
+    glass = isinstance(experiment, GlassExperiment)
+    space = preset.glass_space if glass else preset.standard_space
     facts = run_facts(
         resolved(preset.settings, preset.tuning)
         | {"name": experiment.name, "backbone": experiment.backbone}
+        | {"search_space": [f"{name}: {choices}" for name, choices in space.items()]}
         | build_runtime(preset.settings).facts(),
         index.fingerprint,
     )
@@ -63,11 +67,10 @@ def tune(preset: Preset, experiment: Experiment) -> None:
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     record = optuna.create_study(
         study_name=experiment.name,
-        storage=f"sqlite:///{folder / 'study.db'}",
+        storage=str(URL.create("sqlite", database=str(folder / "study.db"))),
         direction="maximize",
         load_if_exists=True,
     )
-    glass = isinstance(experiment, GlassExperiment)
     wanted = preset.tuning.glass_trials if glass else preset.tuning.standard_trials
     finished = [trial for trial in record.trials if trial.state in FINISHED]
     if finished:
@@ -140,7 +143,9 @@ def _run_trial(
         value, state = max(accuracies), TrialState.COMPLETE
     except optuna.TrialPruned:
         state = TrialState.PRUNED
-    except OutOfMemory as error:  # these values do not fit this device; the study goes on without them
+    except (OutOfMemory, NonFiniteLoss) as error:  # these values do not work here; the study goes on without them
+        if isinstance(error, OutOfMemory) and not any(t.state == TrialState.COMPLETE for t in record.trials):
+            raise  # nothing has ever fitted: more likely the device is taken than the values are at fault
         comment = f": {error}"
     judge.tell(judged, value, state=state)
     record.tell(recorded, value, state=state)

@@ -45,6 +45,7 @@ def table_of_test_metrics(runs: Mapping[str, Sequence[Run]], expected_seeds: Seq
     for label, fact in (
         ("Data set fingerprint", "dataset_fingerprint"),
         ("Commit", "commit"),
+        ("Versions", "versions"),
         ("Hardware", "hardware"),
     ):
         notes += note_of_values(label, [(name, run.facts.get(fact)) for name, run in all_finished])
@@ -85,7 +86,7 @@ def table_of_differences(runs: Mapping[str, Sequence[Run]]) -> Table:
             missing = f"one seed in common with {standard}"
         if seeds:
             one, other = glass_runs[seeds[0]].facts, standard_runs[seeds[0]].facts
-            difference = first_difference(one, other, ignore=("seed", *OF_EXPERIMENTS))
+            difference = first_difference(one, other, ignore=("seed", "name", *HYPERPARAMETERS))
             if one["dataset_fingerprint"] != other["dataset_fingerprint"]:
                 seeds, missing = [], f"{standard} was trained on other data"
             elif difference:

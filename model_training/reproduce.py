@@ -16,7 +16,8 @@ from dataclasses import replace
 
 import config
 from config import Preset
-from data.index import index_path
+from data.demo_dataset import MARKER
+from data.index import index_path, list_images, read_index
 from utils import UserError, as_flags, run_door
 
 STAGES = {
@@ -37,9 +38,10 @@ def reproduce(preset: Preset, all_doors: bool) -> None:
     if all_doors:
         preset = replace(preset, reproduce=replace(preset.reproduce, **_everything()))
     doors = _doors(preset)
-    if preset.reproduce.demo_data and not preset.settings.data_root.exists():
-        _run("data.data_download", "--demo", str(preset.settings.data_root))
-    if not index_path(preset).exists():
+    root = preset.settings.data_root
+    if preset.reproduce.demo_data and (not root.exists() or (root / MARKER).exists()):
+        _run("data.data_download", "--demo", str(root))  # completes what an interruption left
+    if not index_path(preset).exists() or len(read_index(preset).records) != len(list_images(root)):
         _run("data.data_preprocess", *as_flags(preset))
     failed = []
     for number, (stage, door) in enumerate(doors, 1):

@@ -4,13 +4,11 @@
 """
 
 import logging
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torchvision import models as torchvision_models
@@ -78,6 +76,11 @@ def load_backbone(name: str, settings: Settings) -> Backbone:
         UserError: no such network, weights out of reach or of another network, or a patch size it cannot take.
     """
     files = dict(item.split("=", 1) for item in settings.weights_files)
+    for key in files:  # a mistyped name would silently leave its file unused
+        if key not in PAPER_BACKBONES and not timm.is_model(key.removeprefix("timm:").split(".")[0]):
+            raise UserError(f"weights_files names {key}: a backbone is {', '.join(PAPER_BACKBONES)} or timm:<model>")
+        if key not in PAPER_BACKBONES and not key.startswith("timm:"):
+            raise UserError(f"weights_files names {key}: a timm model is written timm:{key}")
     file = Path(files[name]) if name in files else None
     if name in PAPER_BACKBONES:
         return _load_torchvision(name, settings, file)
@@ -159,7 +162,7 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, SafetensorError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # what is no weights file makes the readers raise nearly anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file} is not a weights file that can be loaded safely: {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):

@@ -47,7 +47,11 @@ def sweep(preset: Preset, experiment: GlassExperiment) -> None:
     folder = preset_folder(preset) / "num_crops" / experiment.name / ("quick" if study.quick else "full")
     experiment = replace(experiment, batch_size=study.batch_size)
     runtime = build_runtime(settings)
-    values = resolved(settings, study, experiment) | runtime.facts() | {"hardware": hardware()}
+    values = (
+        resolved(settings, study, experiment)
+        | runtime.facts()
+        | {"hardware": hardware(), "loading_processes": settings.num_workers}
+    )
     del values["num_crops"]  # each K in turn
     facts = run_facts(values, index.fingerprint) | {"memory_kind": runtime.memory_kind}
     check_same_ground(folder, facts, results="costs.csv")

@@ -41,7 +41,11 @@ def profile(preset: Preset, experiment: StandardExperiment) -> None:
     folder = preset_folder(preset) / "standard_memory" / experiment.name / ("quick" if study.quick else "full")
     experiment = replace(experiment, batch_size=study.batch_size)
     runtime = build_runtime(settings)
-    values = resolved(settings, study, experiment) | runtime.facts() | {"hardware": hardware()}
+    values = (
+        resolved(settings, study, experiment)
+        | runtime.facts()
+        | {"hardware": hardware(), "loading_processes": settings.num_workers}
+    )
     facts = run_facts(values, index.fingerprint) | {"memory_kind": runtime.memory_kind}
     check_same_ground(folder, facts, results="costs.csv")
     if not (folder / "costs.csv").exists():

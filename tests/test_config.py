@@ -172,7 +172,7 @@ def the_split_follows_its_seed_and_sizes(lab: Lab) -> None:
         return [len(rows) for rows in (splits.train, splits.valid, splits.test, splits.final_train, splits.final_valid)]
 
     assert lengths() == [28, 6, 6, 31, 3]
-    assert lengths(valid_size=10) == [24, 10, 6, 33, 1] and lengths(valid_size=0.25) == lengths(valid_size=10)
+    assert lengths(valid_size=10) == [24, 10, 6, 31, 3] and lengths(valid_size=0.25) == lengths(valid_size=10)
     assert lengths(test_size=10) == [24, 6, 10, 27, 3] and lengths(test_size=0.25) == lengths(test_size=10)
     assert lengths(final_valid_fraction=0.5) == [28, 6, 6, 17, 17]
     assert load_splits(lab.preset())[1].test != load_splits(lab.preset(main_seed=607))[1].test

@@ -12,6 +12,7 @@ from PIL import Image
 from config import Preset
 from data.crops import crop_generator, sample_crop_boxes
 from data.datasets import ImageDataset, generate_views, load_splits, standard_view, to_tensor
+from data.images import read_image
 from data.loaders import build_loader
 from tests.conftest import FIXTURES
 from utils import UserError, find_experiment
@@ -127,7 +128,15 @@ def test_training_order_is_a_new_shuffle_each_epoch_of_all_images(toy_preset: Ca
 
 def test_evaluation_crops_follow_the_main_seed(toy_preset: Callable[..., Preset]) -> None:
     index, splits = load_splits(toy_preset())
-    views = [ImageDataset(index, splits.test, 32, 4, seed, 10**6)[0, None][1] for seed in (606, 606, 607)]
+    experiment = find_experiment(toy_preset(), "glass_resnet")
+    views = []
+    for seed in (606, 606, 607):
+        loader = build_loader(toy_preset(main_seed=seed), experiment, index, splits.test)
+        views.append(next(iter(loader))[1])
+        name = loader.dataset.names[0]
+        image = to_tensor(read_image(index.root / name, 10**6))
+        expected = generate_views(image, experiment.num_crops, 32, crop_generator(seed, name))[1]
+        assert torch.equal(views[-1][0], expected)
     assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
 
 

@@ -21,7 +21,7 @@ DOORS = {
     **{f"model_training.{name}_training": ["--epochs", "2", "--seeds", "1", "2"] for name in NAMES},
     **{
         f"num_crops.num_crops_{backbone}": [
-            *("--crop-counts", "1", "2", "4", "--measured-steps", "2", "--batch-size", "8")
+            *("--quick", "--crop-counts", "1", "2", "4", "--measured-steps", "2", "--batch-size", "8")
         ]
         for backbone in BACKBONES
     },

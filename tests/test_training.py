@@ -208,6 +208,22 @@ def test_a_loss_that_is_not_finite_names_epoch_step_and_images(toy_preset: Calla
     assert all(train_loader.dataset.names[position] in str(caught.value) for position in batch)
 
 
+def test_each_epoch_steps_the_schedule_once(toy_preset: Callable[..., Preset]) -> None:
+    trainer, train_loader, valid_loader = toy_trainer(toy_preset(), lr=1e-3)
+    rates = []
+    fit(trainer, train_loader, valid_loader, 2, lambda record: rates.append(trainer.optimizer.param_groups[0]["lr"]))
+    assert rates == pytest.approx([(1e-3 + 1e-6) / 2, 1e-6])
+
+
+def test_bytes_become_normalised_floats(toy_preset: Callable[..., Preset]) -> None:
+    trainer, _, _ = toy_trainer(toy_preset())
+    (view,) = trainer.runtime.to_device(
+        trainer.model, [torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1)]
+    )
+    expected = [(0 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225]
+    assert view.flatten().tolist() == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_history_counts_images_not_batches(toy_preset: Callable[..., Preset]) -> None:
     trainer, train_loader, valid_loader = toy_trainer(toy_preset(), lr=0.0, dropout_rate=0.0, weight_decay=0.0)
     losses = []
@@ -226,6 +242,10 @@ def test_memory_on_the_cpu_is_the_bytes_kept_for_backward(toy_preset: Callable[.
             kept = (weight * 2).exp()  # exp keeps its result: 4,000 bytes
             (kept.sin() + kept.cos()).sum().backward()  # both keep their input, one storage: no byte more
             del kept
+    layer = nn.Linear(1000, 1000, bias=False)
+    with runtime.track_memory() as of_linear:  # keeps its input, 4,000 bytes, and a view of its weight, which is none
+        layer(torch.ones(1, 1000, requires_grad=True).exp()).sum().backward()
+    assert of_linear.peak_bytes == 4000
     assert memory.peak_bytes == 4000 and memory.peak_mb == 4000 / MEGABYTE
     assert runtime.memory_kind == "saved_for_backward"
 

@@ -15,8 +15,11 @@ from utils import UserError, replacing
 def save_model(path: Path, model: nn.Module, about: Mapping[str, Any]) -> None:
     """Write the model's weights as safetensors, with `about` (JSON-ready: all that rebuilds the model) as metadata."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with replacing(path) as temporary:
-        save_file(state, temporary, metadata={"about": json.dumps(about)})
+    try:
+        with replacing(path) as temporary:
+            save_file(state, temporary, metadata={"about": json.dumps(about)})
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be written: {error}") from None
 
 
 def load_model(path: Path, model: nn.Module) -> dict[str, Any]:

@@ -26,6 +26,10 @@ class OutOfMemory(UserError):
     """The device had no memory left for a step."""
 
 
+class NonFiniteLoss(UserError):
+    """The training loss became infinite or NaN."""
+
+
 @dataclass(frozen=True)
 class EpochRecord:
     """One line of a training history. Epochs count from 1; seconds are of training and validation together."""
@@ -93,7 +97,7 @@ class Trainer:
         """One pass over the loader, `epoch` counted from 0; returns the mean loss over images.
 
         Raises:
-            UserError: the loss is not finite; names the epoch, the step and its images.
+            NonFiniteLoss: names the epoch, the step and its images.
         """
         self.model.train()
         loader.sampler.set_epoch(epoch)
@@ -115,7 +119,7 @@ class Trainer:
         first = sum(sizes[:step])
         positions = loader.sampler.order()[first : first + sizes[step]]
         names = ", ".join(loader.dataset.names[position] for position in positions)
-        raise UserError(
+        raise NonFiniteLoss(
             f"the training loss became {losses[step].item()} at epoch {epoch + 1}, step {step + 1}: lower the "
             f"learning rate, try --precision fp32, and look at that batch's images: {names}"
         )

@@ -142,7 +142,8 @@ class MemoryMeter:
 
     def save(self, tensor: torch.Tensor) -> Any:
         """Called by autograd for each tensor it keeps."""
-        return tensor if tensor.is_leaf and tensor.requires_grad else _Saved(self, tensor)
+        owner = tensor if tensor._base is None else tensor._base  # linear layers keep a view of their weight
+        return tensor if owner.is_leaf and owner.requires_grad else _Saved(self, tensor)
 
     def load(self, saved: Any) -> torch.Tensor:
         """Called by autograd when it needs the tensor again."""
