@@ -363,7 +363,7 @@ def run_folder(preset: Preset, experiment: str, seed: int) -> Path:
 
 # Settings that say where and how fast, not what: two runs that differ only here may be compared and resumed.
 _DO_NOT_CHANGE_NUMBERS = (
-    "data_root", "results_root", "kaggle_dataset", "num_workers", "device", "max_image_pixels",
+    "data_root", "results_root", "weights_files", "kaggle_dataset", "num_workers", "device", "max_image_pixels",
     "seeds", "glass_trials", "standard_trials", "crop_counts",
 )  # fmt: skip
 
@@ -379,13 +379,24 @@ def resolved(*owners: Any) -> dict[str, Any]:
 def run_facts(values: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
     """What a result needs to explain itself: resolved settings, data fingerprint, commit, versions, hardware."""
     return {
-        "settings": dict(values),
+        "settings": dict(values) | {"weights_sha256": _weights_hashes(values.get("weights_files", ()))},
         "dataset_fingerprint": fingerprint,
         "command": shlex.join(["python", "-m", _door_name(), *sys.argv[1:]]),
         "commit": git_commit(),
         "versions": {"python": platform.python_version(), **library_versions()},
         "hardware": hardware(),
     }
+
+
+def _weights_hashes(weights_files: Iterable[str]) -> dict[str, str]:
+    """Backbone -> hash of its local weights file: the same file under another path is the same weights."""
+    hashes = {}
+    for item in weights_files:
+        backbone, _, path = item.partition("=")
+        if Path(path).is_file():  # where not, loading the weights will say so
+            with open(path, "rb") as file:
+                hashes[backbone] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def first_difference(before: Mapping[str, Any], now: Mapping[str, Any], ignore: Iterable[str] = ()) -> str | None:

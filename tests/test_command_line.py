@@ -19,6 +19,7 @@ from utils import (
     as_flags,
     check_same_ground,
     derived_seed,
+    first_difference,
     parse_command_line,
     read_csv,
     read_json,
@@ -291,6 +292,15 @@ def test_derived_seeds_never_change() -> None:
     assert derived_seed(100, "real/a.png", 3) == 5870255219284821045
     assert derived_seed(606, "shuffle", 0) == 8768215489134950572
     assert derived_seed(1, "2") != derived_seed("1", 2) != derived_seed("12")
+
+
+def test_local_weights_are_compared_by_content_and_not_by_path(tmp_path: Path) -> None:
+    facts = []
+    for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / name).write_bytes(content)
+        facts.append(run_facts({"weights_files": [f"vit={tmp_path / name}"]}, "print"))
+    assert first_difference(facts[0], facts[1]) is None
+    assert "weights_sha256" in str(first_difference(facts[0], facts[2]))
 
 
 def test_a_folder_of_other_settings_is_refused_by_the_first_that_differs(tmp_path: Path) -> None:
