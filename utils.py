@@ -477,13 +477,13 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def loading_processes(on_gpu: bool) -> int:
+def loading_processes(cpu_computes: bool) -> int:
     """How many processes load images where the settings leave it open.
 
-    Beside a GPU one a core, 16 at most; where the CPU computes too, a quarter of the cores, so that neither waits
+    One a core, 16 at most; where the CPU computes too, a quarter of the cores, so that neither waits
     for the other: threads that compute together on cores that are taken are many times slower, not a little.
     """
-    return min(available_cores(), 16) if on_gpu else max(1, available_cores() // 4)
+    return max(1, available_cores() // 4) if cpu_computes else min(available_cores(), 16)
 
 
 def leave_with_parent() -> None:

@@ -14,7 +14,6 @@ for an image of 143 megapixels; images above 32 megapixels are decoded one at a 
 import functools
 import math
 import multiprocessing
-import os
 import signal
 import time
 from collections import Counter
@@ -30,12 +29,12 @@ from tqdm import tqdm
 
 from config import Preset
 from data.images import IMAGE_ENDINGS, UnreadableImage, decode, open_image
-from data.index import CLASSES, ImageRecord, Index, index_path, list_images, write_index
+from data.index import CLASSES, ImageRecord, Index, index_path, list_files, list_images, write_index
 from utils import (
     UserError,
-    available_cores,
     dataset_folder,
     leave_with_parent,
+    loading_processes,
     replacing,
     run_door,
     write_csv,
@@ -140,7 +139,7 @@ def check_images(preset: Preset, files: Sequence[tuple[str, int]]) -> tuple[list
     settings = preset.settings
     check = functools.partial(check_image, root=settings.data_root, max_pixels=settings.max_image_pixels)
     progress = functools.partial(tqdm, total=len(files), desc="checking", unit=" images", disable=None)
-    workers = min(available_cores(), 16) if settings.num_workers == "auto" else settings.num_workers
+    workers = loading_processes(cpu_computes=False) if settings.num_workers == "auto" else settings.num_workers
     if workers == 0:
         found = list(progress(map(check, files)))
     else:
@@ -164,10 +163,9 @@ def check_images(preset: Preset, files: Sequence[tuple[str, int]]) -> tuple[list
 def files_passed_over(root: Path) -> list[str]:
     """Files under root/fake and root/real whose ending is no image's, relative to `root`."""
     return [
-        (Path(directory) / name).relative_to(root).as_posix()
+        name
         for class_name in CLASSES
-        for directory, _, names in sorted(os.walk(root / class_name, followlinks=True))
-        for name in sorted(names)
+        for name in list_files(root, class_name)
         if not name.lower().endswith(IMAGE_ENDINGS)
     ]
 

@@ -55,6 +55,15 @@ class Index:
         return [row for row in rows if not self.records[row].problem]
 
 
+def list_files(root: Path, class_name: str) -> list[str]:
+    """Relative path of every file under root/class_name, in ImageFolder's order, which decides the split."""
+    return [
+        (Path(directory) / name).relative_to(root).as_posix()
+        for directory, _, names in sorted(os.walk(root / class_name, followlinks=True))
+        for name in sorted(names)
+    ]
+
+
 def list_images(root: Path) -> list[tuple[str, int]]:
     """Relative path and label of every image file under root/fake and root/real, in ImageFolder's order.
 
@@ -69,12 +78,9 @@ def list_images(root: Path) -> list[tuple[str, int]]:
                 f"{folder} does not exist: data_root must hold the folders fake/ and real/ "
                 f"(python -m data.data_download fetches the paper's data, or writes demo data with --demo DIR)"
             )
-        before = len(found)
-        for directory, _, names in sorted(os.walk(folder, followlinks=True)):  # the order decides the split
-            for name in sorted(names):
-                if name.lower().endswith(IMAGE_ENDINGS):
-                    found.append(((Path(directory) / name).relative_to(root).as_posix(), label))
-        if len(found) == before:
+        names = [name for name in list_files(root, class_name) if name.lower().endswith(IMAGE_ENDINGS)]
+        found += [(name, label) for name in names]
+        if not names:
             raise UserError(f"{folder} holds no image file ({', '.join(IMAGE_ENDINGS)})")
     return found
 

@@ -68,7 +68,7 @@ def build_loader(
     )
     workers = settings.num_workers
     if workers == "auto":
-        workers = loading_processes(on_gpu=settings.device != "cpu" and torch.cuda.is_available())
+        workers = loading_processes(cpu_computes=settings.device == "cpu" or not torch.cuda.is_available())
     workers = min(workers, -(-len(rows) // experiment.batch_size))  # no more workers than batches
     return DataLoader(
         dataset,

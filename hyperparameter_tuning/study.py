@@ -126,13 +126,14 @@ def _run_trial(
             f"the study {experiment.name} holds trials that another process began: wait for it, or set another --name"
         )
     suggest_experiment(recorded, preset, experiment)
+    reported = record.trials[recorded.number].intermediate_values  # by an earlier process that was killed
     start, accuracies = time.perf_counter(), []
 
     def on_epoch(epoch: EpochRecord) -> None:
         accuracies.append(epoch.valid_accuracy)
         step = epoch.epoch - 1  # Hyperband counts from 0, as the author's code
         judged.report(epoch.valid_accuracy, step)
-        if step not in record.trials[recorded.number].intermediate_values:
+        if step not in reported:
             recorded.report(epoch.valid_accuracy, step)
         if judged.should_prune():
             raise optuna.TrialPruned

@@ -16,8 +16,11 @@ from utils import first_difference
 COMPARED_METRICS = ("accuracy", "auc_score", "f1_score", "ece")
 
 # What an experiment sets for itself, each name once: here a GLASS model and its standard model are meant to differ.
-OF_EXPERIMENTS = list(dict.fromkeys(field.name for field in (*fields(StandardExperiment), *fields(GlassExperiment))))
-HYPERPARAMETERS = [name for name in OF_EXPERIMENTS if name not in ("name", "backbone")]
+HYPERPARAMETERS = [
+    name
+    for name in dict.fromkeys(field.name for field in (*fields(StandardExperiment), *fields(GlassExperiment)))
+    if name not in ("name", "backbone")
+]
 
 
 # --------------------------------------------------------------------------------------------- test metrics

@@ -8,16 +8,14 @@ from data.datasets import Splits, load_splits
 from data.index import Index
 from data.loaders import build_loader
 from models.build import build_model
-from training.cost import Cost, measure_cost
+from training.cost import Cost, cost_settings, measure_cost
 from training.loop import build_trainer
 from training.metrics import fit_line
 from training.runtime import build_runtime
 from utils import (
     check_same_ground,
-    hardware,
     preset_folder,
     read_csv,
-    resolved,
     run_door,
     run_facts,
     seed_everything,
@@ -47,11 +45,7 @@ def sweep(preset: Preset, experiment: GlassExperiment) -> None:
     folder = preset_folder(preset) / "num_crops" / experiment.name / ("quick" if study.quick else "full")
     experiment = replace(experiment, batch_size=study.batch_size)
     runtime = build_runtime(settings)
-    values = (
-        resolved(settings, study, experiment)
-        | runtime.facts()
-        | {"hardware": hardware(), "loading_processes": settings.num_workers}
-    )
+    values = cost_settings(settings, study, experiment, runtime)
     del values["num_crops"]  # each K in turn
     facts = run_facts(values, index.fingerprint) | {"memory_kind": runtime.memory_kind}
     check_same_ground(folder, facts, results="costs.csv")

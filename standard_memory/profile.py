@@ -6,15 +6,13 @@ from config import Preset, StandardExperiment
 from data.datasets import load_splits
 from data.loaders import build_loader
 from models.build import build_model
-from training.cost import Cost, measure_cost
+from training.cost import Cost, cost_settings, measure_cost
 from training.loop import build_trainer
 from training.runtime import build_runtime
 from utils import (
     check_same_ground,
-    hardware,
     preset_folder,
     read_csv,
-    resolved,
     run_door,
     run_facts,
     seed_everything,
@@ -41,11 +39,7 @@ def profile(preset: Preset, experiment: StandardExperiment) -> None:
     folder = preset_folder(preset) / "standard_memory" / experiment.name / ("quick" if study.quick else "full")
     experiment = replace(experiment, batch_size=study.batch_size)
     runtime = build_runtime(settings)
-    values = (
-        resolved(settings, study, experiment)
-        | runtime.facts()
-        | {"hardware": hardware(), "loading_processes": settings.num_workers}
-    )
+    values = cost_settings(settings, study, experiment, runtime)
     facts = run_facts(values, index.fingerprint) | {"memory_kind": runtime.memory_kind}
     check_same_ground(folder, facts, results="costs.csv")
     if not (folder / "costs.csv").exists():

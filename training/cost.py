@@ -4,14 +4,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from config import NumCrops, StandardMemory
+from config import Experiment, NumCrops, Settings, StandardMemory
 from training.evaluation import predict_batch
 from training.loop import Trainer, fit
+from training.runtime import Runtime
+from utils import hardware, resolved
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,14 @@ class Cost:
     peak_memory_mb: float
     epoch_seconds: float
     valid_accuracy: float | None
+
+
+def cost_settings(
+    settings: Settings, study: NumCrops | StandardMemory, experiment: Experiment, runtime: Runtime
+) -> dict[str, Any]:
+    """What a measured cost depends on: the settings, and, since it is time and memory, the hardware and the loading."""
+    machine = {"hardware": hardware(), "loading_processes": settings.num_workers}
+    return resolved(settings, study, experiment) | runtime.facts() | machine
 
 
 def measure_cost(

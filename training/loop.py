@@ -107,15 +107,18 @@ class Trainer:
             losses.append(self.train_step(views, labels))
             sizes.append(len(labels))
             if len(losses) % check_every == 0 or len(losses) == len(loader):
-                self._check_finite(losses, sizes, loader, epoch)
+                unchecked = (len(losses) - 1) // check_every * check_every
+                self._check_finite(losses, unchecked, sizes, loader, epoch)
         image_counts = torch.tensor(sizes, dtype=torch.float64)
         return float((torch.stack(losses).double().cpu() * image_counts).sum() / image_counts.sum())
 
-    def _check_finite(self, losses: list[torch.Tensor], sizes: list[int], loader: DataLoader, epoch: int) -> None:
-        finite = torch.stack(losses).isfinite()
+    def _check_finite(
+        self, losses: list[torch.Tensor], unchecked: int, sizes: list[int], loader: DataLoader, epoch: int
+    ) -> None:
+        finite = torch.stack(losses[unchecked:]).isfinite()
         if finite.all():
             return
-        step = int(finite.logical_not().nonzero()[0])
+        step = unchecked + int(finite.logical_not().nonzero()[0])
         first = sum(sizes[:step])
         positions = loader.sampler.order()[first : first + sizes[step]]
         names = ", ".join(loader.dataset.names[position] for position in positions)

@@ -109,7 +109,9 @@ def build_runtime(settings: Settings) -> Runtime:
     if on_cuda and settings.precision == "bf16" and not torch.cuda.is_bf16_supported():
         raise UserError(f"precision is bf16, which {torch.cuda.get_device_name(device)} lacks: set --precision fp16")
     if not on_cuda:  # whatever num_workers is: sums over another number of threads may round otherwise
-        torch.set_num_threads(min(torch.get_num_threads(), max(1, available_cores() - loading_processes(False))))
+        torch.set_num_threads(
+            min(torch.get_num_threads(), max(1, available_cores() - loading_processes(cpu_computes=True)))
+        )
     torch.set_float32_matmul_precision(settings.matmul_precision)
     torch.backends.cudnn.allow_tf32 = settings.matmul_precision != "highest"
     torch.backends.cudnn.benchmark = not settings.deterministic
