@@ -32,6 +32,13 @@ class Settings:
     test_size: int | float = 1800
     final_valid_fraction: float = 0.05  # share of train + valid that chooses the checkpoint in final training
 
+    exact_resize: bool = False  # GLASS's global view resized in float32, not in 8 bits (one grey level apart at most)
+
+    # --- Pixel cache: python -m data.data_preprocess --cache decodes every image once and for all
+    use_cache: bool = True  # False: decode the files in every epoch, even where there is a cache
+    cache_root: Path = Path("cache")  # on a fast local disk; it may hold the caches of many data sets
+    cache_limit_gb: float | Literal["disk"] = "disk"  # of one data set; disk: as much as is free
+
     # --- Backbones: a name is vit, convnext, resnet (the paper's, from torchvision) or timm:<model>
     pretrained: bool = True  # False: random weights
     weights_files: tuple[str, ...] = ()  # local weights instead of a download: "vit=FILE", "timm:<model>=FILE"

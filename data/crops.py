@@ -1,5 +1,6 @@
 """Which parts of an image become local crops: image size and generator -> boxes, pure. SPEC, Views."""
 
+import numpy as np
 import torch
 
 from utils import derived_seed
@@ -9,7 +10,7 @@ MAX_GRID = 8  # cells a side at most
 
 def sample_crop_boxes(
     height: int, width: int, num_crops: int, patch_size: int, generator: torch.Generator
-) -> torch.Tensor:
+) -> np.ndarray:
     """Draw crops by spatially stratified sampling: distinct cells of a grid, a random place in each.
 
     Where the image has too few cells for `num_crops`, each crop is drawn from the whole image.
@@ -25,27 +26,26 @@ def sample_crop_boxes(
         int64 (K, 4): top, left, valid height, valid width. The valid size is P, or less where the image is
         smaller than P; the rest of the crop is padding.
     """
-    P = patch_size
-    valid_height, valid_width = min(height, P), min(width, P)
+    P, K = patch_size, num_crops
     last_top, last_left = max(0, height - P), max(0, width - P)
-
-    def draw(last: int) -> int:
-        return int(torch.randint(0, last + 1, (1,), generator=generator))
-
     grid = min(min(height, width) // P, MAX_GRID)
-    boxes = []
-    if grid * grid < num_crops:
-        for _ in range(num_crops):
-            top, left = draw(last_top), draw(last_left)  # y first: the order of the draws counts
-            boxes.append((top, left, valid_height, valid_width))
-    else:
+    tops = lefts = 0  # of the cells that crops are drawn in; there is one, the image, where it has too few
+    free_height, free_width = last_top, last_left
+    if grid * grid >= K:
         cell_height, cell_width = height // grid, width // grid
-        for cell in torch.randperm(grid * grid, generator=generator)[:num_crops].tolist():
-            row, column = divmod(cell, grid)
-            top = min(row * cell_height + draw(max(0, cell_height - P)), last_top)
-            left = min(column * cell_width + draw(max(0, cell_width - P)), last_left)
-            boxes.append((top, left, valid_height, valid_width))
-    return torch.tensor(boxes, dtype=torch.int64).reshape(num_crops, 4)
+        rows, columns = np.divmod(torch.randperm(grid * grid, generator=generator)[:K].numpy(), grid)
+        tops, lefts = rows * cell_height, columns * cell_width
+        free_height, free_width = max(0, cell_height - P), max(0, cell_width - P)
+
+    draws = torch.empty(K, 2, dtype=torch.int64)
+    for top, left in (draw.unbind() for draw in draws.unbind()):
+        top.random_(0, free_height + 1, generator=generator)  # y first: the order of the draws counts
+        left.random_(0, free_width + 1, generator=generator)
+    boxes = np.empty((K, 4), np.int64)
+    boxes[:, 0] = np.minimum(tops + draws[:, 0].numpy(), last_top)
+    boxes[:, 1] = np.minimum(lefts + draws[:, 1].numpy(), last_left)
+    boxes[:, 2:] = min(height, P), min(width, P)
+    return boxes
 
 
 def crop_generator(seed: int, image_name: str, epoch: int | None = None) -> torch.Generator:

@@ -1,58 +1,44 @@
 """Check and measure every image of the data set, and write the index that all other commands read.
 
     python -m data.data_preprocess [--preset demo] [--data-root DIR] [--num-workers N]
+    python -m data.data_preprocess --cache          and store the decoded images and their views: training is faster
+    python -m data.data_preprocess --cache views    and store the views only: enough for the standard models
 
 Reads DATA_ROOT/{fake,real} and never writes there. Writes into results/<preset>/dataset: index.csv and
 statistics.json, the printed tables as CSV and Markdown, unreadable.csv and sizes_and_formats.png. Unreadable files
 are normal (the paper's data has some): they are named with their reason and left out of everything after.
 
-Hardware: CPU cores only, all of them by default. Measured: 312 photographs and generated images, all JPEG, 2.1
-gigapixels together, take 19 s of processor time, however many processes share it. A process takes 0.6 GB of memory
+The pixel cache goes to CACHE_ROOT; the command says first how many bytes it takes, 3 for each pixel, and stops if
+they are not free. It can be interrupted at any time: given again, it goes on where it was. Given again later, it
+decodes only the images that are new or have changed.
+
+Hardware: CPU cores only, all of them by default. Measured: docs/performance.md. A process takes 0.6 GB of memory
 for an image of 143 megapixels; images above 32 megapixels are decoded one at a time.
 """
 
-import functools
-import math
-import multiprocessing
-import signal
+import argparse
 import time
-from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-from tqdm import tqdm
+from contextlib import nullcontext
 
 from config import Preset
-from data.images import IMAGE_ENDINGS, UnreadableImage, decode, open_image
-from data.index import CLASSES, ImageRecord, Index, index_path, list_files, list_images, write_index
-from utils import (
-    UserError,
-    dataset_folder,
-    leave_with_parent,
-    loading_processes,
-    replacing,
-    run_door,
-    write_csv,
-    write_json,
-    write_text,
-)
+from data.cache_builder import one_builder, plan_cache
+from data.checks import check_images
+from data.index import CLASSES, index_path, list_images, write_index
+from data.pixel_cache import PIXELS, VIEWS, Kind
+from data.report import draw_sizes_and_formats, measure, render_table, report_left_out, tables
+from utils import UserError, dataset_folder, run_door, write_csv, write_json, write_text
 
-CHANNELS = ("red", "green", "blue")
-QUANTILES = {"min": 0.0, "p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
-LARGE_PIXELS = 32_000_000  # larger images are decoded one at a time, so that memory does not grow with the workers
-SHOWN = 20  # unreadable files that are printed; unreadable.csv holds all
+KINDS: dict[str | None, tuple[Kind, ...]] = {None: (), "views": (VIEWS,), "pixels": (PIXELS, VIEWS)}
 
 
-def preprocess(preset: Preset) -> None:
+def preprocess(preset: Preset, cache: str | None = None) -> None:
     """Check and measure the preset's data set; print and write what was found.
 
+    Args:
+        cache: what to store in the pixel cache: nothing, "views", or "pixels", which is both.
+
     Raises:
-        UserError: no readable image in a class, a results folder inside the data root, or too little memory.
+        UserError: no readable image in a class, results or cache inside the data root, no space, or too little memory.
     """
     root, folder = preset.settings.data_root, dataset_folder(preset)
     if folder.resolve().is_relative_to(root.resolve()):
@@ -63,7 +49,14 @@ def preprocess(preset: Preset) -> None:
     except OSError as error:
         raise UserError(f"{folder} cannot be made ({error.strerror}): set --results-root") from None
     started = time.perf_counter()
-    records, sums = check_images(preset, files)
+    with one_builder(preset) if cache else nullcontext():
+        packs = plan_cache(preset, KINDS[cache], files)
+        for pack in packs.values():
+            pack.begin()
+        images = check_images(preset, files, packs)
+        for pack in packs.values():
+            pack.seal()
+    records = [image.record for image in images]
     for label, class_name in enumerate(CLASSES):
         problems = [record.problem for record in records if record.label == label]
         if all(problems):
@@ -71,11 +64,13 @@ def preprocess(preset: Preset) -> None:
                 f"none of the {len(problems)} images under {root / class_name} can be read "
                 f"(the first: {problems[0]}): mend them, or set --data-root"
             )
-    statistics = measure(root, records, sums)
+    statistics = measure(root, records, [image.sums for image in images])
     (folder / "statistics.json").unlink(missing_ok=True)
     write_index(index_path(preset), records)
     write_json(folder / "statistics.json", statistics)  # after the index, whose data root it vouches for
     print(f"Checked {len(files):,} images of {root.absolute()} in {time.perf_counter() - started:.1f} s")
+    for kind, pack in packs.items():
+        print(f"Pixel cache: {kind} of {pack.images:,} images in {pack.path}")
     for name, (columns, rows) in tables(statistics).items():
         print(f"\n{name.replace('_', ' ').capitalize()}\n{render_table(columns, rows)}")
         write_csv(folder / f"{name}.csv", columns, rows)
@@ -85,273 +80,15 @@ def preprocess(preset: Preset) -> None:
     print(f"\nIndex, statistics, tables and sizes_and_formats.png: {folder}")
 
 
-# ------------------------------------------------------------------------------------------------ every file
-_large_images: AbstractContextManager = nullcontext()  # in a worker process, a lock that all of them share
-
-
-def _start_worker(lock: AbstractContextManager) -> None:
-    global _large_images
-    _large_images = lock
-    leave_with_parent()
-
-
-def check_image(file: tuple[str, int], root: Path, max_pixels: int) -> tuple[ImageRecord, np.ndarray]:
-    """Decode one file, once.
-
-    Args:
-        file: its path relative to `root`, and its label.
-
-    Returns:
-        Its row of the index, and int64 (2, 3): sums of values and of squared values (0 to 255) per RGB channel.
-
-    Raises:
-        UserError: there is not enough memory to decode it.
-    """
-    name, label = file
-    path = root / name
-    size, kind, mode, width, height, problem = 0, "", "", 0, 0, ""
-    sums = np.zeros((2, 3), np.int64)
-    try:
-        size = path.stat().st_size
-        with open_image(path, max_pixels) as image:
-            kind, mode = image.format or "", image.mode
-            with _large_images if image.width * image.height > LARGE_PIXELS else nullcontext():
-                pixels = decode(image)
-                counts = np.array(pixels.histogram(), np.int64).reshape(3, 256)
-            width, height = pixels.size
-            values = np.arange(256)
-            sums = np.stack([counts @ values, counts @ values**2])
-    except UnreadableImage as error:
-        if isinstance(error.__cause__, MemoryError):  # not the file's fault
-            raise UserError(f"not enough memory to decode {path}: set a smaller --num-workers") from None
-        problem = str(error)
-    except OSError as error:
-        problem = error.strerror or str(error)
-    return ImageRecord(name, label, size, kind, mode, width, height, problem), sums
-
-
-def check_images(preset: Preset, files: Sequence[tuple[str, int]]) -> tuple[list[ImageRecord], np.ndarray]:
-    """`check_image` of all `files`, in their order whatever the number of workers; sums are (files, 2, 3).
-
-    Raises:
-        UserError: a worker process was killed.
-    """
-    settings = preset.settings
-    check = functools.partial(check_image, root=settings.data_root, max_pixels=settings.max_image_pixels)
-    progress = functools.partial(tqdm, total=len(files), desc="checking", unit=" images", disable=None)
-    workers = loading_processes(cpu_computes=False) if settings.num_workers == "auto" else settings.num_workers
-    if workers == 0:
-        found = list(progress(map(check, files)))
-    else:
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(min(workers, len(files)), context, _start_worker, (context.Lock(),))
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is ours to handle
-        try:
-            futures = [pool.submit(check, file) for file in files]  # pool.map can hang when a worker is killed
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            found = [future.result() for future in progress(futures)]
-        except BrokenProcessPool:
-            raise UserError(
-                f"a worker process was killed, most likely because memory ran out: "
-                f"set a smaller --num-workers than {workers} and run the command again"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return [record for record, _ in found], np.stack([sums for _, sums in found])
-
-
-def files_passed_over(root: Path) -> list[str]:
-    """Files under root/fake and root/real whose ending is no image's, relative to `root`."""
-    return [
-        name
-        for class_name in CLASSES
-        for name in list_files(root, class_name)
-        if not name.lower().endswith(IMAGE_ENDINGS)
-    ]
-
-
-# ------------------------------------------------------------------------------------------------ statistics
-def measure(root: Path, records: Sequence[ImageRecord], sums: np.ndarray) -> dict[str, Any]:
-    """What statistics.json holds. All but `images` is over readable images; mean and std are over their pixels.
-
-    Sizes are in pixels, `mean` and `std` (population) of values in [0, 1], red, green, blue, exact to the last digit.
-    """
-    index = Index(root, tuple(records))
-    readable = np.array([not record.problem for record in records])
-    statistics: dict[str, Any] = {
-        "data_root": str(root.absolute()),
-        "fingerprint": index.fingerprint,
-        "images": len(records),
-        "unreadable": int((~readable).sum()),
-        "passed_over": files_passed_over(root),
-        **moments(records, sums),
-        "classes": {},
-    }
-    for label, class_name in enumerate(CLASSES):
-        rows = np.flatnonzero(readable & (np.array(index.labels) == label))
-        members = [records[row] for row in rows]
-        statistics["classes"][class_name] = {
-            "images": index.labels.count(label),
-            "unreadable": index.labels.count(label) - len(members),
-            "mean_width": sum(record.width for record in members) / len(members),
-            "mean_height": sum(record.height for record in members) / len(members),
-            "modes": dict(Counter(record.mode for record in members).most_common()),
-            "formats": dict(Counter(record.format for record in members).most_common()),
-            "common_sizes": dict(Counter(f"{r.width}x{r.height}" for r in members).most_common(5)),
-            "width": quantiles([record.width for record in members]),
-            "height": quantiles([record.height for record in members]),
-            "megapixels": quantiles([record.width * record.height / 1e6 for record in members]),
-            **moments(members, sums[rows]),
-        }
-    return statistics
-
-
-def moments(records: Sequence[ImageRecord], sums: np.ndarray) -> dict[str, Any]:
-    """Number of pixels, and their mean and population standard deviation per channel, from integer `sums`."""
-    pixels = sum(record.width * record.height for record in records)
-    totals, squares = sums.sum(0).tolist()  # Python integers: the products below are beyond 64 bits
-    variances = [(pixels * square - total**2) / pixels**2 for total, square in zip(totals, squares, strict=True)]
-    return {
-        "pixels": pixels,
-        "mean": [total / (255 * pixels) for total in totals],
-        "std": [math.sqrt(variance) / 255 for variance in variances],
-    }
-
-
-def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """`QUANTILES` of `values`, linear between neighbours."""
-    return dict(zip(QUANTILES, np.quantile(values, list(QUANTILES.values())).tolist(), strict=True))
-
-
-# ---------------------------------------------------------------------------------------------------- tables
-def tables(statistics: dict[str, Any]) -> dict[str, tuple[list[str], list[list[Any]]]]:
-    """The report's tables, as columns and rows, by name, which is their file's name too."""
-    classes = statistics["classes"].items()
-    modes = list(dict.fromkeys(mode for _, values in classes for mode in values["modes"]))
-    averages = ("images", "unreadable", "mean_width", "mean_height")
-    measured = ("width", "height", "megapixels")
-
-    def shares(kind: str) -> list[list[Any]]:
-        return [
-            [name, value, count, 100 * count / (values["images"] - values["unreadable"])]
-            for name, values in classes
-            for value, count in values[kind].items()
-        ]
-
-    return {
-        "classes": (
-            ["class", *averages, *(f"mode_{mode}" for mode in modes)],
-            [
-                [name, *(v[key] for key in averages), *(v["modes"].get(mode, 0) for mode in modes)]
-                for name, v in classes
-            ],
-        ),
-        "channels": (
-            ["class", *(f"{quantity}_{channel}" for quantity in ("mean", "std") for channel in CHANNELS)],
-            [[name, *values["mean"], *values["std"]] for name, values in (*classes, ("both", statistics))],
-        ),
-        "sizes": (
-            ["class", "quantity", *QUANTILES],
-            [[name, key, *values[key].values()] for name, values in classes for key in measured],
-        ),
-        "common_sizes": (["class", "size", "images", "percent"], shares("common_sizes")),
-        "formats": (["class", "format", "images", "percent"], shares("formats")),
-    }
-
-
-def render_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], markdown: bool = False) -> str:
-    """A table as aligned text, or as Markdown: numbers to the right, text to the left."""
-    table = []
-    for column, values in zip(columns, zip(*rows, strict=True), strict=True):
-        is_text = isinstance(values[0], str)
-        digits = 0 if isinstance(values[0], int) else 4 if not is_text and max(values) <= 1 else 2
-        cells = [column.replace("_", " "), *(value if is_text else f"{value:,.{digits}f}" for value in values)]
-        width = max(map(len, cells))
-        if markdown:
-            cells.insert(1, "-" * width if is_text else "-" * (width - 1) + ":")
-        table.append([cell.ljust(width) if is_text else cell.rjust(width) for cell in cells])
-    lines = zip(*table, strict=True)
-    return "\n".join(f"| {' | '.join(line)} |" if markdown else "  ".join(line).rstrip() for line in lines)
-
-
-def report_left_out(folder: Path, records: Sequence[ImageRecord], passed_over: Sequence[str]) -> None:
-    """Name the unreadable files with their reasons, and the files that are no images by their ending."""
-    unreadable = [[record.path, record.problem] for record in records if record.problem]
-    write_csv(folder / "unreadable.csv", ["path", "problem"], unreadable)
-    if unreadable:
-        print(f"\nUnreadable: {len(unreadable):,} of {len(records):,} images; all that follows leaves them out")
-        shown = [[_printable(path), _printable(problem)] for path, problem in unreadable[:SHOWN]]
-        print(render_table(["file", "reason"], shown))
-    if len(unreadable) > SHOWN:
-        print(f"... and {len(unreadable) - SHOWN:,} more in {folder / 'unreadable.csv'}")
-    if passed_over:
-        names = ", ".join(map(_printable, passed_over[:3])) + (", ..." if len(passed_over) > 3 else "")
-        print(f"\nPassed over: {len(passed_over):,} files whose ending is no image's ({names})")
-
-
-def _printable(name: str) -> str:
-    return name if name.isprintable() else ascii(name)  # a name may hold a line break, or bytes that are no text
-
-
-# ---------------------------------------------------------------------------------------------------- figure
-def draw_sizes_and_formats(path: Path, records: Sequence[ImageRecord]) -> None:
-    """Write a figure of the sizes, areas and file formats of each class, as PNG."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import (
-        LogLocator,
-        MaxNLocator,
-        NullLocator,
-    )  # here, because worker processes import this module too and draw nothing
-
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    sizes, areas, formats = figure.subplots(1, 3)
-    members = [[record for record in records if record.label == label and not record.problem] for label in (0, 1)]
-    kinds = [kind for kind, _ in Counter(record.format for of_class in members for record in of_class).most_common()]
-    megapixels = [[record.width * record.height / 1e6 for record in of_class] for of_class in members]
-    edges = np.geomspace(min(map(min, megapixels)) / 1.1, max(map(max, megapixels)) * 1.1, 21)
-    colours = ("tab:orange", "tab:blue")
-    for label, class_name in enumerate(CLASSES):
-        sizes.scatter(
-            [record.width for record in members[label]],
-            [record.height for record in members[label]],
-            marker="ox"[label],  # so that neither class hides the other where sizes are shared
-            s=(30, 18)[label],
-            facecolor=("none", colours[1])[label],
-            edgecolor=("tab:orange", None)[label],
-            linewidth=1,
-            alpha=0.7,
-            label=class_name,
-        )
-        counts = Counter(record.format for record in members[label])
-        shares = [100 * counts[kind] / len(members[label]) for kind in kinds]
-        bars = formats.bar(np.arange(len(kinds)) + 0.4 * label - 0.2, shares, 0.38, color=colours[label])
-        formats.bar_label(bars, fmt="%.1f", fontsize=8)
-    areas.hist(
-        megapixels, edges, weights=[np.full(len(values), 100 / len(values)) for values in megapixels], color=colours
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache",
+        nargs="?",
+        choices=["pixels", "views"],
+        const="pixels",
+        help="store decoded images and views (pixels, the default), or views only, under CACHE_ROOT",
     )
-    for axis, scale in (
-        (sizes.xaxis, sizes.set_xscale),
-        (sizes.yaxis, sizes.set_yscale),
-        (areas.xaxis, areas.set_xscale),
-    ):
-        low, high = axis.get_view_interval()
-        if high > 8 * max(low, high / 1000):  # a narrow range reads better on a linear axis
-            scale("log")
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_minor_locator(NullLocator())
-        else:
-            axis.set_major_locator(MaxNLocator(6))
-        axis.set_major_formatter("{x:g}")
-    sizes.set(title="Size", xlabel="width (pixels)", ylabel="height (pixels)")
-    areas.set(title="Area", xlabel="megapixels", ylabel="share of class (%)")
-    formats.set(title="File format", ylabel="share of class (%)", xlim=(-0.7, max(len(kinds), 3) - 0.3))
-    formats.set_xticks(range(len(kinds)), kinds)
-    for axes in (sizes, areas, formats):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*sizes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
 
 
 if __name__ == "__main__":
-    run_door(__doc__, preprocess)
+    run_door(__doc__, preprocess, arguments=_add_cache)

@@ -1,18 +1,22 @@
-"""Index row -> `(*views, label)`, uint8, cut from the decoded image. SPEC, Views and Data."""
+"""Index rows -> batches of `(*views, labels)`, uint8, from the pixel cache or from the decoded files. SPEC, Views."""
 
-from dataclasses import dataclass
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
-from torchvision.transforms.v2 import functional as F
+from torch.utils.data import Dataset, get_worker_info
 
 from config import Preset
 from data.crops import crop_generator, sample_crop_boxes
-from data.images import UnreadableImage, read_image
+from data.images import UnreadableImage, pixels_of, read_image
 from data.index import Index, read_index
+from data.pixel_cache import GLOBAL_VIEW, STANDARD_VIEW, open_cache
 from data.splits import final_split, split_indices
+from data.views import cut_crops, global_view, standard_view
 from utils import UserError
 
 
@@ -32,9 +36,12 @@ class Splits:
 
 
 def load_splits(preset: Preset) -> tuple[Index, Splits]:
-    """The preset's data set and its splits.
+    """The preset's data set, with its pixel cache if there is one, and its splits; says what the cache holds.
 
     The splits are computed over all files and unreadable ones dropped after, so that a broken file moves no other.
+
+    Raises:
+        UserError: no index, a split without a readable image, or a pixel cache that is damaged.
     """
     index, settings = read_index(preset), preset.settings
     train, valid, test = split_indices(index.labels, settings.valid_size, settings.test_size, settings.main_seed)
@@ -51,56 +58,44 @@ def load_splits(preset: Preset) -> tuple[Index, Splits]:
             raise UserError(
                 f"no image of the split {name} of {index.root} can be read: add images, or enlarge the split"
             )
-    return index, splits
+    cache, found = open_cache(preset, index.records)
+    if found:
+        print(found, flush=True)
+    return replace(index, cache=cache), splits
 
 
-def generate_views(
-    image: torch.Tensor, num_crops: int, patch_size: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """GLASS's two views of one image.
+class Names(Sequence[str]):
+    """Names in one block of memory: a worker process is sent two arrays, not a list of thousands of strings."""
 
-    Args:
-        image: (3, H, W), float in [0, 1] or uint8, of any size.
-        num_crops: K.
-        patch_size: P.
-        generator: of the crops; it is advanced as `sample_crop_boxes` says.
+    def __init__(self, names: Sequence[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self._ends = np.cumsum([0, *map(len, encoded)])
+        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
 
-    Returns:
-        global_view (3, P, P), the whole image resized (antialiased bilinear, aspect ratio not kept), and
-        local_crops (K, 3, P, P) at native resolution, zero-padded at the bottom and right; of the image's dtype.
-    """
-    _, height, width = image.shape
-    global_view = F.resize(image, [patch_size, patch_size], antialias=True)
-    boxes = sample_crop_boxes(height, width, num_crops, patch_size, generator)
-    local_crops = image.new_zeros(num_crops, 3, patch_size, patch_size)
-    for crop, (top, left, valid_height, valid_width) in zip(local_crops, boxes.tolist(), strict=True):
-        crop[:, :valid_height, :valid_width] = image[:, top : top + valid_height, left : left + valid_width]
-    return global_view, local_crops
+    def __len__(self) -> int:
+        return len(self._ends) - 1
 
-
-def standard_view(image: Image.Image, patch_size: int) -> torch.Tensor:
-    """The standard models' view: Pillow's bilinear resize of the 8-bit image; uint8 (3, P, P)."""
-    return to_tensor(image.resize((patch_size, patch_size), Image.Resampling.BILINEAR))
-
-
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """An 8-bit RGB image as uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    def __getitem__(self, position: int) -> str:
+        position = range(len(self))[position]
+        return os.fsdecode(self._bytes[self._ends[position] : self._ends[position + 1]].tobytes())
 
 
 class ImageDataset(Dataset):
     """Images of an index, as the views of one kind of model.
 
-    An item is asked for by (position, epoch), epoch None in evaluation, and is `(*views, label)`:
-    `global_view (3, P, P), local_crops (K, 3, P, P)` if `num_crops` is set, else the standard `view (3, P, P)`.
+    A loader asks for a batch by a list of (position, epoch), epoch None in evaluation, and gets `(*views, labels)`:
+    `global_view (B, 3, P, P), local_crops (B, K, 3, P, P)` if `num_crops` is set, else the standard `view
+    (B, 3, P, P)`; uint8, channels last in memory; labels int64 (B,). With `exact_resize`, global_view is float32, 0 to
+    255. Item i is the batch of one, without its first dimension.
 
     Args:
-        index: the data set.
+        index: the data set, and its pixel cache.
         rows: which of its rows, in which order.
         patch_size: P.
         num_crops: K for GLASS, None for standard models.
         seed: of the crops.
         max_pixels: larger images are refused.
+        exact_resize: resize the global view in float32.
     """
 
     def __init__(
@@ -111,31 +106,93 @@ class ImageDataset(Dataset):
         num_crops: int | None,
         seed: int,
         max_pixels: int,
+        exact_resize: bool = False,
     ) -> None:
-        self.root = index.root
-        self.names = [index.records[row].path for row in rows]
-        self.labels = [index.records[row].label for row in rows]
-        self.sizes = [index.records[row].bytes for row in rows]
+        records = [index.records[row] for row in rows]
+        self.root, self.rows = index.root, np.array(rows, np.int64)
+        self.names = Names([record.path for record in records])
+        self.labels = torch.tensor([record.label for record in records], dtype=torch.int64)
+        self.file_bytes, self.heights, self.widths = (
+            np.array([getattr(record, name) for record in records], np.int64) for name in ("bytes", "height", "width")
+        )
         self.patch_size, self.num_crops, self.seed, self.max_pixels = patch_size, num_crops, seed, max_pixels
+        self.exact_resize = exact_resize and num_crops is not None
+        self._pixels = index.cache.pixels if index.cache else None
+        self._views = index.cache.views if index.cache and not self.exact_resize else None
+        self._has_pixels, self._has_views = (
+            np.array([bool(pack and pack.has(row)) for row in rows]) for pack in (self._pixels, self._views)
+        )
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, item: tuple[int, int | None]) -> tuple[torch.Tensor | int, ...]:
-        position, epoch = item
-        name = self.names[position]
+    def __getitem__(self, item: tuple[int, int | None]) -> tuple[torch.Tensor, ...]:
+        return tuple(part[0] for part in self.__getitems__([item]))
+
+    def __getitems__(self, items: list[tuple[int, int | None]]) -> tuple[torch.Tensor, ...]:
+        """A batch, written once, to where the process that trains will read it."""
+        B, P, K = len(items), self.patch_size, self.num_crops
+        resized = _batch((B, P, P, 3), torch.float32 if self.exact_resize else torch.uint8)
+        crops = None if K is None else _batch((B, K, P, P, 3), torch.uint8)
+        for place, (position, epoch) in enumerate(items):
+            self._write_views(position, epoch, resized[place].numpy(), None if K is None else crops[place].numpy())
+        views = [view.movedim(-1, -3) for view in (resized, crops) if view is not None]
+        return *views, self.labels[[position for position, _ in items]]
+
+    def _write_views(self, position: int, epoch: int | None, resized: np.ndarray, crops: np.ndarray | None) -> None:
+        row, height, width, P = int(self.rows[position]), *self._size(position), self.patch_size
+        pixels = None
+        if self._has_views[position]:
+            resized[:] = self._views.view(row, STANDARD_VIEW if crops is None else GLOBAL_VIEW, P)
+        elif crops is None:
+            resized[:] = standard_view(self._image(position), P)
+        else:
+            pixels = self._image_pixels(position)
+            resized[:] = global_view(pixels, P, self.exact_resize)
+        if crops is None:
+            return
+        generator = crop_generator(self.seed, self.names[position], epoch)
+        boxes = sample_crop_boxes(height, width, len(crops), P, generator)
+        if min(height, width) < P:
+            crops[:] = 0  # the padding
+        if self._has_pixels[position]:
+            self._pixels.crops(row, height, width, boxes, crops)
+        else:
+            cut_crops(self._image_pixels(position) if pixels is None else pixels, boxes, crops)
+
+    def _size(self, position: int) -> tuple[int, int]:
+        return int(self.heights[position]), int(self.widths[position])
+
+    def _image_pixels(self, position: int) -> np.ndarray:
+        """The whole image, (H, W, 3 or 4)."""
+        if self._has_pixels[position]:
+            return self._pixels.pixels(int(self.rows[position]), *self._size(position))
+        return pixels_of(self._image(position))
+
+    def _image(self, position: int) -> Image.Image:
+        """The whole image."""
+        if self._has_pixels[position]:
+            return Image.fromarray(self._image_pixels(position))
+        path = self.root / self.names[position]
         try:
-            if (self.root / name).stat().st_size != self.sizes[position]:
-                raise UnreadableImage("its size has changed")
-            image = read_image(self.root / name, self.max_pixels)
+            if path.stat().st_size != self.file_bytes[position]:
+                raise UnreadableImage("its size in bytes has changed")
+            image = read_image(path, self.max_pixels)
+            if image.size != self._size(position)[::-1]:
+                raise UnreadableImage("its width or height has changed")
+            return image
         except (UnreadableImage, OSError) as error:
             raise UserError(
-                f"{self.root / name} is not what it was when the index was made ({error}): "
+                f"{path} is not what it was when the index was made ({error}): "
                 f"mend it, or run python -m data.data_preprocess again"
             ) from None
-        if self.num_crops is None:
-            views = (standard_view(image, self.patch_size),)
-        else:
-            generator = crop_generator(self.seed, name, epoch)
-            views = generate_views(to_tensor(image), self.num_crops, self.patch_size, generator)
-        return *views, self.labels[position]
+
+
+def _batch(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor; in a worker process, in memory that the process that trains can read."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    size = math.prod(shape)
+    empty = torch.empty(0, dtype=dtype)
+    storage = empty._typed_storage()._new_shared(size, device=empty.device)  # as torch's own default_collate
+    return empty.new(storage).resize_(shape)

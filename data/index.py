@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from config import Preset
 from data.images import IMAGE_ENDINGS
 from utils import UserError, as_flags, dataset_folder, read_csv, read_json, write_csv
+
+if TYPE_CHECKING:
+    from data.pixel_cache import PixelCache
 
 CLASSES = ("fake", "real")  # label 0 and label 1: folder names in alphabetical order
 
@@ -33,11 +37,12 @@ class ImageRecord:
 class Index:
     """A data set in the order of torchvision's ImageFolder: all fake files by name, then all real ones.
 
-    Equal data sets have equal fingerprints, wherever they lie.
+    Equal data sets have equal fingerprints, wherever they lie. `cache` is where their decoded pixels are, if anywhere.
     """
 
     root: Path
     records: tuple[ImageRecord, ...]
+    cache: "PixelCache | None" = None
 
     @property
     def labels(self) -> list[int]:

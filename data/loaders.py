@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 from config import Experiment, Preset
 from data.datasets import ImageDataset
 from data.index import Index
-from utils import derived_seed, leave_with_parent, loading_processes
+from utils import derived_seed, keep_freed_memory, leave_with_parent, loading_processes
 
 
 class EpochSampler(Sampler[tuple[int, int | None]]):
@@ -49,8 +49,8 @@ def build_loader(
 ) -> DataLoader:
     """Batches `(*views, labels)` of the index's `rows` as the experiment's model takes them.
 
-    Views are uint8: global_view (B, 3, P, P) and local_crops (B, K, 3, P, P), or view (B, 3, P, P); labels int64 (B,).
-    The last batch may be smaller.
+    Views are uint8: global_view (B, 3, P, P) and local_crops (B, K, 3, P, P), or view (B, 3, P, P); labels int64 (B,);
+    with `exact_resize`, global_view is float32 from 0 to 255. The last batch may be smaller.
 
     Args:
         training_seed: of the shuffle and the crops of training; None: evaluation, with fixed order and the crops
@@ -65,6 +65,7 @@ def build_loader(
         getattr(experiment, "num_crops", None),
         seed,
         settings.max_image_pixels,
+        settings.exact_resize,
     )
     workers = settings.num_workers
     if workers == "auto":
@@ -74,6 +75,7 @@ def build_loader(
         dataset,
         batch_size=experiment.batch_size,
         sampler=EpochSampler(len(dataset), seed, training),
+        collate_fn=_as_it_is,
         num_workers=workers,
         persistent_workers=workers > 0,
         prefetch_factor=2 if workers else None,
@@ -82,6 +84,10 @@ def build_loader(
         multiprocessing_context=_worker_context() if workers else None,
         worker_init_fn=_start_worker,
     )
+
+
+def _as_it_is(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return batch  # the data set makes whole batches
 
 
 def _worker_context() -> BaseContext:
@@ -94,4 +100,5 @@ def _worker_context() -> BaseContext:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the processes are the parallelism
+    keep_freed_memory()
     leave_with_parent()

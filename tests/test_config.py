@@ -272,6 +272,40 @@ def the_loader_has_the_number_of_workers(lab: Lab) -> None:
         assert build_loader(preset, replace(GLASS, batch_size=2), index, splits.train).num_workers == workers
 
 
+@shows("Settings.use_cache", "Settings.cache_root")
+def a_cache_is_used_where_it_lies_unless_that_is_forbidden(lab: Lab) -> None:
+    write_toy_images(lab.folder / "data", images_per_class=10)
+    settings = {"data_root": lab.folder / "data", "results_root": lab.folder / "mine", "cache_root": lab.folder / "c"}
+    preprocess(lab.preset(**settings), "pixels")
+    decoded = first_batch(lab.preset(**settings | {"use_cache": False}))
+    for path in (lab.folder / "data").rglob("*.*"):  # not images any more, though nobody could tell from outside
+        status = path.stat()
+        path.write_bytes(bytes(status.st_size))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    for given, expected in zip(first_batch(lab.preset(**settings)), decoded, strict=True):
+        assert torch.equal(given, expected)
+    for other in ({"use_cache": False}, {"cache_root": lab.folder / "elsewhere"}):
+        with pytest.raises(UserError, match="is not what it was"):
+            first_batch(lab.preset(**settings | other))
+
+
+@shows("Settings.cache_limit_gb")
+def a_cache_does_not_grow_beyond_its_limit(lab: Lab) -> None:
+    settings = {"results_root": lab.folder / "mine", "cache_root": lab.folder / "cache"}
+    with pytest.raises(UserError, match="more than cache_limit_gb = 1e-05"):
+        preprocess(lab.preset(**settings, cache_limit_gb=1e-5), "views")
+    preprocess(lab.preset(**settings, cache_limit_gb=1.0), "views")
+
+
+@shows("Settings.exact_resize")
+def the_global_view_is_resized_in_float32_on_demand(lab: Lab) -> None:
+    rounded, crops, labels = first_batch(lab.preset())
+    exact, same_crops, same_labels = first_batch(lab.preset(exact_resize=True))
+    assert (rounded.dtype, exact.dtype) == (torch.uint8, torch.float32)
+    assert torch.equal(crops, same_crops) and torch.equal(labels, same_labels)
+    assert 0 < (rounded - exact).abs().max() <= 1
+
+
 # ------------------------------------------------------------------------------------- one class a room
 @shows("Tuning.glass_trials", "Tuning.standard_trials", "Preset.tuning")
 def a_study_runs_the_trials_of_its_kind_of_model(lab: Lab) -> None:

@@ -11,9 +11,10 @@ from PIL import Image
 
 from config import Preset
 from data.crops import crop_generator, sample_crop_boxes
-from data.datasets import ImageDataset, generate_views, load_splits, standard_view, to_tensor
+from data.datasets import ImageDataset, load_splits
 from data.images import read_image
 from data.loaders import build_loader
+from data.views import cut_crops, global_view, standard_view
 from tests.conftest import FIXTURES
 from utils import UserError, find_experiment
 
@@ -21,18 +22,25 @@ CROP_CASES = json.loads((FIXTURES / "crop_positions.json").read_text())["cases"]
 GLOBAL_VIEWS = json.loads((FIXTURES / "global_views.json").read_text())["views"]
 
 
-def reference_image(size: str) -> torch.Tensor:
+def reference_image(size: str) -> np.ndarray:
     height, width = map(int, size.split("x"))
     y, x = np.mgrid[:height, :width]
     red, green = 7 * y + 13 * x + (y * x) % 31, 3 * y + 5 * x + ((y // 7) * (x // 5)) % 97
-    return torch.from_numpy((np.stack([red, green, (y ^ x) * 11]) % 256).astype(np.uint8))
+    return (np.stack([red, green, (y ^ x) * 11], axis=-1) % 256).astype(np.uint8)
+
+
+def crops_of(pixels: np.ndarray, num_crops: int, patch_size: int, generator: torch.Generator) -> np.ndarray:
+    boxes = sample_crop_boxes(*pixels.shape[:2], num_crops, patch_size, generator)
+    crops = np.zeros((num_crops, patch_size, patch_size, 3), np.uint8)
+    cut_crops(pixels, boxes, crops)
+    return crops
 
 
 @pytest.mark.parametrize("case", CROP_CASES, ids=lambda c: f"{c['height']}x{c['width']}-K{c['num_crops']}-s{c['seed']}")
 def test_crop_boxes_are_the_reference_draw_for_draw(case: dict) -> None:
     generator = torch.Generator().manual_seed(case["seed"])
     boxes = sample_crop_boxes(case["height"], case["width"], case["num_crops"], 224, generator)
-    assert boxes.dtype == torch.int64
+    assert boxes.dtype == np.int64
     assert boxes.tolist() == case["boxes"]
 
 
@@ -53,34 +61,26 @@ def test_crops_never_leave_the_image_and_lie_in_distinct_cells() -> None:
 
 @pytest.mark.parametrize("size", GLOBAL_VIEWS)
 def test_global_views_are_the_reference_within_one_grey_level(size: str) -> None:
-    image, expected = reference_image(size), torch.tensor(GLOBAL_VIEWS[size])
-    from_bytes, _ = generate_views(image, 1, 224, torch.Generator())
-    from_floats, _ = generate_views(image.float() / 255, 1, 224, torch.Generator())
-    assert from_bytes.dtype == torch.uint8
-    torch.testing.assert_close(from_bytes[:, ::16, ::16] / 255, expected, rtol=0, atol=1 / 255)
-    torch.testing.assert_close(from_floats[:, ::16, ::16], expected, rtol=0, atol=1e-5)
+    pixels, expected = reference_image(size), np.array(GLOBAL_VIEWS[size])
+    from_bytes, from_floats = global_view(pixels, 224), global_view(pixels, 224, exact=True)
+    assert from_bytes.dtype == np.uint8 and from_floats.dtype == np.float32
+    assert from_bytes.shape == from_floats.shape == (224, 224, 3)
+    for view, tolerance in ((from_bytes, 1 / 255), (from_floats, 1e-5)):
+        np.testing.assert_allclose(view.transpose(2, 0, 1)[:, ::16, ::16] / 255, expected, rtol=0, atol=tolerance)
 
 
 def test_local_crops_are_the_pixels_of_the_image_at_native_resolution() -> None:
-    image = reference_image("300x500")
-    _, crops = generate_views(image, 6, 64, torch.Generator().manual_seed(5))
+    pixels = reference_image("300x500")
+    crops = crops_of(pixels, 6, 64, torch.Generator().manual_seed(5))
     boxes = sample_crop_boxes(300, 500, 6, 64, torch.Generator().manual_seed(5))
     for crop, (top, left, *_) in zip(crops, boxes.tolist(), strict=True):
-        assert torch.equal(crop, image[:, top : top + 64, left : left + 64])
-
-
-def test_small_images_are_padded_with_zeros_at_the_bottom_and_right() -> None:
-    image = torch.full((3, 20, 10), 7, dtype=torch.uint8)
-    _, crops = generate_views(image, 2, 32, torch.Generator())
-    assert (crops[:, :, :20, :10] == 7).all()
-    assert crops[:, :, 20:].sum() == 0 and crops[:, :, :, 10:].sum() == 0
+        assert np.array_equal(crop, pixels[top : top + 64, left : left + 64])
 
 
 def test_standard_view_is_pillows_bilinear_resize_of_bytes() -> None:
-    image = Image.fromarray(reference_image("97x151").permute(1, 2, 0).numpy())
+    image = Image.fromarray(reference_image("97x151"))
     expected = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR))
-    assert np.array_equal(standard_view(image, 32).permute(1, 2, 0).numpy(), expected)
-    assert torch.equal(to_tensor(image), reference_image("97x151"))
+    assert np.array_equal(standard_view(image, 32), expected)
 
 
 def test_crop_generators_tell_seed_epoch_and_image_apart() -> None:
@@ -134,9 +134,9 @@ def test_evaluation_crops_follow_the_main_seed(toy_preset: Callable[..., Preset]
         loader = build_loader(toy_preset(main_seed=seed), experiment, index, splits.test)
         views.append(next(iter(loader))[1])
         name = loader.dataset.names[0]
-        image = to_tensor(read_image(index.root / name, 10**6))
-        expected = generate_views(image, experiment.num_crops, 32, crop_generator(seed, name))[1]
-        assert torch.equal(views[-1][0], expected)
+        pixels = np.asarray(read_image(index.root / name, 10**6))
+        expected = crops_of(pixels, experiment.num_crops, 32, crop_generator(seed, name))
+        assert np.array_equal(views[-1][0].permute(0, 2, 3, 1), expected)
     assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
 
 

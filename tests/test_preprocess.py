@@ -18,9 +18,10 @@ import pytest
 from PIL import Image
 
 import config
-from data import data_preprocess
+from data import checks
 from data.images import read_image
-from data.index import Index, list_images, read_index
+from data.index import ImageRecord, Index, list_images, read_index
+from data.report import moments
 from utils import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -141,9 +142,9 @@ def test_mean_and_deviation_are_those_of_the_pixels(checked: Checked) -> None:
 
 
 def test_sums_stay_exact_where_floats_and_64_bits_do_not() -> None:
-    record = data_preprocess.ImageRecord("fake/a.png", 0, 1, "PNG", "RGB", 10**6, 10**6, "")
-    sums = np.array([[[255 * 10**12] * 3, [255**2 * 10**12] * 3]]) - np.array([[[1] * 3, [2 * 255 - 1] * 3]])
-    measured = data_preprocess.moments([record], sums)  # all pixels 255 but one, which is 254
+    record = ImageRecord("fake/a.png", 0, 1, "PNG", "RGB", 10**6, 10**6, "")
+    sums = [*[255 * 10**12 - 1] * 3, *[255**2 * 10**12 - (2 * 255 - 1)] * 3]
+    measured = moments([record], [sums])  # all pixels 255 but one, which is 254
     assert measured["mean"] == [(255 * 10**12 - 1) / (255 * 10**12)] * 3
     assert measured["std"] == pytest.approx([1e-6 / 255] * 3, rel=1e-9)
 
@@ -243,7 +244,7 @@ def test_memory_that_runs_out_is_not_blamed_on_the_file(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(Image.Image, "load", no_memory)
     with pytest.raises(UserError, match="not enough memory"):
-        data_preprocess.check_image(("fake/a.jpg", 0), root, 10**9)
+        checks.check_image(("fake/a.jpg", 0), [], root, 10**9, 224)
 
 
 def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,10 +255,10 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pyt
             self.entered += 1
 
     root, lock = one_image_a_class(tmp_path), Lock()
-    monkeypatch.setattr(data_preprocess, "_large_images", lock)
+    monkeypatch.setattr(checks, "_large_images", lock)
     for limit, entered in ((600, 0), (599, 1)):  # the image has 30 x 20 pixels
-        monkeypatch.setattr(data_preprocess, "LARGE_PIXELS", limit)
-        data_preprocess.check_image(("fake/a.jpg", 0), root, 10**9)
+        monkeypatch.setattr(checks, "LARGE_PIXELS", limit)
+        checks.check_image(("fake/a.jpg", 0), [], root, 10**9, 224)
         assert lock.entered == entered
 
 

@@ -54,7 +54,7 @@ class Runtime:
         return torch.compile(model, dynamic=False)
 
     def to_device(self, model: nn.Module, views: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """uint8 views (..., 3, P, P) on the device, as float32 normalised with the model's mean and std."""
+        """Views (..., 3, P, P) of 0 to 255 on the device, as float32 normalised with the model's mean and std."""
         on_device = [view.to(self.device, non_blocking=True) for view in views]
         return [(view.float() / 255 - model.input_mean) / model.input_std for view in on_device]
 

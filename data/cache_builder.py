@@ -1,0 +1,258 @@
+"""Building the pixel cache: who may, how much room it takes, what is there already, and where the rest goes."""
+
+import fcntl
+import os
+import platform
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from tqdm import tqdm
+
+from config import Preset
+from data.images import UnreadableImage, open_image
+from data.pixel_cache import (
+    NOWHERE,
+    TABLE_COLUMNS,
+    VIEWS,
+    CheckedImage,
+    Entry,
+    Kind,
+    Slot,
+    bytes_of_image,
+    cache_folder,
+    check_seal,
+    pack_facts,
+    pack_path,
+    pack_state,
+    read_table,
+    table_line,
+)
+from utils import UserError, available_cores, csv_line, write_csv, write_json
+
+
+@contextmanager
+def one_builder(preset: Preset) -> Iterator[None]:
+    """Hold the preset's cache folder for writing; a dead process holds nothing.
+
+    Raises:
+        UserError: another process is at it, or the folder cannot be made.
+    """
+    folder = cache_folder(preset)
+    root = preset.settings.data_root.resolve()
+    if folder.resolve().is_relative_to(root):
+        raise UserError(f"{folder} is inside the data root {root}, which is never written to: set --cache-root")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): set --cache-root") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise UserError(f"{folder} is being built by {holder}: wait for it, or end it") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        lock.flush()
+        yield
+
+
+def plan_cache(preset: Preset, kinds: Sequence[Kind], files: Sequence[tuple[str, int]]) -> dict[Kind, "PackWriter"]:
+    """A writer for each pack, for the images as they are now; to be called, and used, under `one_builder`.
+
+    Prints the bytes that the packs take and those that are free.
+
+    Args:
+        files: relative path and label of each, in the order of the index.
+
+    Raises:
+        UserError: there is not enough space, or more would be taken than `cache_limit_gb`.
+    """
+    if not kinds:
+        return {}
+    settings, folder = preset.settings, cache_folder(preset)
+    images = _readable_headers(preset, kinds, files)
+    packs = {kind: PackWriter(preset, kind, images) for kind in kinds}
+    total, missing = sum(pack.end for pack in packs.values()), sum(pack.missing_bytes for pack in packs.values())
+    free = shutil.disk_usage(folder).free
+    print(
+        f"Pixel cache {folder}: {total / 1e9:.2f} GB, of which {missing / 1e9:.2f} GB are to be written; "
+        f"{free / 1e9:.2f} GB are free there",
+        flush=True,
+    )
+    views = (
+        "" if tuple(kinds) == (VIEWS,) else "; --cache views takes less, and spares the standard models all decoding"
+    )
+    if missing > free:
+        raise UserError(
+            f"{folder} needs {missing / 1e9:.2f} GB more and {free / 1e9:.2f} GB are free: make room, or set "
+            f"--cache-root to a larger disk{views}"
+        )
+    if settings.cache_limit_gb != "disk" and total > settings.cache_limit_gb * 1e9:
+        raise UserError(
+            f"{folder} would take {total / 1e9:.2f} GB, more than cache_limit_gb = {settings.cache_limit_gb}: "
+            f"raise it{views}"
+        )
+    return packs
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file is before it is decoded."""
+
+    height: int
+    width: int
+    status: os.stat_result
+
+    def is_of(self, image: CheckedImage) -> bool:
+        """Whether the file is still the one that was checked, by its size and its time of modification."""
+        size = (image.record.height, image.record.width)
+        return image.is_of(self.status) and (image.record.problem != "" or size == (self.height, self.width))
+
+
+def _readable_headers(preset: Preset, kinds: Sequence[Kind], files: Sequence[tuple[str, int]]) -> dict[str, Header]:
+    """Header of each file that has one, by name; files that a table knows are not opened again."""
+    settings = preset.settings
+    known = read_table(pack_path(preset, kinds[-1]).with_suffix(".csv"))
+    headers = {}
+    for name, _ in tqdm(files, desc="sizes", unit=" images", disable=None):
+        try:
+            status = (settings.data_root / name).stat()
+            if name in known and known[name].image.is_of(status) and known[name].offset != NOWHERE:
+                height, width = known[name].image.record.height, known[name].image.record.width
+            else:
+                with open_image(settings.data_root / name, settings.max_image_pixels) as image:
+                    width, height = image.size
+        except (UnreadableImage, OSError):
+            continue  # the check will say why
+        if height * width <= settings.max_image_pixels:
+            headers[name] = Header(height, width, status)
+    return headers
+
+
+class PackWriter:
+    """Completes one pack for the images as they are now.
+
+    Args:
+        images: those that the pack shall hold, by name, in the order of the index.
+
+    `done` are the entries that need no work; `slots` is where the bytes of the others go, a function of the last
+    sealed table and of `images`, so that an interrupted build ends with the same files as one in one go.
+    """
+
+    def __init__(self, preset: Preset, kind: Kind, images: dict[str, Header]) -> None:
+        self.path, self.facts = pack_path(preset, kind), pack_facts(preset, kind)
+        self.table, self.journal, self.seal_path = (self.path.with_suffix(end) for end in (".csv", ".journal", ".json"))
+        self.names = list(images)
+        self._patch_size, self._kind = preset.settings.patch_size, kind
+
+        before = read_table(self.table)
+        self.done = {name: before[name] for name in images if name in before and images[name].is_of(before[name].image)}
+        self._sealed = self._seal_holds()
+        if not self._sealed:
+            self.done = self._sound(self.done)
+        self.end = max((entry.offset + self._bytes_of(entry) for entry in before.values()), default=0)
+        unused = self.end - sum(map(self._bytes_of, self.done.values()))
+        if unused > sum(map(self._bytes_of, images.values())) / 2:  # too much of images that are gone: begin anew
+            self._sealed, self.done, self.end = False, {}, 0
+            for path in (self.seal_path, self.table, self.journal, self.path):
+                path.unlink(missing_ok=True)
+
+        self.slots: dict[str, Slot] = {}
+        for name, header in images.items():
+            if name not in self.done:
+                self.slots[name] = Slot(kind, self.path, self.end, self._bytes_of(header))
+                self.end += self.slots[name].bytes
+        self._journaled = self._sound(
+            {
+                name: entry
+                for name, entry in read_table(self.journal).items()
+                if name in self.slots
+                and entry.offset in (self.slots[name].offset, NOWHERE)
+                and images[name].is_of(entry.image)
+            }
+        )
+        self._table_differs = self.slots or self.done.keys() != before.keys()
+        self.done |= self._journaled
+        self.slots = {name: slot for name, slot in self.slots.items() if name not in self._journaled}
+
+    @property
+    def missing_bytes(self) -> int:
+        """That are still to be written."""
+        return sum(slot.bytes for slot in self.slots.values())
+
+    @property
+    def images(self) -> int:
+        """How many images have their bytes in the pack."""
+        return sum(entry.offset != NOWHERE for entry in self.done.values())
+
+    def begin(self) -> None:
+        """Break the seal, if there is anything to do, and make the file as long as it will be."""
+        if self._sealed and not self._table_differs:
+            return
+        self._sealed = False
+        self.seal_path.unlink(missing_ok=True)
+        # The journal again, without what is stale or was torn when a process was killed.
+        write_csv(self.journal, TABLE_COLUMNS, map(table_line, self._journaled.values()))
+        with open(self.path, "ab") as file:
+            file.truncate(self.end)
+
+    def add(self, entry: Entry) -> None:
+        """Note that an image's bytes are written, or that it has none because it cannot be decoded."""
+        name = entry.image.record.path
+        with open(self.journal, "a", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            file.write(csv_line(table_line(entry)) + "\n")
+        self.done[name] = entry
+        self.slots.pop(name)
+
+    def seal(self) -> None:
+        """Vouch for the pack as it is now."""
+        if self._sealed:
+            return
+        with open(self.path, "rb") as file:
+            os.fsync(file.fileno())
+        write_csv(self.table, TABLE_COLUMNS, [table_line(self.done[name]) for name in self.names if name in self.done])
+        write_json(self.seal_path, self.facts | {"images": self.images} | pack_state(self.path))
+        self.journal.unlink(missing_ok=True)
+
+    def _bytes_of(self, of: Entry | Header) -> int:
+        if isinstance(of, Entry) and of.offset == NOWHERE:
+            return 0
+        image = of.image.record if isinstance(of, Entry) else of
+        return bytes_of_image(self._kind, image.height, image.width, self._patch_size)
+
+    def _seal_holds(self) -> bool:
+        try:
+            check_seal(self.path, self.facts)
+        except UserError:
+            return False
+        return True
+
+    def _sound(self, entries: dict[str, Entry]) -> dict[str, Entry]:
+        """Those of `entries` whose bytes have their checksum."""
+        if not entries or not self.path.exists():
+            return {}
+        progress = partial(tqdm, total=len(entries), desc=f"checking {self.path.name}", unit=" images", disable=None)
+        with open(self.path, "rb") as file, ThreadPoolExecutor(available_cores()) as threads:  # zlib frees the GIL
+            sums = threads.map(
+                lambda entry: _checksum(file.fileno(), entry.offset, self._bytes_of(entry)), entries.values()
+            )
+            return {
+                name: entry
+                for (name, entry), checksum in zip(entries.items(), progress(sums), strict=True)
+                if checksum == entry.checksum
+            }
+
+
+def _checksum(file: int, offset: int, size: int) -> int:
+    checksum = 0
+    for begin in range(offset, offset + size, 2**22):
+        checksum = zlib.crc32(os.pread(file, min(2**22, offset + size - begin), begin), checksum)
+    return checksum

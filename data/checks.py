@@ -1,0 +1,153 @@
+"""Every image file decoded once: is it readable, what is on it, and, if wanted, its bytes for the pixel cache."""
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from config import Preset
+from data.cache_builder import PackWriter
+from data.images import UnreadableImage, decode, open_image, pixels_of
+from data.index import ImageRecord
+from data.pixel_cache import NOWHERE, VIEWS, CheckedImage, Entry, Kind, Slot, strips, write_parts
+from utils import UserError, keep_freed_memory, leave_with_parent, loading_processes
+
+LARGE_PIXELS = 32_000_000  # larger images are decoded one at a time, so that memory does not grow with the workers
+File = tuple[str, int]  # path relative to the data root, with forward slashes; label
+Found = tuple[CheckedImage, dict[Kind, Entry]]
+
+
+def check_images(preset: Preset, files: Sequence[File], packs: Mapping[Kind, PackWriter]) -> list[CheckedImage]:
+    """`check_image` of all `files`, in their order whatever the number of workers.
+
+    Args:
+        packs: those of the pixel cache that are to be completed; an image that all of them hold is not decoded again.
+
+    Raises:
+        UserError: a worker process was killed, memory ran out, or the cache cannot be written.
+    """
+    settings, found, tasks = preset.settings, {}, []
+    for name, label in files:
+        held = [pack.done[name].image for pack in packs.values() if name in pack.done]
+        if packs and len(held) == len(packs):
+            found[name] = replace(held[0], record=replace(held[0].record, label=label))
+        else:
+            tasks.append(((name, label), [pack.slots[name] for pack in packs.values() if name in pack.slots]))
+    check = partial(
+        check_image,
+        root=settings.data_root,
+        max_pixels=settings.max_image_pixels,
+        patch_size=settings.patch_size,
+    )
+    workers = loading_processes(cpu_computes=False) if settings.num_workers == "auto" else settings.num_workers
+    workers = min(workers, len(tasks))
+    results = _in_processes(check, tasks, workers) if workers else (check(*task) for task in tasks)
+    progress = partial(tqdm, total=len(files), initial=len(found), desc="checking", unit=" images", disable=None)
+    for checked, entries in progress(results):
+        found[checked.record.path] = checked
+        for kind, entry in entries.items():
+            packs[kind].add(entry)
+    return [found[name] for name, _ in files]
+
+
+def _in_processes(
+    check: Callable[[File, list[Slot]], Found], tasks: Sequence[tuple[File, list[Slot]]], workers: int
+) -> Iterator[Found]:
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (context.Lock(),))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is ours to handle
+    try:
+        futures = [pool.submit(check, *task) for task in tasks]  # pool.map can hang when a worker is killed
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for future in futures:
+            yield future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"a worker process was killed, most likely because memory ran out: "
+            f"set a smaller --num-workers than {workers} and run the command again"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ---------------------------------------------------------------------------------------- in a worker process
+_large_images: AbstractContextManager = nullcontext()  # a lock that all workers share
+
+
+def _start_worker(lock: AbstractContextManager) -> None:
+    global _large_images
+    _large_images = lock
+    keep_freed_memory()
+    leave_with_parent()
+
+
+def check_image(file: File, slots: Sequence[Slot], root: Path, max_pixels: int, patch_size: int) -> Found:
+    """Decode one file, once; measure it, and write it to its slots in the pixel cache.
+
+    Args:
+        slots: none for an image that is not to be cached.
+        patch_size: of the cached views.
+
+    Returns:
+        What was found, and the cache's entry for each slot.
+
+    Raises:
+        UserError: there is not enough memory to decode it, or the cache cannot be written.
+    """
+    name, label = file
+    path, status, kind, mode, width, height, problem = root / name, None, "", "", 0, 0, ""
+    sums, checksums = (0,) * 6, {}
+    try:
+        status = path.stat()
+        with open_image(path, max_pixels) as image:
+            kind, mode = image.format or "", image.mode
+            with _large_images if image.width * image.height > LARGE_PIXELS else nullcontext():
+                decoded = decode(image)
+                sums = _sums(decoded)
+                checksums = {slot: _write(slot, decoded, patch_size) for slot in slots}
+            width, height = decoded.size
+    except UnreadableImage as error:
+        if isinstance(error.__cause__, MemoryError):  # not the file's fault
+            raise UserError(f"not enough memory to decode {path}: set a smaller --num-workers") from None
+        problem = str(error)
+    except OSError as error:
+        problem = error.strerror or str(error)
+    size, modified = (status.st_size, status.st_mtime_ns) if status else (0, 0)
+    checked = CheckedImage(ImageRecord(name, label, size, kind, mode, width, height, problem), modified, sums)
+    if problem:  # remembered too, so that the next build does not try again
+        return checked, {slot.kind: Entry(checked, NOWHERE, 0) for slot in slots if status}
+    return checked, {slot.kind: Entry(checked, slot.offset, checksum) for slot, checksum in checksums.items()}
+
+
+def _sums(image: Image.Image) -> tuple[int, ...]:
+    """Of the values of red, green, blue, then of their squares, from the histogram."""
+    counts, values = np.array(image.histogram(), np.int64).reshape(3, 256), np.arange(256)
+    return *(counts @ values).tolist(), *(counts @ values**2).tolist()
+
+
+def _write(slot: Slot, image: Image.Image, patch_size: int) -> int:
+    """Write what belongs into the slot; returns its checksum."""
+    from data.views import global_view, standard_view  # here, because checking alone needs no torch
+
+    pixels = pixels_of(image)
+    if slot.kind == VIEWS:
+        parts = (global_view(pixels, patch_size), standard_view(image, patch_size))
+    elif slot.bytes == 3 * image.width * image.height:
+        parts = strips(pixels)
+    else:
+        raise UnreadableImage("it has not as many pixels as its header says")
+    try:
+        return write_parts(slot, parts)
+    except OSError as error:
+        raise UserError(
+            f"{slot.path} cannot be written ({error.strerror}): mend that, and the same command goes on where it was"
+        ) from None

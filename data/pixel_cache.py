@@ -1,0 +1,305 @@
+"""The pixel cache: every image decoded once, packed into memory-mapped files, its ready views beside it.
+
+cache_root/<name of the data root>-<hash of its path>/ holds two packs: `pixels_<strip width>`, and `views_<P>` with
+the two views of P x P pixels that GLASS and the standard models take. A pack is three files:
+
+    X.bin    the bytes of its images, in the order of the index
+    X.csv    a line an image: its record, the state of its source file, where its bytes begin, their checksum
+    X.json   the seal, written last: what the other two were when the pack was whole
+
+Pixels lie in strips of STRIP_WIDTH columns, one strip after the other and each from top to bottom, so that a crop is
+two to four runs of neighbouring bytes however wide the image is: a cold disk reads little more than the crop.
+
+Training reads only what a valid seal vouches for. Without one (a build that was interrupted, a copied or a damaged
+pack) the next build checks every image's checksum, keeps what is sound and writes the rest. Bytes under a seal are
+never overwritten: a changed image gets new ones at the end, so that whoever reads meanwhile sees the old ones.
+"""
+
+import csv
+import hashlib
+import json
+import mmap
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from config import Preset
+from data.index import ImageRecord
+from utils import UserError
+
+FORMAT = 1  # of a pack's files; packs of another are not read
+STRIP_WIDTH = 112  # columns; by measurement, see docs/performance.md
+NOWHERE = -1  # offset of an image that has no bytes in a pack
+PIXELS, VIEWS = "pixels", "views"
+Kind = Literal["pixels", "views"]
+GLOBAL_VIEW, STANDARD_VIEW = 0, 1  # the order of an image's two views
+
+
+@dataclass(frozen=True)
+class CheckedImage:
+    """What the check of one file found, and the state of the file then.
+
+    `sums` are of the values (0 to 255) of red, green, blue, then of their squares; all 0 for an unreadable file.
+    """
+
+    record: ImageRecord
+    mtime_ns: int
+    sums: tuple[int, ...]
+
+    def is_of(self, status: os.stat_result) -> bool:
+        """Whether the file is still the one that was checked, by its size and its time of modification."""
+        return (self.record.bytes, self.mtime_ns) == (status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image in a pack: where its bytes begin, and their CRC-32 (NOWHERE and 0 if it could not be decoded)."""
+
+    image: CheckedImage
+    offset: int
+    checksum: int
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a worker writes one image's bytes."""
+
+    kind: Kind
+    path: Path
+    offset: int
+    bytes: int
+
+
+# ---------------------------------------------------------------------------------------------------- layout
+def cache_folder(preset: Preset) -> Path:
+    """Where the pixel cache of the preset's data root lies."""
+    root = preset.settings.data_root.absolute()
+    digest = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
+    return preset.settings.cache_root / f"{root.name}-{digest}"
+
+
+def pack_path(preset: Preset, kind: Kind) -> Path:
+    """A pack's .bin file; its name tells the layout."""
+    layout = STRIP_WIDTH if kind == PIXELS else preset.settings.patch_size
+    return cache_folder(preset) / f"{kind}_{layout}.bin"
+
+
+def bytes_of_image(kind: Kind, height: int, width: int, patch_size: int) -> int:
+    """Bytes of one image in a pack: its pixels, or its two views."""
+    return 3 * height * width if kind == PIXELS else 2 * 3 * patch_size**2
+
+
+def strips(pixels: np.ndarray) -> Iterator[np.ndarray]:
+    """An image (H, W, 3 or 4) cut into its strips (H, up to STRIP_WIDTH, 3), as they follow each other in a pack."""
+    for left in range(0, pixels.shape[1], STRIP_WIDTH):
+        yield np.ascontiguousarray(pixels[:, left : left + STRIP_WIDTH, :3])
+
+
+def write_parts(slot: Slot, parts: Iterable[np.ndarray]) -> int:
+    """Write the bytes of contiguous arrays, one after the other, to the slot; returns their CRC-32."""
+    checksum, offset = 0, slot.offset
+    with open(slot.path, "r+b", buffering=0) as file:
+        for part in parts:
+            left = memoryview(part).cast("B")
+            checksum = zlib.crc32(left, checksum)
+            while left:
+                written = os.pwrite(file.fileno(), left, offset)
+                left, offset = left[written:], offset + written
+    return checksum
+
+
+# --------------------------------------------------------------------------------------------------- reading
+class Pack:
+    """A sealed pack, open for reading. Another process that is sent one maps the file anew.
+
+    Args:
+        path: of the .bin file.
+        offsets: int64, where the bytes of each row of the index begin, or NOWHERE.
+    """
+
+    def __init__(self, path: Path, offsets: np.ndarray) -> None:
+        self.path, self.offsets = path, offsets
+        self._map: mmap.mmap | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "offsets": self.offsets, "_map": None}
+
+    def has(self, row: int) -> bool:
+        """Whether the image of this row of the index is in the pack."""
+        return self.offsets[row] != NOWHERE
+
+    def _mapped(self) -> np.ndarray:
+        if self._map is None:
+            with open(self.path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            self._map.madvise(mmap.MADV_RANDOM)  # the kernel would read megabytes around each page
+            self._bytes = np.frombuffer(self._map, np.uint8)
+        return self._bytes
+
+    def _announce(self, begin: int, end: int) -> None:
+        """Let the kernel read these bytes, all of them at once, before they are touched page by page."""
+        begin -= begin % mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_WILLNEED, begin, end - begin)
+
+    def view(self, row: int, which: int, patch_size: int) -> np.ndarray:
+        """GLOBAL_VIEW or STANDARD_VIEW of an image, uint8 (P, P, 3), read-only."""
+        size, mapped = 3 * patch_size**2, self._mapped()
+        begin = int(self.offsets[row]) + which * size
+        self._announce(begin, begin + size)
+        return mapped[begin : begin + size].reshape(patch_size, patch_size, 3)
+
+    def crops(self, row: int, height: int, width: int, boxes: np.ndarray, crops: np.ndarray) -> None:
+        """As `cut_crops`, of the image (height, width) in this pack."""
+        mapped, offset, runs = self._mapped(), int(self.offsets[row]), []
+        for k, (top, left, rows, columns) in enumerate(boxes.tolist()):
+            column, right = left, left + columns
+            while column < right:  # strip by strip
+                first = column - column % STRIP_WIDTH
+                strip = min(STRIP_WIDTH, width - first)
+                stop = min(first + strip, right)
+                begin = offset + 3 * (height * first + top * strip)
+                end = begin + 3 * rows * strip
+                self._announce(begin, end)
+                runs.append((k, rows, strip, begin, end, column - left, stop - left, column - first, stop - first))
+                column = stop
+        for k, rows, strip, begin, end, to, to_end, since, until in runs:
+            crops[k, :rows, to:to_end] = mapped[begin:end].reshape(rows, strip, 3)[:, since:until]
+
+    def pixels(self, row: int, height: int, width: int) -> np.ndarray:
+        """The whole image, uint8 (height, width, 3)."""
+        mapped, offset = self._mapped(), int(self.offsets[row])
+        self._announce(offset, offset + 3 * height * width)
+        pixels = np.empty((height, width, 3), np.uint8)
+        for left in range(0, width, STRIP_WIDTH):
+            strip = min(STRIP_WIDTH, width - left)
+            begin = offset + 3 * height * left
+            pixels[:, left : left + strip] = mapped[begin : begin + 3 * height * strip].reshape(height, strip, 3)
+        return pixels
+
+
+@dataclass(frozen=True)
+class PixelCache:
+    """What a data set's cache offers: either pack may be missing."""
+
+    pixels: Pack | None
+    views: Pack | None
+
+
+def open_cache(preset: Preset, records: Sequence[ImageRecord]) -> tuple[PixelCache | None, str]:
+    """The pixel cache of the preset's data set, for the rows of its index, and a sentence on what was found.
+
+    Images whose source file changed since are left out; they will be decoded. The sentence is empty without a cache.
+
+    Raises:
+        UserError: a pack is damaged, changed after it was sealed, or of another data root or format.
+    """
+    settings, folder = preset.settings, cache_folder(preset)
+    if not settings.use_cache or not folder.is_dir():
+        return None, ""
+    packs, said = {}, []
+    status = None
+    for kind in (PIXELS, VIEWS):
+        path = pack_path(preset, kind)
+        if not path.exists():
+            continue
+        if not path.with_suffix(".json").exists():
+            said.append(f"{path} is unfinished and not used (python -m data.data_preprocess --cache goes on with it)")
+            continue
+        check_seal(path, pack_facts(preset, kind))
+        entries = read_table(path.with_suffix(".csv"))
+        if status is None:
+            status = [_stat(settings.data_root / record.path) for record in records]
+        offsets = np.full(len(records), NOWHERE, np.int64)
+        for row, (record, now) in enumerate(zip(records, status, strict=True)):
+            entry = entries.get(record.path)
+            known = entry and (entry.image.record.height, entry.image.record.width) == (record.height, record.width)
+            if known and now and entry.image.is_of(now):
+                offsets[row] = entry.offset
+        packs[kind] = Pack(path, offsets)
+        readable = sum(not record.problem for record in records)
+        said.append(f"{path.stem} of {np.count_nonzero(offsets != NOWHERE):,} of {readable:,} images")
+    found = f"Pixel cache {folder}: {'; '.join(said)}" if said else ""
+    return (PixelCache(packs.get(PIXELS), packs.get(VIEWS)) if packs else None), found
+
+
+def check_seal(path: Path, facts: dict[str, Any]) -> None:
+    """Check that the pack `path` (its .bin file) is what its seal says, and of `facts`, without reading it.
+
+    Raises:
+        UserError: says what is not as it was.
+    """
+    mend = "python -m data.data_preprocess --cache checks and mends it, --no-use-cache does without it"
+    try:
+        seal = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        stated = {name: seal.pop(name) for name in ("images", "bytes", "mtime_ns", "table_sha256")}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(f"the seal {path.with_suffix('.json')} of the pixel cache cannot be read: {mend}") from None
+    for name, value in facts.items():
+        if seal.get(name) != value:
+            raise UserError(f"the pixel cache {path} has {name} = {seal.get(name)}, not {value}: {mend}")
+    now = pack_state(path)
+    for name, what in (("bytes", "size"), ("mtime_ns", "time of modification"), ("table_sha256", "table")):
+        if stated[name] != now[name]:
+            raise UserError(
+                f"the pixel cache {path} is not what it was when it was sealed (its {what} differs): {mend}"
+            )
+
+
+def pack_state(path: Path) -> dict[str, Any]:
+    """What a seal says of a pack's files."""
+    status, table = _stat(path), path.with_suffix(".csv")
+    return {
+        "bytes": status and status.st_size,
+        "mtime_ns": status and status.st_mtime_ns,
+        "table_sha256": hashlib.sha256(table.read_bytes()).hexdigest() if table.exists() else None,
+    }
+
+
+def pack_facts(preset: Preset, kind: Kind) -> dict[str, Any]:
+    """What a pack must be of to be read: the format of its files, its kind, data root and layout."""
+    settings = preset.settings
+    layout = {"strip_width": STRIP_WIDTH} if kind == PIXELS else {"patch_size": settings.patch_size}
+    return {"format": FORMAT, "kind": kind, "data_root": str(settings.data_root.absolute())} | layout
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+_RECORD = [field.name for field in fields(ImageRecord)]
+_SUMS = ("red", "green", "blue", "red_squared", "green_squared", "blue_squared")
+TABLE_COLUMNS = (*_RECORD, "mtime_ns", *_SUMS, "offset", "checksum")  # the checksum last: a torn line has a wrong one
+
+
+def table_line(entry: Entry) -> tuple[Any, ...]:
+    """An entry as a row of TABLE_COLUMNS."""
+    return (*astuple(entry.image.record), entry.image.mtime_ns, *entry.image.sums, entry.offset, entry.checksum)
+
+
+_TEXTS = ("path", "format", "mode", "problem")
+
+
+def read_table(path: Path) -> dict[str, Entry]:
+    """Image name -> entry, of a pack's table or journal; lines that are not whole are passed over."""
+    entries = {}
+    if path.exists():
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            for row in csv.reader(file):
+                try:
+                    values = dict(zip(TABLE_COLUMNS, row, strict=True))
+                    numbers = {name: int(values[name]) for name in TABLE_COLUMNS if name not in _TEXTS}
+                except ValueError:  # the header, and what a killed process left
+                    continue
+                record = ImageRecord(**{name: numbers.get(name, values[name]) for name in _RECORD})
+                image = CheckedImage(record, numbers["mtime_ns"], tuple(numbers[name] for name in _SUMS))
+                entries[record.path] = Entry(image, numbers["offset"], numbers["checksum"])
+    return entries
