@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from importlib import metadata
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -487,6 +488,18 @@ def loading_processes(cpu_computes: bool) -> int:
     for the other: threads that compute together on cores that are taken are many times slower, not a little.
     """
     return max(1, available_cores() // 4) if cpu_computes else min(available_cores(), 16)
+
+
+def worker_context(*modules: str) -> BaseContext:
+    """How worker processes start: forked from a server process that holds no GPU and no threads.
+
+    What this process has imported of ours, and `modules`, is imported there, once for all workers.
+    """
+    context = multiprocessing.get_context("forkserver")
+    rooms = {file.parent.name for file in Path(__file__).parent.glob("*/__init__.py")}
+    ours = [name for name in sys.modules if name.partition(".")[0] in rooms]
+    context.set_forkserver_preload([*ours, *modules])
+    return context
 
 
 def leave_with_parent() -> None:

@@ -83,8 +83,8 @@ def plan_cache(preset: Preset, kinds: Sequence[Kind], files: Sequence[tuple[str,
     total, missing = sum(pack.end for pack in packs.values()), sum(pack.missing_bytes for pack in packs.values())
     free = shutil.disk_usage(folder).free
     print(
-        f"Pixel cache {folder}: {total / 1e9:.2f} GB, of which {missing / 1e9:.2f} GB are to be written; "
-        f"{free / 1e9:.2f} GB are free there",
+        f"Pixel cache {folder}: {_size(total)}, {_size(missing)} of it still to be written; "
+        f"{_size(free)} are free there",
         flush=True,
     )
     views = (
@@ -92,15 +92,18 @@ def plan_cache(preset: Preset, kinds: Sequence[Kind], files: Sequence[tuple[str,
     )
     if missing > free:
         raise UserError(
-            f"{folder} needs {missing / 1e9:.2f} GB more and {free / 1e9:.2f} GB are free: make room, or set "
+            f"{folder} needs {_size(missing)} more and {_size(free)} are free: make room, or set "
             f"--cache-root to a larger disk{views}"
         )
     if settings.cache_limit_gb != "disk" and total > settings.cache_limit_gb * 1e9:
         raise UserError(
-            f"{folder} would take {total / 1e9:.2f} GB, more than cache_limit_gb = {settings.cache_limit_gb}: "
-            f"raise it{views}"
+            f"{folder} would take {_size(total)}, more than cache_limit_gb = {settings.cache_limit_gb}: raise it{views}"
         )
     return packs
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Every image file decoded once: is it readable, what is on it, and, if wanted, its bytes for the pixel cache."""
 
-import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +18,7 @@ from data.cache_builder import PackWriter
 from data.images import UnreadableImage, decode, open_image, pixels_of
 from data.index import ImageRecord
 from data.pixel_cache import NOWHERE, VIEWS, CheckedImage, Entry, Kind, Slot, strips, write_parts
-from utils import UserError, keep_freed_memory, leave_with_parent, loading_processes
+from utils import UserError, keep_freed_memory, leave_with_parent, loading_processes, worker_context
 
 LARGE_PIXELS = 32_000_000  # larger images are decoded one at a time, so that memory does not grow with the workers
 File = tuple[str, int]  # path relative to the data root, with forward slashes; label
@@ -62,7 +61,7 @@ def check_images(preset: Preset, files: Sequence[File], packs: Mapping[Kind, Pac
 def _in_processes(
     check: Callable[[File, list[Slot]], Found], tasks: Sequence[tuple[File, list[Slot]]], workers: int
 ) -> Iterator[Found]:
-    context = multiprocessing.get_context("spawn")
+    context = worker_context(*(("data.views",) if any(slots for _, slots in tasks) else ()))  # with torch: seconds
     pool = ProcessPoolExecutor(workers, context, _start_worker, (context.Lock(),))
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is ours to handle
     try:

@@ -1,10 +1,6 @@
 """The only `DataLoader` call."""
 
-import multiprocessing
-import sys
 from collections.abc import Iterator
-from multiprocessing.context import BaseContext
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -12,7 +8,7 @@ from torch.utils.data import DataLoader, Sampler
 from config import Experiment, Preset
 from data.datasets import ImageDataset
 from data.index import Index
-from utils import derived_seed, keep_freed_memory, leave_with_parent, loading_processes
+from utils import derived_seed, keep_freed_memory, leave_with_parent, loading_processes, worker_context
 
 
 class EpochSampler(Sampler[tuple[int, int | None]]):
@@ -81,21 +77,13 @@ def build_loader(
         prefetch_factor=2 if workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, so that loading leaves the global generator alone
-        multiprocessing_context=_worker_context() if workers else None,
+        multiprocessing_context=worker_context() if workers else None,
         worker_init_fn=_start_worker,
     )
 
 
 def _as_it_is(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return batch  # the data set makes whole batches
-
-
-def _worker_context() -> BaseContext:
-    """Workers fork from a server process that holds no GPU and has imported, once, what this process has imported."""
-    context = multiprocessing.get_context("forkserver")
-    rooms = {file.parent.name for file in Path(__file__).parents[1].glob("*/__init__.py")}
-    context.set_forkserver_preload([name for name in sys.modules if name.partition(".")[0] in rooms])
-    return context
 
 
 def _start_worker(_: int) -> None:

@@ -238,7 +238,7 @@ def check_seal(path: Path, facts: dict[str, Any]) -> None:
         seal = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         stated = {name: seal.pop(name) for name in ("images", "bytes", "mtime_ns", "table_sha256")}
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"the seal {path.with_suffix('.json')} of the pixel cache cannot be read: {mend}") from None
+        raise UserError(f"the pixel cache {path} has a seal that cannot be read: {mend}") from None
     for name, value in facts.items():
         if seal.get(name) != value:
             raise UserError(f"the pixel cache {path} has {name} = {seal.get(name)}, not {value}: {mend}")

@@ -12,7 +12,7 @@ from data.datasets import load_splits
 from data.loaders import build_loader
 from models.build import build_model
 from training.loop import EpochRecord, OutOfMemory, Trainer, build_trainer, fit
-from training.runtime import CUDA_MEMORY
+from training.runtime import CUDA_MEMORY, build_runtime
 from utils import find_experiment, seed_everything
 
 pytestmark = [
@@ -29,6 +29,27 @@ def train(preset: Preset, name: str, epochs: int = 2, **changes: object) -> tupl
     trainer = build_trainer(build_model(experiment, preset.settings), experiment, preset.settings, epochs)
     train_loader = build_loader(preset, experiment, index, splits.train, training_seed=1)
     return trainer, fit(trainer, train_loader, build_loader(preset, experiment, index, splits.valid), epochs)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_arrive_in_pinned_memory_and_on_the_device_unchanged(
+    workers: int, toy_preset: Callable[..., Preset]
+) -> None:
+    preset = toy_preset(device="cuda", num_workers=workers)
+    index, splits = load_splits(preset)
+    loader = build_loader(preset, find_experiment(preset, "glass_resnet"), index, splits.test)
+    model = build_model(find_experiment(preset, "glass_resnet"), preset.settings)
+    runtime = build_runtime(preset.settings)
+    runtime.place(model)
+    expected = loader.dataset.__getitems__([(position, None) for position in loader.sampler.order()])
+    batches = list(loader)
+    assert all(part.is_pinned() for batch in batches for part in batch)
+    for given, wanted in zip(zip(*batches, strict=True), expected, strict=True):
+        assert torch.equal(torch.cat(given), wanted)
+    for *views, _ in batches:
+        for view, on_device in zip(views, runtime.to_device(model, views), strict=True):
+            normalised = (view.float() / 255 - model.input_mean.cpu()) / model.input_std.cpu()
+            torch.testing.assert_close(on_device.cpu(), normalised, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "compiled"), [*((name, False) for name in NAMES), ("glass_vit", True)])

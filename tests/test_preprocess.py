@@ -294,10 +294,12 @@ def busy_door(tmp_path: Path) -> Iterator[subprocess.Popen]:
 
 
 def workers_of(process: subprocess.Popen) -> list[int]:
-    """Process numbers of its workers (Linux)."""
-    lists = Path(f"/proc/{process.pid}/task").glob("*/children")
-    children = [int(number) for children in lists for number in children.read_text().split()]
-    return [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    """Process numbers of its workers (Linux): the children of its child that forks them."""
+
+    def children(parent: int) -> list[int]:
+        return [int(n) for file in Path(f"/proc/{parent}/task").glob("*/children") for n in file.read_text().split()]
+
+    return [worker for child in children(process.pid) for worker in children(child)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the worker processes in /proc")
