@@ -49,6 +49,11 @@ class Index:
         """The class of each image: 0 fake, 1 real."""
         return [record.label for record in self.records]
 
+    @property
+    def cached(self) -> list[str]:
+        """What of its images the pixel cache holds."""
+        return self.cache.kinds if self.cache else []
+
     @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits over names, labels, sizes in bytes and readability of all images."""

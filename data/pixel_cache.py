@@ -189,6 +189,11 @@ class PixelCache:
     pixels: Pack | None
     views: Pack | None
 
+    @property
+    def kinds(self) -> list[Kind]:
+        """Which packs there are."""
+        return [kind for kind, pack in ((PIXELS, self.pixels), (VIEWS, self.views)) if pack]
+
 
 def open_cache(preset: Preset, records: Sequence[ImageRecord]) -> tuple[PixelCache | None, str]:
     """The pixel cache of the preset's data set, for the rows of its index, and a sentence on what was found.

@@ -45,7 +45,7 @@ def sweep(preset: Preset, experiment: GlassExperiment) -> None:
     folder = preset_folder(preset) / "num_crops" / experiment.name / ("quick" if study.quick else "full")
     experiment = replace(experiment, batch_size=study.batch_size)
     runtime = build_runtime(settings)
-    values = cost_settings(settings, study, experiment, runtime)
+    values = cost_settings(settings, study, experiment, runtime, index.cached)
     del values["num_crops"]  # each K in turn
     facts = run_facts(values, index.fingerprint) | {"memory_kind": runtime.memory_kind}
     check_same_ground(folder, facts, results="costs.csv")

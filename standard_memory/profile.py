@@ -39,7 +39,7 @@ def profile(preset: Preset, experiment: StandardExperiment) -> None:
     folder = preset_folder(preset) / "standard_memory" / experiment.name / ("quick" if study.quick else "full")
     experiment = replace(experiment, batch_size=study.batch_size)
     runtime = build_runtime(settings)
-    values = cost_settings(settings, study, experiment, runtime)
+    values = cost_settings(settings, study, experiment, runtime, index.cached)
     facts = run_facts(values, index.fingerprint) | {"memory_kind": runtime.memory_kind}
     check_same_ground(folder, facts, results="costs.csv")
     if not (folder / "costs.csv").exists():

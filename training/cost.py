@@ -29,10 +29,18 @@ class Cost:
 
 
 def cost_settings(
-    settings: Settings, study: NumCrops | StandardMemory, experiment: Experiment, runtime: Runtime
+    settings: Settings,
+    study: NumCrops | StandardMemory,
+    experiment: Experiment,
+    runtime: Runtime,
+    cached: Sequence[str],
 ) -> dict[str, Any]:
-    """What a measured cost depends on: the settings, and, since it is time and memory, the hardware and the loading."""
-    machine = {"hardware": hardware(), "loading_processes": settings.num_workers}
+    """What a measured cost depends on: the settings, and, since it is time and memory, the hardware and the loading.
+
+    Args:
+        cached: what of the images comes from the pixel cache.
+    """
+    machine = {"hardware": hardware(), "loading_processes": settings.num_workers, "cached": list(cached)}
     return resolved(settings, study, experiment) | runtime.facts() | machine
 
 
