@@ -513,7 +513,7 @@ def leave_with_parent() -> None:
 
 
 def keep_freed_memory() -> None:
-    """In a worker process: keep what is freed, up to 256 MB, for the next image.
+    """In a process that does nothing but decode: keep what is freed, up to 256 MB, for the next image.
 
     Else each large image gets new pages from the system, which on some machines takes longer than copying it. Only
     glibc can be told so; elsewhere nothing changes.

@@ -49,6 +49,8 @@ def check_images(preset: Preset, files: Sequence[File], packs: Mapping[Kind, Pac
     )
     workers = loading_processes(cpu_computes=False) if settings.num_workers == "auto" else settings.num_workers
     workers = min(workers, len(tasks))
+    if not workers:
+        keep_freed_memory()  # here as in a worker
     results = _in_processes(check, tasks, workers) if workers else (check(*task) for task in tasks)
     progress = partial(tqdm, total=len(files), initial=len(found), desc="checking", unit=" images", disable=None)
     for checked, entries in progress(results):

@@ -12,7 +12,7 @@ def global_view(pixels: np.ndarray, patch_size: int, exact: bool = False) -> np.
     Args:
         pixels: uint8 (H, W, 3 or 4), of any size; a fourth channel is not looked at.
         patch_size: P.
-        exact: resize in float32. The resize of bytes rounds twice and stays within one grey level of that.
+        exact: resize in float32. The resize of bytes rounds after each direction, and stays within one grey level.
 
     Returns:
         (P, P, 3), values 0 to 255: uint8, or float32 if `exact`.

@@ -1,0 +1,278 @@
+"""What the benchmarks share: options, images, a process for each way that is measured, and the report. Linux only.
+
+Times are of the wall clock, medians over the repeats, and so are all ratios: waiting for a disk or for another
+process is part of what is compared. Within a repeat the ways take turns, so that a machine that slows down slows all.
+
+Nothing here imports torch: the processes that check images do without it, and their start is measured.
+"""
+
+import argparse
+import io
+import multiprocessing
+import os
+import platform
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from config import PAPER, Preset
+from data.data_preprocess import preprocess
+from data.images import UnreadableImage, open_image
+from data.index import CLASSES, Index, list_images, read_index
+from data.pixel_cache import open_cache
+from utils import UserError, git_commit, hardware, leave_with_parent, library_versions, write_json, write_text
+
+Measured = dict[str, float]
+Repeat = Callable[[int], Measured]  # does the work once; called with the number of the repeat
+Name = TypeVar("Name", bound=Hashable)
+MAX_PIXELS = PAPER.settings.max_image_pixels
+
+
+# ----------------------------------------------------------------------------------------------- measuring
+@contextmanager
+def measured() -> Iterator[Measured]:
+    """Seconds of wall clock and of this process, and the bytes that it made the disk read, in the block."""
+    result: Measured = {}
+    wall, processor, read = time.perf_counter(), time.process_time(), bytes_read()
+    yield result
+    result |= {
+        "wall": time.perf_counter() - wall,
+        "processor": time.process_time() - processor,
+        "read": bytes_read() - read,
+    }
+
+
+def timed(work: Callable[[int], object]) -> Repeat:
+    """`work`, measured."""
+
+    def once(repeat: int) -> Measured:
+        with measured() as result:
+            work(repeat)
+        return result
+
+    return once
+
+
+class Way:
+    """One way to do the work, in a process of its own: what it does to memory and threads helps no other way.
+
+    Args:
+        make: called in that process with `arguments`; gives what does the work once.
+        one_core: keep the process on one core.
+    """
+
+    def __init__(self, make: Callable[..., Repeat], *arguments: Any, one_core: bool = True) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._process = ProcessPoolExecutor(1, context, _begin, (make, arguments, one_core))
+
+    def __call__(self, repeat: int) -> Measured:
+        return self._process.submit(_once, repeat).result()
+
+    def close(self) -> None:
+        """End the process, which else ends with this one."""
+        self._process.shutdown()
+
+
+_work: Repeat
+
+
+def _begin(make: Callable[..., Repeat], arguments: Sequence[Any], one_core: bool) -> None:
+    global _work
+    leave_with_parent()
+    if one_core:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    _work = make(*arguments)
+
+
+def _once(repeat: int) -> Measured:
+    return _work(repeat)
+
+
+def in_turn(ways: Mapping[Name, Repeat], repeats: int) -> dict[Name, list[Measured]]:
+    """What each way measured, in each repeat; repeat 0, which warms all of them, is left out."""
+    results: dict[Name, list[Measured]] = {name: [] for name in ways}
+    for repeat in tqdm(range(repeats + 1), desc="measuring", unit=" repeats", disable=None):
+        for name, way in ways.items():
+            results[name].append(way(repeat))
+    return {name: measurements[1:] for name, measurements in results.items()}
+
+
+def median(measurements: Sequence[Measured], quantity: str = "wall") -> float:
+    """Over the repeats."""
+    return statistics.median(measurement[quantity] for measurement in measurements)
+
+
+def bytes_read() -> int:
+    """That the disk has read for this process so far: what the page cache held does not count."""
+    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+def forget(path: Path) -> None:
+    """Drop a file from the page cache; no process may have mapped it."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+# -------------------------------------------------------------------------------------------------- images
+def write_images(root: Path) -> None:
+    """12 images of 6 to 24 megapixels that cost what photographs cost: smooth at all scales, with a little noise."""
+    random = np.random.default_rng(0)
+    for i in tqdm(range(12), desc="writing images", disable=None):
+        short = 2000 + 2000 * i // 11
+        width, height = (short, short * 3 // 2) if i % 3 == 2 else (short * 3 // 2, short)
+        pixels = np.full((height, width, 3), 128, np.float32)
+        for cells in (5, 20, 80, 320):
+            small = Image.fromarray(random.integers(0, 256, (cells, cells, 3), np.uint8))
+            pixels += (
+                np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)) - np.float32(128)
+            ) / cells**0.4
+        pixels += random.standard_normal(pixels.shape, np.float32) * 2
+        path = root / CLASSES[i % 2] / f"{i:02d}.{'png' if i % 4 == 3 else 'jpg'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90, compress_level=1)
+
+
+def make_preset(data_root: Path, scratch: Path, **settings: Any) -> Preset:
+    """The paper's preset over these images; what it writes goes to `scratch`."""
+    folders = dict(data_root=data_root, results_root=scratch / "results", cache_root=scratch / "cache")
+    return replace(PAPER, settings=replace(PAPER.settings, device="cpu", pretrained=False, **folders, **settings))
+
+
+def cached_index(preset: Preset) -> Index:
+    """The preset's data set with its pixel cache, both made now."""
+    with quiet():
+        preprocess(preset, "pixels")
+        index = read_index(preset)
+        cache, _ = open_cache(preset, index.records)
+    return replace(index, cache=cache)
+
+
+def repeated(index: Index, length: int) -> list[int]:
+    """`length` rows of readable images, from the beginning again where there are not as many."""
+    rows = index.readable(list(range(len(index.records))))
+    return [rows[i % len(rows)] for i in range(length)]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what the doors print, and without their progress bars."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
+# -------------------------------------------------------------------------------------------------- report
+@dataclass(frozen=True)
+class Table:
+    """A table of the report, and the measurements behind it; None is a cell that does not apply."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | float | None]]
+    note: str = ""
+    measurements: Mapping[str, Any] = field(default_factory=dict)
+
+    def markdown(self) -> str:
+        """Aligned, text to the left and numbers to the right."""
+        rows = [[_cell(value) for value in row] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(self.columns, *rows, strict=True)]
+        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+        lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in (self.columns, rule, *rows)]
+        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"### {self.title}\n\n{text}\n" + (f"\n{self.note}\n" if self.note else "")
+
+
+def _cell(value: str | float | None) -> str:
+    if value is None or isinstance(value, str):
+        return value or "-"
+    if 0 < value < 0.1:
+        return f"{value:.2g}"
+    return f"{value:,.{0 if isinstance(value, int) or value >= 100 else 1 if value >= 10 else 2}f}"
+
+
+def run(
+    doc: str,
+    measure: Callable[[argparse.Namespace, Path], list[Table]],
+    repeats: int = 5,
+    num_crops: int = 10,
+    **options: int,
+) -> None:
+    """Read the command line, measure, print the tables and write them to the files that were asked for.
+
+    Args:
+        doc: the benchmark's docstring, shown by `--help`.
+        measure: called with the options, whose `data_root` is a folder now, and with a scratch folder.
+        options: the benchmark's own whole numbers, by name, with their defaults.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--data-root", type=Path, help="holds fake/ and real/; default: 12 synthetic images")
+    for name, default in (dict(repeats=repeats, num_crops=num_crops) | options).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
+    for ending in ("json", "markdown"):
+        parser.add_argument(f"--{ending}", type=Path, metavar="FILE", help="write the report there too")
+    arguments = parser.parse_args()
+    try:
+        with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:  # TMPDIR says where; cold needs a disk
+            if arguments.data_root is None:
+                arguments.data_root = Path(folder, "images")
+                write_images(arguments.data_root)
+            facts = _facts(arguments.data_root)
+            tables = measure(arguments, Path(folder))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    hard = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts["hardware"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    size = f"{facts['images']:,} images, {facts['megapixels']:,.1f} megapixels, {facts['megabytes']:,.1f} MB"
+    lines = (
+        f"`{facts['command']}`",
+        f"{size}, {arguments.repeats} repeats",
+        f"commit {facts['commit']}",
+        hard,
+        versions,
+    )
+    text = "\n".join(f"- {line}" for line in lines) + "\n\n" + "\n".join(table.markdown() for table in tables)
+    print(text)
+    if arguments.markdown:
+        write_text(arguments.markdown, text)
+    if arguments.json:
+        write_json(arguments.json, facts | {"tables": [asdict(table) for table in tables]})
+
+
+def _facts(data_root: Path) -> dict[str, Any]:
+    pixels, sizes = [], []
+    for name, _ in list_images(data_root):
+        try:
+            with open_image(data_root / name, MAX_PIXELS) as image:
+                pixels.append(image.width * image.height)
+        except UnreadableImage:
+            continue
+        sizes.append((data_root / name).stat().st_size)
+    return {
+        "command": shlex.join(["python", "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
+        "commit": git_commit(),
+        "hardware": {**hardware(), "processor": _processor(), "load_before": round(os.getloadavg()[0], 2)},
+        "versions": {"python": platform.python_version(), **library_versions()},
+        "images": len(pixels),
+        "megapixels": sum(pixels) / 1e6,
+        "megabytes": sum(sizes) / 1e6,
+    }
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,180 @@
+"""Checking and measuring a data set: two plain passes over it, our one pass, and what the machine's cores can do.
+
+    python -m tests.benchmarks.preprocess [--data-root DIR] [--repeats 5] [--json FILE] [--markdown FILE]
+
+Plain: one pass decodes every file to see whether it can be read, a second one sums its values in float64; one
+process. Ours: data.checks.check_images in a process that has yet to start its workers; the rows of one small file show
+what that takes alone; with --cache, until the disk has the pixel cache. The last rows say what the machine allows:
+writing as many bytes, and decoding in processes that are running already and share nothing.
+
+Before it measures, it checks that both give the same mean and standard deviation.
+"""
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from config import Preset
+from data.cache_builder import one_builder, plan_cache
+from data.checks import File, check_images
+from data.data_preprocess import KINDS
+from data.images import UnreadableImage, read_image
+from data.index import list_images
+from data.pixel_cache import VIEWS, CheckedImage, bytes_of_image
+from data.report import moments
+from tests.benchmarks.common import (
+    MAX_PIXELS,
+    Measured,
+    Repeat,
+    Table,
+    Way,
+    in_turn,
+    make_preset,
+    measured,
+    median,
+    quiet,
+    run,
+    timed,
+)
+from utils import available_cores, keep_freed_memory
+
+
+def plain_statistics(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel."""
+    readable = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                image.load()
+            readable.append(path)
+        except Exception:  # decoders raise many kinds
+            continue
+    count, sums, squares = 0, np.zeros(3), np.zeros(3)
+    for path in readable:
+        with Image.open(path) as image:
+            values = np.asarray(image.convert("RGB"), np.float64) / 255
+        count += values.shape[0] * values.shape[1]
+        sums += values.sum((0, 1))
+        squares += (values**2).sum((0, 1))
+    return sums / count, np.sqrt(squares / count - (sums / count) ** 2)
+
+
+def plain(paths: list[Path]) -> Repeat:
+    """As `plain_statistics`, by Pillow as it is by default."""
+    Image.core.set_use_block_allocator(0)  # data.images sets it to 1
+    warnings.simplefilter("ignore")
+    return timed(lambda _: plain_statistics(paths))
+
+
+def check(preset: Preset, files: Sequence[File]) -> list[CheckedImage]:
+    """Ours, without a cache."""
+    return check_images(preset, files, {})
+
+
+def check_and_cache(preset: Preset, files: Sequence[File]) -> None:
+    """Ours, which also writes both packs of the pixel cache."""
+    with one_builder(preset):
+        packs = plan_cache(preset, KINDS["pixels"], files)
+        for pack in packs.values():
+            pack.begin()
+        check_images(preset, files, packs)
+        for pack in packs.values():
+            pack.seal()
+
+
+def ours(preset: Preset, files: Sequence[File], work: Callable[[Preset, Sequence[File]], object]) -> Repeat:
+    """`check` or `check_and_cache`, as a command does it: in a new process, which starts its workers, with no cache."""
+
+    def once(repeat: int) -> Measured:
+        command = Way(quietly, work, preset, files, one_core=False)
+        result = command(repeat)
+        command.close()
+        shutil.rmtree(preset.settings.cache_root, ignore_errors=True)
+        return result
+
+    return once
+
+
+def quietly(work: Callable[..., object], *arguments: object) -> Repeat:
+    """`work`, without what it prints."""
+
+    def once(_: int) -> None:
+        with quiet():
+            work(*arguments)
+
+    return timed(once)
+
+
+def decoding(paths: list[Path], processes: int) -> Repeat:
+    """Nothing but decoding, in processes that share nothing but the list of files."""
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), keep_freed_memory)
+    return timed(lambda _: list(pool.map(_decode, paths)))
+
+
+def writing(path: Path, size: int) -> Repeat:
+    """Nothing but writing as many bytes as the pixel cache takes, until the disk has them."""
+    block = np.random.default_rng(0).bytes(2**22)
+
+    def once(_: int) -> Measured:
+        with measured() as result, open(path, "wb", buffering=0) as file:
+            for begin in range(0, size, len(block)):
+                file.write(block[: size - begin])
+            os.fsync(file.fileno())
+        path.unlink()
+        return result
+
+    return once
+
+
+def _decode(path: Path) -> None:
+    try:
+        read_image(path, MAX_PIXELS)
+    except UnreadableImage:
+        return
+
+
+def measure(arguments: argparse.Namespace, scratch: Path) -> list[Table]:
+    """The one table."""
+    root, files = arguments.data_root, list_images(arguments.data_root)
+    paths, preset = [root / name for name, _ in files], partial(make_preset, root, scratch)
+    images = check(preset(num_workers=0), files)
+    readable = [image for image in images if not image.record.problem]
+    statistics = moments([image.record for image in readable], [image.sums for image in readable])
+    assert np.allclose(plain_statistics(paths), (statistics["mean"], statistics["std"]), rtol=0, atol=1e-9)
+
+    alone = ("plain", 1)
+    ways: dict[tuple[str, int], Repeat] = {alone: Way(plain, paths)}
+    counts = sorted({1, 2, min(available_cores(), 16)})
+    smallest = min(readable, key=lambda image: image.record.width * image.record.height).record
+    for name, work in (("ours", check), ("ours, with --cache", check_and_cache)):
+        ways |= {(name, n): ours(preset(num_workers=n), files, work) for n in (0, *counts)}
+        one_file = [(smallest.path, smallest.label)]
+        ways[f"{name}, one small file", 1] = ours(preset(num_workers=1), one_file, work)
+    cache_bytes = 3 * statistics["pixels"] + len(readable) * bytes_of_image(VIEWS, 0, 0, preset().settings.patch_size)
+    ways["writing the cache's bytes", 1] = writing(scratch / "bytes", cache_bytes)
+    ways |= {("decoding alone", n): decoding(paths, n) for n in counts}
+    results = in_turn(ways, arguments.repeats)
+    wall = {way: median(found) for way, found in results.items()}
+    rows = []
+    for (way, processes), seconds in wall.items():
+        whole = "one small file" not in way  # which shows what the start of the processes takes of the others
+        rate = (1000 * seconds / len(paths), statistics["pixels"] / seconds / 1e6) if whole else (None, None)
+        ratios = (wall[alone] / seconds, wall[way, 1] / seconds) if whole else (None, None)
+        rows.append((way, processes, seconds, *rate, *ratios))
+    columns = ("way", "processes", "s", "ms an image", "megapixels/s", "x plain", "x one process")
+    note = "Times as fast as plain, and as the same way in one process; 0: the command's own. Ratios are of wall-clock medians."
+    measurements = {f"{way}, {processes}": found for (way, processes), found in results.items()}
+    return [Table("Checking and measuring a data set", columns, rows, note, measurements)]
+
+
+if __name__ == "__main__":
+    run(__doc__, measure)
