@@ -171,7 +171,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> list[Table]:
         ratios = (wall[alone] / seconds, wall[way, 1] / seconds) if whole else (None, None)
         rows.append((way, processes, seconds, *rate, *ratios))
     columns = ("way", "processes", "s", "ms an image", "megapixels/s", "x plain", "x one process")
-    note = "Times as fast as plain, and as the same way in one process; 0: the command's own. Ratios are of wall-clock medians."
+    note = "Times as fast as plain, and as the same way in one process. Processes 0: only the command's own."
     measurements = {f"{way}, {processes}": found for (way, processes), found in results.items()}
     return [Table("Checking and measuring a data set", columns, rows, note, measurements)]
 
