@@ -46,6 +46,7 @@ class Settings:
     # --- Optimisation
     label_smoothing: float = 0.1
     eta_min: float = 1e-6  # learning rate at the end of the cosine schedule
+    checkpoint_every: int = 0  # steps; 0: the state is saved after every epoch, and when a signal asks to stop
 
     # --- Hardware
     device: str = "auto"  # auto: CUDA where there is one; or cpu, cuda, cuda:1

@@ -4,11 +4,15 @@ Knows nothing of images, models or metrics.
 """
 
 import argparse
+import ast
 import csv
 import ctypes
 import difflib
+import fcntl
+import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -16,12 +20,13 @@ import os
 import platform
 import random
 import shlex
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -33,6 +38,13 @@ from config import Experiment, GlassExperiment, Preset, StandardExperiment
 
 class UserError(Exception):
     """Something that the user can mend: one sentence of what was found, where, and what to do."""
+
+
+class Stopped(Exception):
+    """A signal asked to stop, and all that is needed to go on is saved."""
+
+
+STOPPED = 75  # exit code; EX_TEMPFAIL of sysexits.h: try again
 
 
 # --------------------------------------------------------------------------------------------- command line
@@ -56,8 +68,8 @@ def run_door(
         without: names that this door does not read and therefore does not accept.
         arguments: adds the door's own options to the parser.
 
-    Exit codes: 0 done, 2 a `UserError` (one sentence on stderr), 130 interrupted, 141 nobody reads the output; a
-    traceback is our own bug.
+    Exit codes: 0 done, 2 a `UserError` (one sentence on stderr), 75 stopped by a signal with the training's state
+    saved, 130 interrupted, 141 nobody reads the output; a traceback is our own bug.
     """
     try:
         preset, chosen, extra = parse_command_line(doc, groups, experiments, without, arguments, argv)
@@ -65,6 +77,9 @@ def run_door(
     except UserError as error:
         print(f"error: {str(error).rpartition('utils.UserError: ')[2].strip()}", file=sys.stderr)  # or a worker's
         sys.exit(2)
+    except Stopped as saved:
+        print(f"stopped: {saved}; the same command goes on from there", file=sys.stderr)
+        sys.exit(STOPPED)
     except KeyboardInterrupt:
         print(
             "interrupted: give the same command again; finished seeds, trials, crop counts and cached images are kept, "
@@ -283,6 +298,7 @@ _AT_LEAST_ONE = (
     "max_resource", "num_crops", "crop_counts", "measured_steps",
 )  # fmt: skip
 _NOT_NEGATIVE = (
+    "checkpoint_every",
     "main_seed", "seeds", "eta_min", "warmup_steps", "lr", "weight_decay", "lr_global", "lr_local", "lr_atten_class",
     "wd_global", "wd_local",
 )  # fmt: skip
@@ -342,7 +358,7 @@ def _wanted(name: str, value: Any) -> str | None:
         return "auto, or at least 0"
     if name == "weights_files" and not all(value.partition("=")):
         return "BACKBONE=FILE"
-    if name == "name" and value in (*_ROOMS, "dataset", "tables"):
+    if name == "name" and value in (*_ROOMS, "dataset", "tables", "before"):
         return "no name of a folder that has another use there"
     if name == "name" and (not value or value.startswith(".") or not all(c.isalnum() or c in "_-." for c in value)):
         return "a folder name of letters, digits, '_', '-' and '.'"
@@ -368,7 +384,8 @@ def run_folder(preset: Preset, experiment: str, seed: int) -> Path:
 # Settings that say where and how fast, not what: two runs that differ only here may be compared and resumed.
 _DO_NOT_CHANGE_NUMBERS = (
     "data_root", "results_root", "weights_files", "kaggle_dataset", "num_workers", "device", "max_image_pixels",
-    "use_cache", "cache_root", "cache_limit_gb", "seeds", "glass_trials", "standard_trials", "crop_counts",
+    "use_cache", "cache_root", "cache_limit_gb", "checkpoint_every", "seeds", "glass_trials", "standard_trials",
+    "crop_counts",
 )  # fmt: skip
 
 
@@ -387,6 +404,7 @@ def run_facts(values: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
         "dataset_fingerprint": fingerprint,
         "command": shlex.join(["python", "-m", _door_name(), *sys.argv[1:]]),
         "commit": git_commit(),
+        "code": code_version(),
         "versions": {"python": platform.python_version(), **library_versions()},
         "hardware": hardware(),
     }
@@ -419,22 +437,123 @@ def first_difference(before: Mapping[str, Any], now: Mapping[str, Any], ignore: 
     return None
 
 
-def check_same_ground(folder: Path, facts: Mapping[str, Any], results: str) -> None:
+def check_same_ground(folder: Path, facts: Mapping[str, Any], results: str, unfinished: bool = False) -> None:
     """Refuse to go on in `folder` if the results in it were begun under other settings or data.
 
     Args:
         results: name of the file whose presence says that there are any; what failed before it wrote one may be
             begun anew under other settings.
+        unfinished: the results are to be added to; then the code and the libraries must be the same too.
 
     Raises:
         UserError: names the first difference.
     """
-    path = folder / "run.json"
-    difference = first_difference(read_json(path), facts) if (folder / results).exists() else None
+    if not (unfinished or (folder / results).exists()) or not (folder / "run.json").exists():
+        return
+    before = read_json(folder / "run.json")
+    difference = first_difference(before, facts)
+    if not difference and unfinished:
+        difference = _other_code(before, facts)
     if difference:
         raise UserError(
-            f"{folder} was started with {difference}: choose another --results-root or --name, or move that folder away"
+            f"{folder} was started with {difference}: pass --restart to move that folder aside and begin anew, or "
+            f"choose another --name or --results-root"
         )
+
+
+def _other_code(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    if before.get("code") != now["code"]:
+        commits = [facts.get("commit") or "an unknown commit" for facts in (before, now)]
+        return f"another version of data, models or training ({commits[0][:20]}, now {commits[1][:20]})"
+    old, new = before["versions"], now["versions"]
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            return f"{name} {old.get(name)}, now {new.get(name)}"
+    return None
+
+
+@functools.cache
+def code_version() -> str:
+    """16 hexadecimal digits over the code that numbers come from: data, models and training, without their comments."""
+    digest = hashlib.sha256()
+    for room in ("data", "models", "training"):
+        for path in sorted((Path(__file__).parent / room).glob("*.py")):
+            tree = ast.parse(path.read_bytes())
+            for node in ast.walk(tree):
+                if (
+                    isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+                    and ast.get_docstring(node) is not None
+                ):
+                    node.body[0].value.value = ""
+            digest.update(f"{room}/{path.name}\n{ast.dump(tree)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def add_restart(parser: argparse.ArgumentParser) -> None:
+    """The option of the doors whose results can be begun anew."""
+    parser.add_argument(
+        "--restart", action="store_true", help="move what was begun to results/<preset>/before, and begin anew"
+    )
+
+
+def set_aside(preset: Preset, folder: Path) -> None:
+    """Move a folder of the preset's results, if it exists, to results/<preset>/before/<its path there>_<n>.
+
+    Raises:
+        UserError: another process works in it.
+    """
+    if not folder.exists():
+        return
+    results = preset_folder(preset)
+    with sole_process(folder):
+        stem = results / "before" / folder.relative_to(results)
+        names = (stem.with_name(f"{stem.name}_{n}") for n in itertools.count(1))
+        aside = next(path for path in names if not path.exists())
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(aside)
+        (aside / "lock").unlink()
+    print(f"kept aside: {aside}", flush=True)
+
+
+@contextmanager
+def sole_process(folder: Path) -> Iterator[None]:
+    """Hold `folder`, made if need be, so that no other process works in it; one that has died holds nothing.
+
+    Raises:
+        UserError: says who holds it, or that it cannot be made.
+    """
+    path = folder / "lock"
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be written ({error.strerror}): set another --results-root or --cache-root"
+            ) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            lock.close()
+            raise UserError(f"{folder} is in use by {holder}: wait for it, or end it") from None
+        except OSError as error:
+            lock.close()
+            raise UserError(f"{folder} is where files cannot be locked ({error.strerror}): choose another") from None
+        if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            break
+        lock.close()  # its last holder has just removed it
+    with lock:
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        lock.flush()
+        for left_over in folder.glob(".*.tmp"):  # by a process that was killed within `replacing`
+            left_over.unlink()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def git_commit() -> str | None:
@@ -523,6 +642,41 @@ def keep_freed_memory() -> None:
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**28)
+
+
+# --------------------------------------------------------------------------------------------------- signals
+@dataclass
+class StopRequest:
+    """Whether a signal has asked to stop."""
+
+    requested: bool = False
+
+
+@contextmanager
+def stop_signals(wanted: bool = True) -> Iterator[StopRequest]:
+    """In the block, SIGTERM and SIGINT only ask to stop; a second SIGINT is a `KeyboardInterrupt`.
+
+    Clusters send SIGTERM some time before they kill. Only the main thread can listen; elsewhere, and unless `wanted`,
+    nothing changes.
+    """
+    request = StopRequest()
+    if not wanted or threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def ask(number: int, _: Any) -> None:
+        if request.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not request.requested:
+            print(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
+        request.requested = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ----------------------------------------------------------------------------------------------- safe writes

@@ -1,8 +1,6 @@
 """Building the pixel cache: who may, how much room it takes, what is there already, and where the rest goes."""
 
-import fcntl
 import os
-import platform
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
@@ -10,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -32,35 +31,23 @@ from data.pixel_cache import (
     read_table,
     table_line,
 )
-from utils import UserError, available_cores, csv_line, write_csv, write_json
+from utils import UserError, available_cores, csv_line, sole_process, write_csv, write_json, write_text
+
+BYTES_OF_A_LINE = 1000  # of a table and of a journal together, at most, for names that are not very long
+BEGAN_AT = "began at byte "
 
 
 @contextmanager
 def one_builder(preset: Preset) -> Iterator[None]:
-    """Hold the preset's cache folder for writing; a dead process holds nothing.
+    """Hold the preset's cache folder for writing.
 
     Raises:
         UserError: another process is at it, or the folder cannot be made.
     """
-    folder = cache_folder(preset)
-    root = preset.settings.data_root.resolve()
+    folder, root = cache_folder(preset), preset.settings.data_root.resolve()
     if folder.resolve().is_relative_to(root):
         raise UserError(f"{folder} is inside the data root {root}, which is never written to: set --cache-root")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}): set --cache-root") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
-            raise UserError(f"{folder} is being built by {holder}: wait for it, or end it") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}\n")
-        lock.flush()
+    with sole_process(folder):
         yield
 
 
@@ -81,7 +68,9 @@ def plan_cache(preset: Preset, kinds: Sequence[Kind], files: Sequence[tuple[str,
     images = _readable_headers(preset, kinds, files)
     packs = {kind: PackWriter(preset, kind, images) for kind in kinds}
     total, missing = sum(pack.end for pack in packs.values()), sum(pack.missing_bytes for pack in packs.values())
-    free = shutil.disk_usage(folder).free
+    tables = BYTES_OF_A_LINE * sum(len(pack.slots) for pack in packs.values())
+    missing = missing + tables if missing else 0
+    free = shutil.disk_usage(folder).free + sum(pack.bytes_let_go for pack in packs.values())
     print(
         f"Pixel cache {folder}: {_size(total)}, {_size(missing)} of it still to be written; "
         f"{_size(free)} are free there",
@@ -123,7 +112,7 @@ class Header:
 def _readable_headers(preset: Preset, kinds: Sequence[Kind], files: Sequence[tuple[str, int]]) -> dict[str, Header]:
     """Header of each file that has one, by name; files that a table knows are not opened again."""
     settings = preset.settings
-    known = read_table(pack_path(preset, kinds[-1]).with_suffix(".csv"))
+    known = read_table(pack_path(preset, kinds[-1]).with_suffix(".csv"), pack_facts(preset, kinds[-1]))
     headers = {}
     for name, _ in tqdm(files, desc="sizes", unit=" images", disable=None):
         try:
@@ -156,27 +145,28 @@ class PackWriter:
         self.names = list(images)
         self._patch_size, self._kind = preset.settings.patch_size, kind
 
-        before = read_table(self.table)
+        before = read_table(self.table, self.facts)
         self.done = {name: before[name] for name in images if name in before and images[name].is_of(before[name].image)}
         self._sealed = self._seal_holds()
         if not self._sealed:
             self.done = self._sound(self.done)
-        self.end = max((entry.offset + self._bytes_of(entry) for entry in before.values()), default=0)
+        self.end = self._base = self._end_of_sealed(before)
         unused = self.end - sum(map(self._bytes_of, self.done.values()))
-        if unused > sum(map(self._bytes_of, images.values())) / 2:  # too much of images that are gone: begin anew
-            self._sealed, self.done, self.end = False, {}, 0
-            for path in (self.seal_path, self.table, self.journal, self.path):
-                path.unlink(missing_ok=True)
+        # Too much of images that are gone: begin a new file.
+        self._anew = unused > sum(map(self._bytes_of, images.values())) / 2
+        if self._anew:
+            self._sealed, self.done, self.end, self._base = False, {}, 0, 0
 
         self.slots: dict[str, Slot] = {}
         for name, header in images.items():
             if name not in self.done:
                 self.slots[name] = Slot(kind, self.path, self.end, self._bytes_of(header))
                 self.end += self.slots[name].bytes
+        journal = {} if self._anew else read_table(self.journal, self.facts)
         self._journaled = self._sound(
             {
                 name: entry
-                for name, entry in read_table(self.journal).items()
+                for name, entry in journal.items()
                 if name in self.slots
                 and entry.offset in (self.slots[name].offset, NOWHERE)
                 and images[name].is_of(entry.image)
@@ -185,6 +175,20 @@ class PackWriter:
         self._table_differs = self.slots or self.done.keys() != before.keys()
         self.done |= self._journaled
         self.slots = {name: slot for name, slot in self.slots.items() if name not in self._journaled}
+
+    def _end_of_sealed(self, before: dict[str, Entry]) -> int:
+        """Where the bytes end that have ever been under a seal: what is new comes after them."""
+        end = max((entry.offset + self._bytes_of(entry) for entry in before.values()), default=0)
+        if self.journal.exists():  # a build was interrupted; its first line says where it began
+            first = self.journal.read_text(encoding="utf-8", errors="surrogateescape").partition("\n")[0]
+            base = first.removeprefix(BEGAN_AT)
+            return max(end, int(base)) if base != first and base.isdecimal() else end
+        return max(end, self.path.stat().st_size) if self.table.exists() and self.path.exists() else end
+
+    @property
+    def bytes_let_go(self) -> int:
+        """Of an old file that will be replaced."""
+        return self.path.stat().st_blocks * 512 if self._anew and self.path.exists() else 0
 
     @property
     def missing_bytes(self) -> int:
@@ -201,17 +205,27 @@ class PackWriter:
         if self._sealed and not self._table_differs:
             return
         self._sealed = False
-        self.seal_path.unlink(missing_ok=True)
-        # The journal again, without what is stale or was torn when a process was killed.
-        write_csv(self.journal, TABLE_COLUMNS, map(table_line, self._journaled.values()))
-        with open(self.path, "ab") as file:
-            file.truncate(self.end)
+        with _writing(self.path):
+            if self._anew:
+                for path in (self.seal_path, self.table, self.journal, self.path):
+                    path.unlink(missing_ok=True)
+            # The journal again, without what is stale or was torn when a process was killed.
+            lines = [csv_line(table_line(entry, self.facts)) for entry in self._journaled.values()]
+            write_text(self.journal, "\n".join([f"{BEGAN_AT}{self._base}", *lines]) + "\n")
+            self.seal_path.unlink(missing_ok=True)
+            with open(self.path, "ab") as file:
+                if os.fstat(file.fileno()).st_size < self.end:
+                    file.truncate(self.end)
 
     def add(self, entry: Entry) -> None:
         """Note that an image's bytes are written, or that it has none because it cannot be decoded."""
         name = entry.image.record.path
-        with open(self.journal, "a", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            file.write(csv_line(table_line(entry)) + "\n")
+        line = csv_line(table_line(entry, self.facts)) + "\n"
+        with (
+            _writing(self.path),
+            open(self.journal, "a", encoding="utf-8", errors="surrogateescape", newline="") as file,
+        ):
+            file.write(line)
         self.done[name] = entry
         self.slots.pop(name)
 
@@ -219,11 +233,13 @@ class PackWriter:
         """Vouch for the pack as it is now."""
         if self._sealed:
             return
-        with open(self.path, "rb") as file:
-            os.fsync(file.fileno())
-        write_csv(self.table, TABLE_COLUMNS, [table_line(self.done[name]) for name in self.names if name in self.done])
-        write_json(self.seal_path, self.facts | {"images": self.images} | pack_state(self.path))
-        self.journal.unlink(missing_ok=True)
+        entries = [self.done[name] for name in self.names if name in self.done]
+        with _writing(self.path):
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
+            write_csv(self.table, TABLE_COLUMNS, [table_line(entry, self.facts) for entry in entries])
+            write_json(self.seal_path, self.facts | {"images": self.images} | pack_state(self.path))
+            self.journal.unlink(missing_ok=True)
 
     def _bytes_of(self, of: Entry | Header) -> int:
         if isinstance(of, Entry) and of.offset == NOWHERE:
@@ -252,6 +268,18 @@ class PackWriter:
                 for (name, entry), checksum in zip(entries.items(), progress(sums), strict=True)
                 if checksum == entry.checksum
             }
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Name the pack in what the system says of a disk that is full or may not be written to."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} and its tables cannot be written ({error.strerror}): mend that, and the same command goes on "
+            f"where it was"
+        ) from None
 
 
 def _checksum(file: int, offset: int, size: int) -> int:

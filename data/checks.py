@@ -1,6 +1,8 @@
 """Every image file decoded once: is it readable, what is on it, and, if wanted, its bytes for the pixel cache."""
 
+import hashlib
 import signal
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -105,10 +107,13 @@ def check_image(file: File, slots: Sequence[Slot], root: Path, max_pixels: int, 
         UserError: there is not enough memory to decode it, or the cache cannot be written.
     """
     name, label = file
-    path, status, kind, mode, width, height, problem = root / name, None, "", "", 0, 0, ""
-    sums, checksums = (0,) * 6, {}
+    path, status, kind, mode, width, height, problem, content = root / name, None, "", "", 0, 0, "", ""
+    sums, checksums, lasting = (0,) * 6, {}, False
     try:
         status = path.stat()
+        if stat.S_ISREG(status.st_mode):
+            with open(path, "rb") as opened:
+                content = hashlib.file_digest(opened, "sha256").hexdigest()
         with open_image(path, max_pixels) as image:
             kind, mode = image.format or "", image.mode
             with _large_images if image.width * image.height > LARGE_PIXELS else nullcontext():
@@ -119,14 +124,16 @@ def check_image(file: File, slots: Sequence[Slot], root: Path, max_pixels: int, 
     except UnreadableImage as error:
         if isinstance(error.__cause__, MemoryError):  # not the file's fault
             raise UserError(f"not enough memory to decode {path}: set a smaller --num-workers") from None
-        problem = str(error)
+        problem, lasting = str(error), getattr(error.__cause__, "errno", None) is None
     except OSError as error:
         problem = error.strerror or str(error)
     size, modified = (status.st_size, status.st_mtime_ns) if status else (0, 0)
-    checked = CheckedImage(ImageRecord(name, label, size, kind, mode, width, height, problem), modified, sums)
-    if problem:  # remembered too, so that the next build does not try again
-        return checked, {slot.kind: Entry(checked, NOWHERE, 0) for slot in slots if status}
-    return checked, {slot.kind: Entry(checked, slot.offset, checksum) for slot, checksum in checksums.items()}
+    checked = CheckedImage(ImageRecord(name, label, size, content, kind, mode, width, height, problem), modified, sums)
+    if problem:  # the content's fault is remembered, so that the next build does not try again; a disk's may pass
+        return checked, {slot.kind: Entry(checked, NOWHERE, 0) for slot in slots if lasting}
+    return checked, {
+        slot.kind: Entry(checked, slot.offset, checksum) for slot, checksum in checksums.items() if checksum is not None
+    }
 
 
 def _sums(image: Image.Image) -> tuple[int, ...]:
@@ -135,8 +142,8 @@ def _sums(image: Image.Image) -> tuple[int, ...]:
     return *(counts @ values).tolist(), *(counts @ values**2).tolist()
 
 
-def _write(slot: Slot, image: Image.Image, patch_size: int) -> int:
-    """Write what belongs into the slot; returns its checksum."""
+def _write(slot: Slot, image: Image.Image, patch_size: int) -> int | None:
+    """Write what belongs into the slot; returns its checksum, or None for a file that has changed its size since."""
     from data.views import global_view, standard_view  # here, because checking alone needs no torch
 
     pixels = pixels_of(image)
@@ -145,7 +152,7 @@ def _write(slot: Slot, image: Image.Image, patch_size: int) -> int:
     elif slot.bytes == 3 * image.width * image.height:
         parts = strips(pixels)
     else:
-        raise UnreadableImage("it has not as many pixels as its header says")
+        return None
     try:
         return write_parts(slot, parts)
     except OSError as error:

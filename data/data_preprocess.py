@@ -18,15 +18,16 @@ for an image of 143 megapixels; images above 32 megapixels are decoded one at a 
 
 import argparse
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 from config import Preset
 from data.cache_builder import one_builder, plan_cache
-from data.checks import check_images
+from data.checks import File, check_images
 from data.index import CLASSES, index_path, list_images, write_index
 from data.pixel_cache import PIXELS, VIEWS, Kind
 from data.report import draw_sizes_and_formats, measure, render_table, report_left_out, tables
-from utils import UserError, dataset_folder, run_door, write_csv, write_json, write_text
+from utils import UserError, dataset_folder, run_door, sole_process, write_csv, write_json, write_text
 
 KINDS: dict[str | None, tuple[Kind, ...]] = {None: (), "views": (VIEWS,), "pixels": (PIXELS, VIEWS)}
 
@@ -44,10 +45,12 @@ def preprocess(preset: Preset, cache: str | None = None) -> None:
     if folder.resolve().is_relative_to(root.resolve()):
         raise UserError(f"{folder} is inside the data root {root}, which is never written to: set --results-root")
     files = list_images(root)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)  # now, and not after all the checking
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}): set --results-root") from None
+    with sole_process(folder):  # now, and not after all the checking
+        _preprocess(preset, files, cache)
+
+
+def _preprocess(preset: Preset, files: Sequence[File], cache: str | None) -> None:
+    root, folder = preset.settings.data_root, dataset_folder(preset)
     started = time.perf_counter()
     with one_builder(preset) if cache else nullcontext():
         packs = plan_cache(preset, KINDS[cache], files)

@@ -2,8 +2,10 @@
 
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,6 +98,9 @@ class ImageDataset(Dataset):
         seed: of the crops.
         max_pixels: larger images are refused.
         exact_resize: resize the global view in float32.
+
+    Raises:
+        UserError: an image is larger, or its file is not what it was when the index was made.
     """
 
     def __init__(
@@ -109,6 +114,12 @@ class ImageDataset(Dataset):
         exact_resize: bool = False,
     ) -> None:
         records = [index.records[row] for row in rows]
+        for record in records:
+            if record.width * record.height > max_pixels:
+                raise UserError(
+                    f"{index.root / record.path} has {record.width}x{record.height} pixels, more than "
+                    f"max_image_pixels = {max_pixels}: raise it, or run python -m data.data_preprocess again"
+                )
         self.root, self.rows = index.root, np.array(rows, np.int64)
         self.names = Names([record.path for record in records])
         self.labels = torch.tensor([record.label for record in records], dtype=torch.int64)
@@ -119,6 +130,7 @@ class ImageDataset(Dataset):
         self.exact_resize = exact_resize and num_crops is not None
         self._pixels = index.cache.pixels if index.cache else None
         self._views = index.cache.views if index.cache and not self.exact_resize else None
+        self._opened = False  # in this process
         self._has_pixels, self._has_views = (
             np.array([bool(pack and pack.has(row)) for row in rows]) for pack in (self._pixels, self._views)
         )
@@ -131,6 +143,8 @@ class ImageDataset(Dataset):
 
     def __getitems__(self, items: list[tuple[int, int | None]]) -> tuple[torch.Tensor, ...]:
         """A batch, written once, to where the process that trains will read it."""
+        if not self._opened:
+            self._open_packs()
         B, P, K = len(items), self.patch_size, self.num_crops
         resized = _batch((B, P, P, 3), torch.float32 if self.exact_resize else torch.uint8)
         crops = None if K is None else _batch((B, K, P, P, 3), torch.uint8)
@@ -138,6 +152,19 @@ class ImageDataset(Dataset):
             self._write_views(position, epoch, resized[place].numpy(), None if K is None else crops[place].numpy())
         views = [view.movedim(-1, -3) for view in (resized, crops) if view is not None]
         return *views, self.labels[[position for position, _ in items]]
+
+    def _open_packs(self) -> None:
+        """Once in each process: a cache that was removed or made anew since is not read, but said."""
+        for pack, has in ((self._pixels, self._has_pixels), (self._views, self._has_views)):
+            if pack is not None and not pack.open():
+                has[:] = False
+                print(
+                    f"{pack.path} is not what it was when this began: decoding the files", file=sys.stderr, flush=True
+                )
+        self._opened = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": False}
 
     def _write_views(self, position: int, epoch: int | None, resized: np.ndarray, crops: np.ndarray | None) -> None:
         row, height, width, P = int(self.rows[position]), *self._size(position), self.patch_size

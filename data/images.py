@@ -8,6 +8,8 @@ array; `pixels_of` looks at them where they are, through the Arrow interface tha
 """
 
 import ctypes
+import os
+import stat
 import warnings
 from pathlib import Path
 
@@ -41,7 +43,13 @@ def open_image(path: str | Path, max_pixels: int) -> Image.Image:
         UnreadableImage: not an image, or more than `max_pixels` pixels.
     """
     try:
-        image = Image.open(path)
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever
+            raise UnreadableImage("not a file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged metadata, which we do not use
+            image = Image.open(path)
+    except UnreadableImage:
+        raise
     except Exception as error:  # decoders raise many kinds; each means the same to us
         raise UnreadableImage(_reason(error)) from error
     width, height = image.size

@@ -26,6 +26,7 @@ class ImageRecord:
     path: str  # relative to the data root, with forward slashes
     label: int
     bytes: int
+    content: str  # SHA-256 of the bytes; empty if they cannot be read
     format: str  # of the content, such as JPEG, whatever the ending
     mode: str  # Pillow's, such as RGB or P
     width: int
@@ -56,8 +57,8 @@ class Index:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits over names, labels, sizes in bytes and readability of all images."""
-        rows = sorted(f"{r.path}\0{r.label}\0{r.bytes}\0{not r.problem}" for r in self.records)
+        """16 hexadecimal digits over names, labels, contents and readability of all images."""
+        rows = sorted(f"{r.path}\0{r.label}\0{r.content}\0{not r.problem}" for r in self.records)
         return hashlib.sha256("\n".join(rows).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
     def readable(self, rows: list[int]) -> list[int]:
@@ -66,12 +67,31 @@ class Index:
 
 
 def list_files(root: Path, class_name: str) -> list[str]:
-    """Relative path of every file under root/class_name, in ImageFolder's order, which decides the split."""
-    return [
-        (Path(directory) / name).relative_to(root).as_posix()
-        for directory, _, names in sorted(os.walk(root / class_name, followlinks=True))
-        for name in sorted(names)
-    ]
+    """Relative path of every file under root/class_name, in ImageFolder's order, which decides the split.
+
+    Links are followed, but not back to a folder that they lie in.
+
+    Raises:
+        UserError: a folder in it cannot be listed.
+    """
+    found: list[tuple[str, list[str]]] = []
+
+    def visit(folder: str, above: tuple[tuple[int, int], ...]) -> None:
+        status = os.stat(folder)
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            return
+        try:
+            names = os.listdir(folder)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be listed ({error.strerror}): mend that, or move it away") from None
+        folders = [name for name in names if os.path.isdir(os.path.join(folder, name))]
+        found.append((folder, sorted(set(names) - set(folders))))
+        for name in folders:
+            visit(os.path.join(folder, name), (*above, here))
+
+    visit(str(root / class_name), ())
+    return [(Path(folder) / name).relative_to(root).as_posix() for folder, names in sorted(found) for name in names]
 
 
 def list_images(root: Path) -> list[tuple[str, int]]:

@@ -1,5 +1,6 @@
 """The only `DataLoader` call."""
 
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -19,14 +20,14 @@ class EpochSampler(Sampler[tuple[int, int | None]]):
     """
 
     def __init__(self, length: int, seed: int, training: bool) -> None:
-        self.length, self.seed, self.training, self.epoch = length, seed, training, 0
+        self.length, self.seed, self.training, self.epoch, self.first = length, seed, training, 0, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Choose the epoch of the next pass, and how many positions at its beginning to leave out."""
+        self.epoch, self.first = epoch, first
 
     def order(self) -> list[int]:
-        """Positions in the order of the next pass."""
+        """Positions in the order of a whole pass."""
         if not self.training:
             return list(range(self.length))
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "shuffle", self.epoch))
@@ -34,10 +35,10 @@ class EpochSampler(Sampler[tuple[int, int | None]]):
 
     def __iter__(self) -> Iterator[tuple[int, int | None]]:
         epoch = self.epoch if self.training else None
-        return iter([(position, epoch) for position in self.order()])
+        return iter([(position, epoch) for position in self.order()[self.first :]])
 
     def __len__(self) -> int:
-        return self.length
+        return self.length - self.first
 
 
 def build_loader(
@@ -88,5 +89,7 @@ def _as_it_is(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the processes are the parallelism
+    for name in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a job; the parent decides when to leave
+        signal.signal(name, signal.SIG_IGN)
     keep_freed_memory()
     leave_with_parent()

@@ -4,15 +4,16 @@ cache_root/<name of the data root>-<hash of its path>/ holds two packs: `pixels_
 the two views of P x P pixels that GLASS and the standard models take. A pack is three files:
 
     X.bin    the bytes of its images, in the order of the index
-    X.csv    a line an image: its record, the state of its source file, where its bytes begin, their checksum
+    X.csv    a line an image: its record, the state of its source file, where its bytes begin, checksums of both
     X.json   the seal, written last: what the other two were when the pack was whole
 
 Pixels lie in strips of STRIP_WIDTH columns, one strip after the other and each from top to bottom, so that a crop is
 two to four runs of neighbouring bytes however wide the image is: a cold disk reads little more than the crop.
 
 Training reads only what a valid seal vouches for. Without one (a build that was interrupted, a copied or a damaged
-pack) the next build checks every image's checksum, keeps what is sound and writes the rest. Bytes under a seal are
-never overwritten: a changed image gets new ones at the end, so that whoever reads meanwhile sees the old ones.
+pack) the next build checks every checksum, keeps what is sound and writes the rest. Bytes under a seal are never
+overwritten: a changed image gets new ones at the end, or a new file begins, so that whoever reads meanwhile sees the
+old ones. A file that only keeps its size and time of modification is taken for unchanged.
 """
 
 import csv
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image, features
 
 from config import Preset
 from data.index import ImageRecord
@@ -80,7 +82,7 @@ class Slot:
 # ---------------------------------------------------------------------------------------------------- layout
 def cache_folder(preset: Preset) -> Path:
     """Where the pixel cache of the preset's data root lies."""
-    root = preset.settings.data_root.absolute()
+    root = preset.settings.data_root.resolve()
     digest = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
     return preset.settings.cache_root / f"{root.name}-{digest}"
 
@@ -117,7 +119,10 @@ def write_parts(slot: Slot, parts: Iterable[np.ndarray]) -> int:
 
 # --------------------------------------------------------------------------------------------------- reading
 class Pack:
-    """A sealed pack, open for reading. Another process that is sent one maps the file anew.
+    """A sealed pack, open for reading.
+
+    Another process that is sent one calls `open` first. As long as this process has the file open, no other file can
+    be taken for it.
 
     Args:
         path: of the .bin file.
@@ -126,6 +131,7 @@ class Pack:
 
     def __init__(self, path: Path, offsets: np.ndarray) -> None:
         self.path, self.offsets = path, offsets
+        self._identity: tuple[int, int] | None = None
         self._map: mmap.mmap | None = None
         self._disk_reads, self._warm_images = 0, 0
 
@@ -136,13 +142,27 @@ class Pack:
         """Whether the image of this row of the index is in the pack."""
         return self.offsets[row] != NOWHERE
 
-    def _mapped(self) -> np.ndarray:
+    def open(self) -> bool:
+        """Map the file, unless this process has; False if it is gone, or another one has taken its place."""
         if self._map is None:
-            with open(self.path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            try:
+                with open(self.path, "rb") as file:
+                    status = os.fstat(file.fileno())
+                    identity = (status.st_dev, status.st_ino)
+                    if self._identity not in (None, identity):
+                        return False
+                    self._identity = identity
+                    self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            except (FileNotFoundError, ValueError):  # ValueError: an empty file
+                return False
             self._map.madvise(mmap.MADV_RANDOM)  # the kernel would read megabytes around each page
             self._bytes = np.frombuffer(self._map, np.uint8)
-        return self._bytes
+        return True
+
+    def is_at_its_path(self) -> bool:
+        """Whether the opened file is the one that the path leads to now."""
+        status = _stat(self.path)
+        return status is not None and self._identity == (status.st_dev, status.st_ino)
 
     def _announce(self, begin: int, end: int) -> None:
         """Let the kernel read these bytes, all of them at once, before they are touched page by page.
@@ -162,14 +182,14 @@ class Pack:
 
     def view(self, row: int, which: int, patch_size: int) -> np.ndarray:
         """GLOBAL_VIEW or STANDARD_VIEW of an image, uint8 (P, P, 3), read-only."""
-        size, mapped = 3 * patch_size**2, self._mapped()
+        size = 3 * patch_size**2
         begin = int(self.offsets[row]) + which * size
         self._announce(begin, begin + size)
-        return mapped[begin : begin + size].reshape(patch_size, patch_size, 3)
+        return self._bytes[begin : begin + size].reshape(patch_size, patch_size, 3)
 
     def crops(self, row: int, height: int, width: int, boxes: np.ndarray, crops: np.ndarray) -> None:
         """As `cut_crops`, of the image (height, width) in this pack."""
-        mapped, offset, runs = self._mapped(), int(self.offsets[row]), []
+        offset, runs = int(self.offsets[row]), []
         for k, (top, left, rows, columns) in enumerate(boxes.tolist()):
             column, right = left, left + columns
             while column < right:  # strip by strip
@@ -182,18 +202,18 @@ class Pack:
                 runs.append((k, rows, strip, begin, end, column - left, stop - left, column - first, stop - first))
                 column = stop
         for k, rows, strip, begin, end, to, to_end, since, until in runs:
-            crops[k, :rows, to:to_end] = mapped[begin:end].reshape(rows, strip, 3)[:, since:until]
+            crops[k, :rows, to:to_end] = self._bytes[begin:end].reshape(rows, strip, 3)[:, since:until]
         self._note_disk()
 
     def pixels(self, row: int, height: int, width: int) -> np.ndarray:
         """The whole image, uint8 (height, width, 3)."""
-        mapped, offset = self._mapped(), int(self.offsets[row])
+        offset = int(self.offsets[row])
         self._announce(offset, offset + 3 * height * width)
         pixels = np.empty((height, width, 3), np.uint8)
         for left in range(0, width, STRIP_WIDTH):
             strip = min(STRIP_WIDTH, width - left)
             begin = offset + 3 * height * left
-            pixels[:, left : left + strip] = mapped[begin : begin + 3 * height * strip].reshape(height, strip, 3)
+            pixels[:, left : left + strip] = self._bytes[begin : begin + 3 * height * strip].reshape(height, strip, 3)
         return pixels
 
 
@@ -221,28 +241,28 @@ def open_cache(preset: Preset, records: Sequence[ImageRecord]) -> tuple[PixelCac
     settings, folder = preset.settings, cache_folder(preset)
     if not settings.use_cache or not folder.is_dir():
         return None, ""
-    packs, said = {}, []
-    status = None
+    packs, said, status = {}, [], None
     for kind in (PIXELS, VIEWS):
-        path = pack_path(preset, kind)
-        if not path.exists():
+        path, facts = pack_path(preset, kind), pack_facts(preset, kind)
+        pack = Pack(path, np.full(len(records), NOWHERE, np.int64))
+        if not pack.open():
             continue
-        if not path.with_suffix(".json").exists():
+        sealed = path.with_suffix(".json").exists()
+        if sealed:
+            check_seal(path, facts)
+            entries = read_table(path.with_suffix(".csv"), facts)
+        if not sealed or not pack.is_at_its_path():
             said.append(f"{path} is unfinished and not used (python -m data.data_preprocess --cache goes on with it)")
             continue
-        check_seal(path, pack_facts(preset, kind))
-        entries = read_table(path.with_suffix(".csv"))
-        if status is None:
-            status = [_stat(settings.data_root / record.path) for record in records]
-        offsets = np.full(len(records), NOWHERE, np.int64)
+        status = status or [_stat(settings.data_root / record.path) for record in records]
         for row, (record, now) in enumerate(zip(records, status, strict=True)):
             entry = entries.get(record.path)
             known = entry and (entry.image.record.height, entry.image.record.width) == (record.height, record.width)
             if known and now and entry.image.is_of(now):
-                offsets[row] = entry.offset
-        packs[kind] = Pack(path, offsets)
+                pack.offsets[row] = entry.offset
+        packs[kind] = pack
         readable = sum(not record.problem for record in records)
-        said.append(f"{path.stem} of {np.count_nonzero(offsets != NOWHERE):,} of {readable:,} images")
+        said.append(f"{path.stem} of {np.count_nonzero(pack.offsets != NOWHERE):,} of {readable:,} images")
     found = f"Pixel cache {folder}: {'; '.join(said)}" if said else ""
     return (PixelCache(packs.get(PIXELS), packs.get(VIEWS)) if packs else None), found
 
@@ -281,10 +301,20 @@ def pack_state(path: Path) -> dict[str, Any]:
 
 
 def pack_facts(preset: Preset, kind: Kind) -> dict[str, Any]:
-    """What a pack must be of to be read: the format of its files, its kind, data root and layout."""
+    """What a pack's bytes depend on besides its files: the format, the data root, the layout, and what made them.
+
+    Lossy formats decode a little differently by another version of their library, and torch resizes bytes a little
+    differently with another processor's instructions.
+    """
+    import torch  # here: checking alone needs none
+
     settings = preset.settings
-    layout = {"strip_width": STRIP_WIDTH} if kind == PIXELS else {"patch_size": settings.patch_size}
-    return {"format": FORMAT, "kind": kind, "data_root": str(settings.data_root.absolute())} | layout
+    versions = {name: features.version(name) for name in ("libjpeg_turbo", "webp", "avif")}
+    facts = {"format": FORMAT, "kind": kind, "data_root": str(settings.data_root.resolve()), "decoders": versions}
+    if kind == PIXELS:
+        return facts | {"strip_width": STRIP_WIDTH}
+    resize = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
+    return facts | {"patch_size": settings.patch_size, "pillow": Image.__version__, "resize": resize}
 
 
 def _stat(path: Path) -> os.stat_result | None:
@@ -297,29 +327,35 @@ def _stat(path: Path) -> os.stat_result | None:
 # ---------------------------------------------------------------------------------------------------- tables
 _RECORD = [field.name for field in fields(ImageRecord)]
 _SUMS = ("red", "green", "blue", "red_squared", "green_squared", "blue_squared")
-TABLE_COLUMNS = (*_RECORD, "mtime_ns", *_SUMS, "offset", "checksum")  # the checksum last: a torn line has a wrong one
+TABLE_COLUMNS = (*_RECORD, "mtime_ns", *_SUMS, "offset", "checksum", "line_checksum")
+_TEXTS = ("path", "content", "format", "mode", "problem")
 
 
-def table_line(entry: Entry) -> tuple[Any, ...]:
-    """An entry as a row of TABLE_COLUMNS."""
-    return (*astuple(entry.image.record), entry.image.mtime_ns, *entry.image.sums, entry.offset, entry.checksum)
+def table_line(entry: Entry, facts: dict[str, Any]) -> tuple[Any, ...]:
+    """An entry as a row of TABLE_COLUMNS, for a pack of these facts."""
+    image = entry.image
+    values = (*astuple(image.record), image.mtime_ns, *image.sums, entry.offset, entry.checksum)
+    return (*values, _line_checksum(map(str, values), facts))
 
 
-_TEXTS = ("path", "format", "mode", "problem")
+def _line_checksum(values: Iterable[str], facts: dict[str, Any]) -> int:
+    text = "\0".join((json.dumps(facts, sort_keys=True), *values))
+    return zlib.crc32(text.encode("utf-8", "surrogateescape"))
 
 
-def read_table(path: Path) -> dict[str, Entry]:
-    """Image name -> entry, of a pack's table or journal; lines that are not whole are passed over."""
+def read_table(path: Path, facts: dict[str, Any]) -> dict[str, Entry]:
+    """Image name -> entry, of a pack's table or journal; what is not whole, or of other facts, is passed over."""
     entries = {}
     if path.exists():
         with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-            for row in csv.reader(file):
-                try:
-                    values = dict(zip(TABLE_COLUMNS, row, strict=True))
-                    numbers = {name: int(values[name]) for name in TABLE_COLUMNS if name not in _TEXTS}
-                except ValueError:  # the header, and what a killed process left
-                    continue
-                record = ImageRecord(**{name: numbers.get(name, values[name]) for name in _RECORD})
-                image = CheckedImage(record, numbers["mtime_ns"], tuple(numbers[name] for name in _SUMS))
-                entries[record.path] = Entry(image, numbers["offset"], numbers["checksum"])
+            try:
+                for row in csv.reader(file):
+                    if len(row) == len(TABLE_COLUMNS) and row[-1] == str(_line_checksum(row[:-1], facts)):
+                        values = dict(zip(TABLE_COLUMNS, row, strict=True))
+                        numbers = {name: int(values[name]) for name in TABLE_COLUMNS if name not in _TEXTS}
+                        record = ImageRecord(**{name: numbers.get(name, values[name]) for name in _RECORD})
+                        image = CheckedImage(record, numbers["mtime_ns"], tuple(numbers[name] for name in _SUMS))
+                        entries[record.path] = Entry(image, numbers["offset"], numbers["checksum"])
+            except csv.Error:  # damaged: what came before may be sound
+                pass
     return entries

@@ -8,6 +8,8 @@ and its pruner arrive in the very state that they had, and the study goes on as 
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -19,16 +21,21 @@ from data.index import Index
 from data.loaders import build_loader
 from hyperparameter_tuning.search_spaces import suggest_experiment
 from models.build import build_model
-from training.loop import EpochRecord, NonFiniteLoss, OutOfMemory, build_trainer, fit
-from training.runtime import build_runtime
+from training.checkpoints import Checkpoint
+from training.loop import NonFiniteLoss, build_trainer, fit
+from training.progress import EpochRecord
+from training.runtime import OutOfMemory, build_runtime
 from utils import (
     UserError,
+    add_restart,
     check_same_ground,
     preset_folder,
     resolved,
     run_door,
     run_facts,
     seed_everything,
+    set_aside,
+    sole_process,
     write_json,
 )
 
@@ -39,17 +46,20 @@ def main(name: str, doc: str) -> None:
     """The door of the study of experiment `name`; its hyperparameters come from trials, not from the command line."""
     hyperparameters = ("batch_size", "dropout_rate", "num_crops", "lr", "weight_decay")
     rates = ("lr_global", "lr_local", "lr_atten_class", "wd_global", "wd_local")
-    run_door(doc, tune, groups=("tuning",), experiments=(name,), without=hyperparameters + rates)
+    run_door(doc, tune, groups=("tuning",), experiments=(name,), without=hyperparameters + rates, arguments=add_restart)
 
 
-def tune(preset: Preset, experiment: Experiment) -> None:
+def tune(preset: Preset, experiment: Experiment, restart: bool = False) -> None:
     """Search the experiment's hyperparameters for the best validation accuracy, and print them.
 
     Writes results/<preset>/tuning/<experiment>/study.db (SQLite, opens in optuna-dashboard) and run.json.
-    Killed and started again, it runs the trial that was in progress once more, with the same values.
+    Killed and started again, it goes on with the trial that was in progress, from its last finished epoch.
+
+    Args:
+        restart: move what was begun aside, and begin anew.
 
     Raises:
-        UserError: no index, no weights, or a study that was started under other settings.
+        UserError: no index, no weights, a study that was started under other settings, or one that is in use.
     """
     index, splits = load_splits(preset)
     folder = preset_folder(preset) / "tuning" / experiment.name
@@ -62,7 +72,15 @@ def tune(preset: Preset, experiment: Experiment) -> None:
         | build_runtime(preset.settings).facts(),
         index.fingerprint,
     )
-    folder.mkdir(parents=True, exist_ok=True)
+    if restart:
+        set_aside(preset, folder)
+    with sole_process(folder):
+        _go_on(preset, experiment, folder, facts, index, splits)
+
+
+def _go_on(
+    preset: Preset, experiment: Experiment, folder: Path, facts: dict[str, Any], index: Index, splits: Splits
+) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     record = optuna.create_study(
@@ -71,17 +89,18 @@ def tune(preset: Preset, experiment: Experiment) -> None:
         direction="maximize",
         load_if_exists=True,
     )
+    glass = isinstance(experiment, GlassExperiment)
     wanted = preset.tuning.glass_trials if glass else preset.tuning.standard_trials
     finished = [trial for trial in record.trials if trial.state in FINISHED]
-    if finished:
-        check_same_ground(folder, facts, results="study.db")
+    if finished or _checkpoints(folder):
+        check_same_ground(folder, facts, results="study.db", unfinished=len(finished) < wanted)
     write_json(folder / "run.json", facts)
     judge = _build_judge(preset, experiment)
     for past in finished:
         _replay(judge, past, preset, experiment)
     print(f"{experiment.name}: {len(finished)} of {wanted} trials are finished")
     for _ in range(len(finished), wanted):
-        _run_trial(judge, record, preset, experiment, index, splits)
+        _run_trial(judge, record, preset, experiment, index, splits, folder)
     _report(record, experiment)
 
 
@@ -115,8 +134,18 @@ def _replay(judge: optuna.Study, past: FrozenTrial, preset: Preset, experiment: 
     judge.tell(trial, past.value if past.state == TrialState.COMPLETE else None, state=past.state)
 
 
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("trial_*.pt"))
+
+
 def _run_trial(
-    judge: optuna.Study, record: optuna.Study, preset: Preset, experiment: Experiment, index: Index, splits: Splits
+    judge: optuna.Study,
+    record: optuna.Study,
+    preset: Preset,
+    experiment: Experiment,
+    index: Index,
+    splits: Splits,
+    folder: Path,
 ) -> None:
     judged = judge.ask()
     suggested = suggest_experiment(judged, preset, experiment)
@@ -127,20 +156,28 @@ def _run_trial(
         )
     suggest_experiment(recorded, preset, experiment)
     reported = record.trials[recorded.number].intermediate_values  # by an earlier process that was killed
+    checkpoint = Checkpoint(folder / f"trial_{judged.number}.pt", preset.settings.checkpoint_every)
+    for path in _checkpoints(folder):
+        if path != checkpoint.path:  # of a trial that was told and not yet cleared away
+            path.unlink()
     start, accuracies = time.perf_counter(), []
 
-    def on_epoch(epoch: EpochRecord) -> None:
-        accuracies.append(epoch.valid_accuracy)
-        step = epoch.epoch - 1  # Hyperband counts from 0, as the author's code
-        judged.report(epoch.valid_accuracy, step)
+    def on_epoch(history: list[EpochRecord]) -> None:
+        accuracy, step = history[-1].valid_accuracy, history[-1].epoch - 1  # Hyperband counts from 0
+        accuracies.append(accuracy)
+        judged.report(accuracy, step)
         if step not in reported:
-            recorded.report(epoch.valid_accuracy, step)
+            recorded.report(accuracy, step)
         if judged.should_prune():
             raise optuna.TrialPruned
 
     value, state, comment = None, TrialState.FAIL, ""
     try:
-        _train(preset, suggested, preset.settings.main_seed + judged.number, index, splits, on_epoch)
+        past = checkpoint.history()  # of an earlier process
+        for epochs in range(1, len(past) + 1):
+            on_epoch(past[:epochs])
+        seed = preset.settings.main_seed + judged.number
+        _train(preset, suggested, seed, index, splits, on_epoch, checkpoint)
         value, state = max(accuracies), TrialState.COMPLETE
     except optuna.TrialPruned:
         state = TrialState.PRUNED
@@ -150,6 +187,7 @@ def _run_trial(
         comment = f": {error}"
     judge.tell(judged, value, state=state)
     record.tell(recorded, value, state=state)
+    checkpoint.remove()
     best = f"{max(accuracies):.4f}" if accuracies else "none"
     print(
         f"trial {judged.number}: validation accuracy {best} after {len(accuracies)} epochs, {state.name.lower()}, "
@@ -172,14 +210,15 @@ def _train(
     seed: int,
     index: Index,
     splits: Splits,
-    on_epoch: Callable[[EpochRecord], None],
+    on_epoch: Callable[[list[EpochRecord]], None],
+    checkpoint: Checkpoint,
 ) -> None:
     seed_everything(seed)
     model = build_model(experiment, preset.settings)
     trainer = build_trainer(model, experiment, preset.settings, preset.tuning.epochs)
     train_loader = build_loader(preset, experiment, index, splits.train, training_seed=seed)
     valid_loader = build_loader(preset, experiment, index, splits.valid)
-    fit(trainer, train_loader, valid_loader, preset.tuning.epochs, on_epoch)
+    fit(trainer, train_loader, valid_loader, preset.tuning.epochs, on_epoch, checkpoint)
 
 
 def _report(record: optuna.Study, experiment: Experiment) -> None:

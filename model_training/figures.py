@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from training.loop import EpochRecord
 from training.metrics import fit_line
+from training.progress import EpochRecord
 from utils import replacing
 
 # Okabe and Ito's colours, which readers with colour blindness can tell apart.

@@ -13,7 +13,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from training.loop import EpochRecord
+from training.progress import EpochRecord
 from training.runtime import CPU_MEMORY, CUDA_MEMORY
 from utils import UserError, first_difference, read_csv, read_json
 

@@ -12,13 +12,14 @@ import argparse
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import config
 from config import Preset
 from data.demo_dataset import MARKER
 from data.index import index_path, list_images, read_index
-from utils import UserError, as_flags, run_door
+from utils import STOPPED, Stopped, UserError, as_flags, run_door, stop_signals
 
 STAGES = {
     "tuning": "hyperparameter_tuning.{family}_{backbone}_tuning",
@@ -82,11 +83,21 @@ def _doors(preset: Preset) -> list[tuple[str, str]]:
 
 def _run(door: str, *arguments: str) -> None:
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", door, *arguments])
-    if done.returncode == 130:
+    with stop_signals() as stop:  # a door that is asked to stop saves its state, which takes it a step
+        process = subprocess.Popen([sys.executable, "-m", door, *arguments])
+        passed_on = False
+        while process.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.5)
+            if stop.requested and not passed_on:  # Ctrl-C has reached the door already; a scheduler's signal may not
+                process.terminate()
+                passed_on = True
+    if stop.requested or process.returncode == STOPPED:
+        raise Stopped(f"python -m {door} ended with exit code {process.returncode}")
+    if process.returncode == 130:
         raise KeyboardInterrupt
-    if done.returncode:
-        raise UserError(f"python -m {door} ended with exit code {done.returncode}")
+    if process.returncode:
+        raise UserError(f"python -m {door} ended with exit code {process.returncode}")
     print(f"({door}: {time.perf_counter() - start:.0f} s)", flush=True)
 
 

@@ -8,12 +8,14 @@ from data.index import Index
 from data.loaders import build_loader
 from model_training.figures import plot_training_curve
 from models.build import build_model
-from training.checkpoints import load_model, save_model
+from training.checkpoints import Checkpoint, load_model, save_model
 from training.evaluation import Predictions, evaluate
-from training.loop import EpochRecord, build_trainer, fit
+from training.loop import build_trainer, fit
 from training.metrics import compute_metrics
+from training.progress import EpochRecord, best_epoch
 from training.runtime import build_runtime
 from utils import (
+    add_restart,
     check_same_ground,
     read_json,
     resolved,
@@ -21,24 +23,31 @@ from utils import (
     run_facts,
     run_folder,
     seed_everything,
+    set_aside,
+    sole_process,
     write_csv,
     write_json,
 )
 
+CHECKPOINT = "checkpoint.pt"
+
 
 def main(name: str, doc: str) -> None:
     """The door of experiment `name`."""
-    run_door(doc, train_and_evaluate, groups=("training",), experiments=(name,))
+    run_door(doc, train_and_evaluate, groups=("training",), experiments=(name,), arguments=add_restart)
 
 
-def train_and_evaluate(preset: Preset, experiment: Experiment) -> None:
+def train_and_evaluate(preset: Preset, experiment: Experiment, restart: bool = False) -> None:
     """Train every seed of the preset and evaluate its best checkpoint on the test split; finished seeds are skipped.
 
     Writes one run folder a seed: run.json, history.csv, model.safetensors, predictions.csv, training_curve.png and,
-    last, metrics.json, whose presence says that the seed is finished.
+    last, metrics.json, whose presence says that the seed is finished. Until then checkpoint.pt is what it goes on from.
+
+    Args:
+        restart: move what was begun aside, and begin anew.
 
     Raises:
-        UserError: no index, no weights, or a folder that was started under other settings.
+        UserError: no index, no weights, a folder that was started under other settings, or one that is in use.
     """
     index, splits = load_splits(preset)
     runtime = build_runtime(preset.settings)
@@ -48,13 +57,16 @@ def train_and_evaluate(preset: Preset, experiment: Experiment) -> None:
     )
     for seed in preset.training.seeds:
         folder = run_folder(preset, experiment.name, seed)
+        if restart:
+            set_aside(preset, folder)
         values = resolved(preset.settings, preset.training, experiment) | {"seed": seed} | runtime.facts()
         facts = run_facts(values, index.fingerprint)
-        check_same_ground(folder, facts, results="history.csv")
-        finished = (folder / "metrics.json").exists()
-        if not finished:
-            write_json(folder / "run.json", facts)
-            _train_seed(preset, experiment, seed, index, splits)
+        with sole_process(folder):
+            check_same_ground(folder, facts, results="history.csv", unfinished=(folder / CHECKPOINT).exists())
+            finished = (folder / "metrics.json").exists()
+            if not finished:
+                write_json(folder / "run.json", facts)
+                _train_seed(preset, experiment, seed, index, splits)
         metrics = read_json(folder / "metrics.json")
         print(
             f"{experiment.name} seed {seed}: test accuracy {metrics['test']['accuracy']:.2%}, checkpoint of epoch "
@@ -71,19 +83,16 @@ def _train_seed(preset: Preset, experiment: Experiment, seed: int, index: Index,
     valid_loader = build_loader(preset, experiment, index, splits.final_valid)
     test_loader = build_loader(preset, experiment, index, splits.test)
 
-    history: list[EpochRecord] = []
-    best: EpochRecord | None = None
     about = {"experiment": asdict(experiment), "settings": resolved(settings), "seed": seed}
 
-    def on_epoch(record: EpochRecord) -> None:
-        nonlocal best
-        history.append(record)
+    def on_epoch(history: list[EpochRecord]) -> None:
         write_csv(folder / "history.csv", [field.name for field in fields(EpochRecord)], map(astuple, history))
-        if best is None or record.valid_accuracy > best.valid_accuracy:  # the first of equals stays
-            best = record
-            save_model(folder / "model.safetensors", model, about | {"epoch": record.epoch})
+        if best_epoch(history) is history[-1]:
+            save_model(folder / "model.safetensors", model, about | {"epoch": history[-1].epoch})
 
-    fit(trainer, train_loader, valid_loader, preset.training.epochs, on_epoch)
+    checkpoint = Checkpoint(folder / CHECKPOINT, settings.checkpoint_every)
+    history = fit(trainer, train_loader, valid_loader, preset.training.epochs, on_epoch, checkpoint)
+    best = best_epoch(history)
     load_model(folder / "model.safetensors", model)
     predictions = evaluate(model, test_loader, trainer.runtime, "test")
 
@@ -100,6 +109,7 @@ def _train_seed(preset: Preset, experiment: Experiment, seed: int, index: Index,
         "test": compute_metrics(predictions.probabilities, predictions.labels),
     }
     write_json(folder / "metrics.json", metrics)
+    checkpoint.remove()
 
 
 def _write_predictions(

@@ -8,17 +8,21 @@ from data.datasets import Splits, load_splits
 from data.index import Index
 from data.loaders import build_loader
 from models.build import build_model
+from training.checkpoints import Checkpoint
 from training.cost import Cost, cost_settings, measure_cost
 from training.loop import build_trainer
 from training.metrics import fit_line
 from training.runtime import build_runtime
 from utils import (
+    add_restart,
     check_same_ground,
     preset_folder,
     read_csv,
     run_door,
     run_facts,
     seed_everything,
+    set_aside,
+    sole_process,
     write_csv,
     write_json,
 )
@@ -28,17 +32,20 @@ COLUMNS = ("num_crops", "peak_memory_mb", "epoch_seconds", "valid_accuracy")
 
 def main(name: str, doc: str) -> None:
     """The door of experiment `name`; K comes from `crop_counts`."""
-    run_door(doc, sweep, groups=("num_crops",), experiments=(name,), without=("num_crops",))
+    run_door(doc, sweep, groups=("num_crops",), experiments=(name,), without=("num_crops",), arguments=add_restart)
 
 
-def sweep(preset: Preset, experiment: GlassExperiment) -> None:
+def sweep(preset: Preset, experiment: GlassExperiment, restart: bool = False) -> None:
     """Train with each K, writing a line of costs.csv after each; a K that is there already is not run again.
 
     Writes results/<preset>/num_crops/<experiment>/<full or quick>/costs.csv and run.json, and prints the
     least-squares lines of memory and of time against K.
 
+    Args:
+        restart: move what was begun aside, and begin anew.
+
     Raises:
-        UserError: no index, no weights, or a folder that was started under other settings.
+        UserError: no index, no weights, a folder that was started under other settings, or one that is in use.
     """
     study, settings = preset.num_crops, preset.settings
     index, splits = load_splits(preset)
@@ -48,36 +55,41 @@ def sweep(preset: Preset, experiment: GlassExperiment) -> None:
     values = cost_settings(settings, study, experiment, runtime, index.cached)
     del values["num_crops"]  # each K in turn
     facts = run_facts(values, index.fingerprint) | {"memory_kind": runtime.memory_kind}
-    check_same_ground(folder, facts, results="costs.csv")
-    write_json(folder / "run.json", facts)
-
-    costs = _read_costs(folder / "costs.csv")
-    for num_crops in study.crop_counts:
-        if num_crops not in costs:
-            costs[num_crops] = _measure(preset, replace(experiment, num_crops=num_crops), index, splits)
-            rows = [(k, *astuple(cost)) for k, cost in sorted(costs.items())]
-            write_csv(folder / "costs.csv", COLUMNS, rows)
-        cost = costs[num_crops]
-        accuracy = "" if cost.valid_accuracy is None else f", best validation accuracy {cost.valid_accuracy:.2%}"
-        print(
-            f"{experiment.name} K = {num_crops}: {cost.peak_memory_mb:.1f} MB ({facts['memory_kind']}), "
-            f"{cost.epoch_seconds:.2f} s an epoch{' (extrapolated)' if study.quick else ''}{accuracy}",
-            flush=True,
-        )
+    if restart:
+        set_aside(preset, folder)
+    with sole_process(folder):
+        costs = _read_costs(folder / "costs.csv")
+        to_do = [num_crops for num_crops in study.crop_counts if num_crops not in costs]
+        check_same_ground(folder, facts, results="costs.csv", unfinished=bool(to_do) and bool(costs))
+        write_json(folder / "run.json", facts)
+        for num_crops in study.crop_counts:
+            if num_crops in to_do:
+                checkpoint = Checkpoint(folder / f"checkpoint_{num_crops}.pt", settings.checkpoint_every)
+                costs[num_crops] = _measure(preset, replace(experiment, num_crops=num_crops), index, splits, checkpoint)
+                rows = [(k, *astuple(cost)) for k, cost in sorted(costs.items())]
+                write_csv(folder / "costs.csv", COLUMNS, rows)
+                checkpoint.remove()
+            cost = costs[num_crops]
+            accuracy = "" if cost.valid_accuracy is None else f", best validation accuracy {cost.valid_accuracy:.2%}"
+            print(
+                f"{experiment.name} K = {num_crops}: {cost.peak_memory_mb:.1f} MB ({facts['memory_kind']}), "
+                f"{cost.epoch_seconds:.2f} s an epoch{' (extrapolated)' if study.quick else ''}{accuracy}",
+                flush=True,
+            )
     for quantity, unit in (("peak_memory_mb", "MB"), ("epoch_seconds", "s")):
         points = [getattr(costs[k], quantity) for k in sorted(costs)]
         intercept, slope, r_squared = fit_line(sorted(costs), points)
         print(f"{quantity} = {intercept:.2f} {unit} + {slope:.2f} {unit} per crop, R squared {r_squared:.5f}")
 
 
-def _measure(preset: Preset, experiment: GlassExperiment, index: Index, splits: Splits) -> Cost:
+def _measure(preset: Preset, experiment: GlassExperiment, index: Index, splits: Splits, checkpoint: Checkpoint) -> Cost:
     settings, seed = preset.settings, preset.settings.main_seed
     seed_everything(seed)
     model = build_model(experiment, settings)
     trainer = build_trainer(model, experiment, settings, preset.num_crops.epochs)
     train_loader = build_loader(preset, experiment, index, splits.train, training_seed=seed)
     valid_loader = build_loader(preset, experiment, index, splits.valid)
-    return measure_cost(trainer, train_loader, valid_loader, preset.num_crops)
+    return measure_cost(trainer, train_loader, valid_loader, preset.num_crops, checkpoint)
 
 
 def _read_costs(path: Path) -> dict[int, Cost]:

@@ -6,16 +6,20 @@ from config import Preset, StandardExperiment
 from data.datasets import load_splits
 from data.loaders import build_loader
 from models.build import build_model
+from training.checkpoints import Checkpoint
 from training.cost import Cost, cost_settings, measure_cost
 from training.loop import build_trainer
 from training.runtime import build_runtime
 from utils import (
+    add_restart,
     check_same_ground,
     preset_folder,
     read_csv,
     run_door,
     run_facts,
     seed_everything,
+    set_aside,
+    sole_process,
     write_csv,
     write_json,
 )
@@ -23,16 +27,19 @@ from utils import (
 
 def main(name: str, doc: str) -> None:
     """The door of experiment `name`."""
-    run_door(doc, profile, groups=("standard_memory",), experiments=(name,))
+    run_door(doc, profile, groups=("standard_memory",), experiments=(name,), arguments=add_restart)
 
 
-def profile(preset: Preset, experiment: StandardExperiment) -> None:
+def profile(preset: Preset, experiment: StandardExperiment, restart: bool = False) -> None:
     """Train once and write what it cost; a finished measurement is not repeated.
 
     Writes results/<preset>/standard_memory/<experiment>/<full or quick>/costs.csv and run.json.
 
+    Args:
+        restart: move what was begun aside, and begin anew.
+
     Raises:
-        UserError: no index, no weights, or a folder that was started under other settings.
+        UserError: no index, no weights, a folder that was started under other settings, or one that is in use.
     """
     study, settings, seed = preset.standard_memory, preset.settings, preset.settings.main_seed
     index, splits = load_splits(preset)
@@ -41,16 +48,22 @@ def profile(preset: Preset, experiment: StandardExperiment) -> None:
     runtime = build_runtime(settings)
     values = cost_settings(settings, study, experiment, runtime, index.cached)
     facts = run_facts(values, index.fingerprint) | {"memory_kind": runtime.memory_kind}
-    check_same_ground(folder, facts, results="costs.csv")
-    if not (folder / "costs.csv").exists():
-        seed_everything(seed)
-        model = build_model(experiment, settings)
-        trainer = build_trainer(model, experiment, settings, study.epochs)
-        train_loader = build_loader(preset, experiment, index, splits.train, training_seed=seed)
-        valid_loader = build_loader(preset, experiment, index, splits.valid)
-        write_json(folder / "run.json", facts)
-        cost = measure_cost(trainer, train_loader, valid_loader, study)
-        write_csv(folder / "costs.csv", ("num_crops", *(field.name for field in fields(Cost))), [("", *astuple(cost))])
+    if restart:
+        set_aside(preset, folder)
+    checkpoint = Checkpoint(folder / "checkpoint.pt", settings.checkpoint_every)
+    with sole_process(folder):
+        check_same_ground(folder, facts, results="costs.csv", unfinished=checkpoint.path.exists())
+        if not (folder / "costs.csv").exists():
+            seed_everything(seed)
+            model = build_model(experiment, settings)
+            trainer = build_trainer(model, experiment, settings, study.epochs)
+            train_loader = build_loader(preset, experiment, index, splits.train, training_seed=seed)
+            valid_loader = build_loader(preset, experiment, index, splits.valid)
+            write_json(folder / "run.json", facts)
+            cost = measure_cost(trainer, train_loader, valid_loader, study, checkpoint)
+            columns = ("num_crops", *(field.name for field in fields(Cost)))
+            write_csv(folder / "costs.csv", columns, [("", *astuple(cost))])
+            checkpoint.remove()
     row = read_csv(folder / "costs.csv")[0]
     accuracy = f", best validation accuracy {float(row['valid_accuracy']):.2%}" if row["valid_accuracy"] else ""
     print(

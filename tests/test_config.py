@@ -30,6 +30,7 @@ from models.build import build_model
 from num_crops.sweep import sweep
 from standard_memory.profile import profile
 from tests.conftest import REPOSITORY, write_toy_images
+from training.checkpoints import Checkpoint
 from training.loop import Trainer, build_trainer
 from training.optimizer import parameter_groups
 from training.runtime import Runtime, build_runtime
@@ -262,6 +263,19 @@ def torchs_switches_are_set(lab: Lab) -> None:
         assert torch.are_deterministic_algorithms_enabled() == deterministic
         assert torch.backends.cudnn.benchmark != deterministic
         assert torch.get_float32_matmul_precision() == precision
+
+
+@shows("Settings.checkpoint_every")
+def the_state_is_saved_after_so_many_steps_and_after_each_epoch(lab: Lab) -> None:
+    saves: list[int] = []
+    save = Checkpoint.save
+    lab.monkeypatch.setattr(Checkpoint, "save", lambda *arguments: saves.append(1) or save(*arguments))
+    for every, expected in ((0, 2), (2, 2 + 2 * 4), (7, 2 + 2)):  # two epochs of eight steps
+        saves.clear()
+        preset = lab.preset_to_run(f"every {every}", training=Training(epochs=2, seeds=(1,)))
+        preset = replace(preset, settings=replace(preset.settings, checkpoint_every=every))
+        train_and_evaluate(preset, replace(STANDARD, batch_size=4))
+        assert len(saves) == expected
 
 
 @shows("Settings.num_workers")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ from PIL import Image
 
 from config import Preset
 from data.crops import crop_generator, sample_crop_boxes
+from data.data_preprocess import preprocess
 from data.datasets import ImageDataset, load_splits
 from data.images import read_image
 from data.loaders import build_loader
 from data.views import cut_crops, global_view, standard_view
-from tests.conftest import FIXTURES
+from tests.conftest import FIXTURES, write_toy_images
 from utils import UserError, find_experiment
 
 CROP_CASES = json.loads((FIXTURES / "crop_positions.json").read_text())["cases"]
@@ -140,8 +142,18 @@ def test_evaluation_crops_follow_the_main_seed(toy_preset: Callable[..., Preset]
     assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
 
 
-def test_a_file_that_vanished_after_preprocessing_is_named(toy_preset: Callable[..., Preset]) -> None:
-    index, splits = load_splits(toy_preset())
-    dataset = ImageDataset(index, splits.train, 32, None, 0, max_pixels=10)
-    with pytest.raises(UserError, match=dataset.names[0]):
+def test_a_file_that_changed_after_preprocessing_is_named(tmp_path: Path, toy_preset: Callable[..., Preset]) -> None:
+    write_toy_images(tmp_path / "images", images_per_class=10)
+    preset = toy_preset(data_root=tmp_path / "images", results_root=tmp_path / "results")
+    preprocess(preset)
+    index, splits = load_splits(preset)
+    dataset = ImageDataset(index, splits.train, 32, None, 0, max_pixels=10**6)
+    path = index.root / dataset.names[0]
+    path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(UserError, match=rf"{dataset.names[0]} is not what it was .*its size in bytes has changed"):
         dataset[0, None]
+    path.unlink()
+    with pytest.raises(UserError, match=rf"{dataset.names[0]} is not what it was .*No such file"):
+        dataset[0, None]
+    with pytest.raises(UserError, match="more than max_image_pixels = 10: raise it"):
+        ImageDataset(index, splits.train, 32, None, 0, max_pixels=10)

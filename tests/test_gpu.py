@@ -11,7 +11,8 @@ from config import Preset
 from data.datasets import load_splits
 from data.loaders import build_loader
 from models.build import build_model
-from training.loop import EpochRecord, OutOfMemory, Trainer, build_trainer, fit
+from training.loop import OutOfMemory, Trainer, build_trainer, fit
+from training.progress import EpochRecord
 from training.runtime import CUDA_MEMORY, build_runtime
 from utils import find_experiment, seed_everything
 

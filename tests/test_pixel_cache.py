@@ -25,7 +25,7 @@ from data.data_preprocess import preprocess
 from data.datasets import ImageDataset, load_splits
 from data.index import list_images
 from data.loaders import build_loader
-from data.pixel_cache import PIXELS, STRIP_WIDTH, VIEWS, cache_folder, read_table
+from data.pixel_cache import PIXELS, STRIP_WIDTH, VIEWS, Entry, cache_folder, pack_facts, pack_path, read_table
 from tests.conftest import REPOSITORY, TOY_FLAGS, run_module, succeed, write_toy_images
 from utils import UserError, find_experiment
 
@@ -95,6 +95,10 @@ def files_of(preset: Preset, *endings: str) -> dict[str, bytes]:
 
 def pack(preset: Preset, kind: str) -> Path:
     return next(cache_folder(preset).glob(f"{kind}_*.bin"))
+
+
+def table_of(preset: Preset, kind: str, ending: str = ".csv") -> dict[str, Entry]:
+    return read_table(pack_path(preset, kind).with_suffix(ending), pack_facts(preset, kind))
 
 
 def without_cache(preset: Preset) -> Preset:
@@ -202,8 +206,8 @@ def test_a_build_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(preset: 
             [*command, "--num-workers", str(workers)], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         journal = cache_folder(preset) / f"views_{preset.settings.patch_size}.journal"
-        seen = len(read_table(journal))
-        while process.poll() is None and len(read_table(journal)) < seen + 9:
+        seen = len(table_of(preset, VIEWS, ".journal"))
+        while process.poll() is None and len(table_of(preset, VIEWS, ".journal")) < seen + 9:
             time.sleep(0.005)
         if process.poll() is not None:
             break
@@ -234,7 +238,7 @@ def test_an_unfinished_cache_is_said_and_not_used(preset: Preset, capsys: pytest
 # ------------------------------------------------------------------------------------------------ changed sources
 def test_only_images_whose_file_changed_are_written_again(preset: Preset, capsys: pytest.CaptureFixture[str]) -> None:
     preprocess(preset, "pixels")
-    before, old = read_table(pack(preset, PIXELS).with_suffix(".csv")), pack(preset, PIXELS).read_bytes()
+    before, old = table_of(preset, PIXELS), pack(preset, PIXELS).read_bytes()
     fake, real = (preset.settings.data_root / name for name in ("fake", "real"))
     noise(50, 40).save(fake / "0000.png")  # another image
     os.utime(fake / "0002.png", ns=(1, 1))  # the same image, touched
@@ -243,7 +247,7 @@ def test_only_images_whose_file_changed_are_written_again(preset: Preset, capsys
     capsys.readouterr()
     preprocess(preset, "pixels")
     assert "still to be written" in capsys.readouterr().out
-    after = read_table(pack(preset, PIXELS).with_suffix(".csv"))
+    after = table_of(preset, PIXELS)
     moved = {name for name in after if name not in before or after[name].offset != before[name].offset}
     assert moved == {"fake/0000.png", "fake/0002.png", "real/new.png"}
     assert "real/0000.png" not in after
@@ -331,7 +335,7 @@ def test_a_damaged_cache_is_named_never_read_and_mended(preset: Preset, kind: st
     preprocess(preset, "pixels")
     assert_same(views_of_all(preset, 3), views_of_all(preset, 3, use_cache=False))
     if damage in ("truncated", "a torn seal", "no object"):  # what is sound stays where it is
-        table = read_table(pack(preset, kind).with_suffix(".csv"))
+        table = table_of(preset, kind)
         assert len(table) == 20 and len(files_of(preset)) == len(whole)
 
 
@@ -375,12 +379,126 @@ def test_an_image_that_cannot_be_decoded_is_left_out_and_remembered(preset: Pres
     assert load_splits(preset)[0].records[1].problem.startswith("image file is truncated")
 
 
+def test_a_pack_is_not_read_under_what_would_decode_or_resize_otherwise(preset: Preset) -> None:
+    preprocess(preset, "pixels")
+    path = pack(preset, VIEWS)
+    seal = json.loads(path.with_suffix(".json").read_text())
+    assert "libjpeg_turbo" in seal["decoders"] and seal["resize"].startswith("torch ")
+    path.with_suffix(".json").write_text(json.dumps(seal | {"resize": "torch 1.0, DEFAULT"}))
+    with pytest.raises(UserError, match=r"has resize = torch 1\.0, DEFAULT, not torch "):
+        load_splits(preset)
+
+
+# ------------------------------------------------------------------------------------- while somebody is reading
+def reader_of(preset: Preset) -> tuple[ImageDataset, list[tuple[int, None]]]:
+    index, _ = load_splits(preset)
+    rows = list(range(len(index.records)))
+    return ImageDataset(index, rows, 32, 3, 0, 10**9), [(row, None) for row in rows]
+
+
+def test_a_cache_made_anew_before_a_process_opens_it_is_not_read_but_said(
+    preset: Preset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preprocess(preset, "pixels")
+    expected = list(reader_of(without_cache(preset))[0].__getitems__(reader_of(preset)[1]))
+    here, items = reader_of(preset)
+    sent = pickle.dumps(here)  # as to a worker process
+    shutil.rmtree(cache_folder(preset))
+    noise(90, 80).save(preset.settings.data_root / "fake" / "000.png")  # all offsets move
+    for build in (lambda: None, lambda: preprocess(preset, "pixels")):
+        build()
+        capsys.readouterr()
+        assert_same(list(pickle.loads(sent).__getitems__(items)), expected)
+        assert capsys.readouterr().err.count("is not what it was when this began: decoding the files") == 2
+        assert_same(list(here.__getitems__(items)), expected)  # this process has the old file still
+        assert capsys.readouterr().err == ""
+
+
+def test_whoever_reads_sees_the_old_bytes_whatever_is_built_meanwhile(preset: Preset) -> None:
+    real = preset.settings.data_root / "real"
+    preprocess(preset, "pixels")
+    reader, items = reader_of(preset)
+    expected = [part.clone() for part in reader.__getitems__(items)]
+    last = sorted(real.iterdir())[-1]
+    last.unlink()
+    preprocess(preset, "pixels")
+    noise(64, 64).save(last.with_name("0099.png"))
+    preprocess(preset, "pixels")
+    for path in sorted(real.iterdir())[:8]:
+        path.unlink()
+    noise(1, 1).save(real / "0100.png")
+    preprocess(preset, "pixels")
+    assert_same(list(reader.__getitems__(items)), expected)
+
+
+def test_a_build_killed_before_its_seal_ends_with_the_same_bytes_though_its_last_image_is_damaged(
+    preset: Preset,
+) -> None:
+    photo = preset.settings.data_root / "fake" / "0001.jpg"
+    (preset.settings.data_root / "real" / "zz.jpg").write_bytes(photo.read_bytes()[:-300])
+    preprocess(preset, "pixels")
+    whole = files_of(preset)
+    for kind in (PIXELS, VIEWS):
+        pack(preset, kind).with_suffix(".json").unlink()
+        pack(preset, kind).with_suffix(".journal").write_text("began at byte 0\n")
+    preprocess(preset, "pixels")
+    assert files_of(preset) == whole
+
+
+def test_an_image_saved_anew_while_the_cache_is_planned_is_read_all_the_same(preset: Preset) -> None:
+    files = list_images(preset.settings.data_root)
+    with cache_builder.one_builder(preset):
+        packs = cache_builder.plan_cache(preset, (PIXELS, VIEWS), files)
+        for writer in packs.values():
+            writer.begin()
+        noise(77, 55).save(preset.settings.data_root / "fake" / "0000.png")
+        images = check_images(preset, files, packs)
+        for writer in packs.values():
+            writer.seal()
+    assert not any(image.record.problem for image in images)
+    preprocess(preset, "pixels")
+    assert table_of(preset, PIXELS)["fake/0000.png"].image.record.width == 77
+    assert_same(views_of_all(preset, 3), views_of_all(preset, 3, use_cache=False))
+
+
+@pytest.mark.parametrize("change", [(",PNG,", ',"NG,'), (",0,", ",99999999999999999999,"), ("fake/0002", "fake/0003")])
+def test_a_damaged_line_of_a_table_is_not_believed(preset: Preset, change: tuple[str, str]) -> None:
+    preprocess(preset, "pixels")
+    index = (preset.settings.results_root / "demo" / "dataset" / "index.csv").read_bytes()
+    statistics = (preset.settings.results_root / "demo" / "dataset" / "statistics.json").read_bytes()
+    for kind in (PIXELS, VIEWS):
+        table = pack(preset, kind).with_suffix(".csv")
+        table.write_text(table.read_text().replace(*change, 1))
+    preprocess(preset, "pixels")
+    assert (preset.settings.results_root / "demo" / "dataset" / "index.csv").read_bytes() == index
+    assert (preset.settings.results_root / "demo" / "dataset" / "statistics.json").read_bytes() == statistics
+    assert_same(views_of_all(preset, 3), views_of_all(preset, 3, use_cache=False))
+
+
+def test_a_refused_build_keeps_what_there_was(preset: Preset) -> None:
+    preprocess(preset, "pixels")
+    before = files_of(preset, ".bin", ".csv", ".json")
+    for path in sorted(preset.settings.data_root.rglob("*.*"))[5:]:
+        os.utime(path, ns=(1, 1))
+    limited = replace(preset, settings=replace(preset.settings, cache_limit_gb=1e-6))
+    with pytest.raises(UserError, match="more than cache_limit_gb"):
+        preprocess(limited, "pixels")
+    assert files_of(preset, ".bin", ".csv", ".json") == before
+
+
+def test_a_linked_data_root_has_the_same_cache(preset: Preset, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(preset.settings.data_root)
+    linked = replace(preset, settings=replace(preset.settings, data_root=tmp_path / "link"))
+    assert cache_folder(linked) == cache_folder(preset)
+
+
 # ------------------------------------------------------------------------------------------------- space and company
 def test_bytes_and_free_space_are_said_first_and_too_little_is_refused(
     preset: Preset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = [Image.open(preset.settings.data_root / name).size for name, _ in list_images(preset.settings.data_root)]
-    needed = sum(3 * width * height for width, height in images) + len(images) * 2 * 3 * 32**2
+    stored = sum(3 * width * height for width, height in images) + len(images) * 2 * 3 * 32**2
+    needed = stored + 2 * len(images) * cache_builder.BYTES_OF_A_LINE
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, needed - 1))
     with pytest.raises(UserError, match=r"needs 0\.\d MB more and 0\.\d MB are free.*--cache views takes less"):
         preprocess(preset, "pixels")
@@ -388,7 +506,7 @@ def test_bytes_and_free_space_are_said_first_and_too_little_is_refused(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, needed))
     preprocess(preset, "pixels")
     assert "Pixel cache" in capsys.readouterr().out
-    assert sum(path.stat().st_size for path in cache_folder(preset).glob("*.bin")) == needed
+    assert sum(path.stat().st_size for path in cache_folder(preset).glob("*.bin")) == stored
 
 
 @contextmanager
@@ -419,7 +537,7 @@ def test_a_disk_that_fills_up_while_it_is_written_loses_nothing(preset: Preset, 
             with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
                 check_images(preset, files, packs)
         filler.unlink()
-        assert 0 < len(read_table(pack(preset, PIXELS).with_suffix(".journal"))) < 20
+        assert 0 < len(table_of(preset, PIXELS, ".journal")) < 20
         preprocess(preset, "pixels")
         assert_same(views_of_all(preset, 3), views_of_all(preset, 3, use_cache=False))
 
@@ -428,7 +546,7 @@ def test_a_second_builder_says_who_is_at_it(preset: Preset) -> None:
     with cache_builder.one_builder(preset):
         done = run_module("data.data_preprocess", *flags(preset), "--cache")
         assert done.returncode == 2
-        assert f"is being built by process {os.getpid()} on" in done.stderr and done.stderr.count("\n") == 1
+        assert f"is in use by process {os.getpid()} on" in done.stderr and done.stderr.count("\n") == 1
     succeed("data.data_preprocess", *flags(preset), "--cache")
 
 

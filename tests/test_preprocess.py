@@ -142,7 +142,7 @@ def test_mean_and_deviation_are_those_of_the_pixels(checked: Checked) -> None:
 
 
 def test_sums_stay_exact_where_floats_and_64_bits_do_not() -> None:
-    record = ImageRecord("fake/a.png", 0, 1, "PNG", "RGB", 10**6, 10**6, "")
+    record = ImageRecord("fake/a.png", 0, 1, "", "PNG", "RGB", 10**6, 10**6, "")
     sums = [*[255 * 10**12 - 1] * 3, *[255**2 * 10**12 - (2 * 255 - 1)] * 3]
     measured = moments([record], [sums])  # all pixels 255 but one, which is 254
     assert measured["mean"] == [(255 * 10**12 - 1) / (255 * 10**12)] * 3

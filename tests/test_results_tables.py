@@ -15,7 +15,7 @@ import config
 from config import Preset
 from model_training.figures import plot_training_curve
 from model_training.results_tables import METRICS, write_tables
-from training.loop import EpochRecord
+from training.progress import EpochRecord
 from utils import UserError, resolved, write_csv, write_json
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -1,17 +1,27 @@
-"""Save and load model weights; nothing is ever unpickled."""
+"""Model weights, and the state from which a training goes on; nothing is ever unpickled."""
 
 import json
+import random
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from training.progress import EpochRecord, Progress
 from utils import UserError, replacing
 
+if TYPE_CHECKING:
+    from training.loop import Trainer
 
+
+# ---------------------------------------------------------------------------------------------------- weights
 def save_model(path: Path, model: nn.Module, about: Mapping[str, Any]) -> None:
     """Write the model's weights as safetensors, with `about` (JSON-ready: all that rebuilds the model) as metadata."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -26,7 +36,8 @@ def load_model(path: Path, model: nn.Module) -> dict[str, Any]:
     """Load weights that `save_model` wrote into `model`; returns what was told about it.
 
     Raises:
-        UserError: not such a file, or of another model.
+        UserError: not such a file, of another model, or with weights that are not finite numbers; `model` is then
+            as it was.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -34,9 +45,126 @@ def load_model(path: Path, model: nn.Module) -> dict[str, Any]:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path} is not a weights file of this project: {error}") from None
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        detail = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise UserError(f"{path} does not fit this model: {detail[:300]}") from None
+    problem = unfit(state, model.state_dict())
+    if problem:
+        raise UserError(f"{path} does not fit this model: {problem}")
+    model.load_state_dict(state)
     return about
+
+
+def unfit(state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> str | None:
+    """What keeps `state` from being loaded where `wanted` is expected, as part of a sentence; None if nothing does."""
+    for names, what in ((wanted.keys() - state.keys(), "lacks"), (state.keys() - wanted.keys(), "has, unexpectedly,")):
+        if names:
+            first = ", ".join(sorted(names)[:3])
+            return f"it {what} {len(names)} of the model's tensors ({first}{', ...' if len(names) > 3 else ''})"
+    for name, tensor in state.items():
+        if tensor.shape != wanted[name].shape:
+            return f"{name} is {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}"
+        if tensor.dtype != wanted[name].dtype:
+            return f"{name} is {tensor.dtype}, expected {wanted[name].dtype}"
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return f"{name} has values that are infinite or not a number"
+    return None
+
+
+# ----------------------------------------------------------------------------------------- training in progress
+class Checkpoint:
+    """The file from which a training that was stopped or killed goes on, bit for bit on the same machine.
+
+    Args:
+        path: of the file; it holds the last state, never two.
+        every_steps: save within an epoch too, after so many steps; 0: only between epochs.
+    """
+
+    def __init__(self, path: Path, every_steps: int = 0) -> None:
+        self.path, self.every_steps = path, every_steps
+
+    def save(self, trainer: "Trainer", progress: Progress) -> None:
+        """Write the state after the last step, whole or not at all."""
+        state = {
+            "model": trainer.model.state_dict(),
+            "optimizer": trainer.optimizer.state_dict(),
+            "scheduler": trainer.scheduler.state_dict(),
+            "scaler": trainer.scaler.state_dict(),
+            "random": _random_states(),
+            "progress": asdict(progress),
+        }
+        with replacing(self.path) as temporary:
+            try:
+                torch.save(state, temporary)
+            except RuntimeError as error:  # torch's way to say that the disk is full
+                raise UserError(
+                    f"{self.path} cannot be written ({_first_line(error)}): make room on that disk"
+                ) from None
+
+    def load(self, trainer: "Trainer") -> Progress:
+        """Put `trainer` and all random generators into the saved state, if there is one; returns how far it is.
+
+        Raises:
+            UserError: the file cannot be read, or is of another model.
+        """
+        state = self._read()
+        if state is None:
+            return Progress()
+        try:
+            trainer.model.load_state_dict(state["model"])
+            trainer.optimizer.load_state_dict(state["optimizer"])
+            trainer.scheduler.load_state_dict(state["scheduler"])
+            trainer.scaler.load_state_dict(state["scaler"])
+            _set_random_states(state["random"])
+            return _progress(state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise self._unusable(error) from None
+
+    def history(self) -> list[EpochRecord]:
+        """The epochs that the saved state has behind it; none without one."""
+        state = self._read()
+        return _progress(state).history if state else []
+
+    def remove(self) -> None:
+        """The training is finished."""
+        self.path.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, Any] | None:
+        if not self.path.exists():
+            return None
+        try:
+            return torch.load(self.path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, UnpicklingError, EOFError, ValueError) as error:
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: Exception) -> UserError:
+        return UserError(f"{self.path} cannot be gone on from ({_first_line(error)}): pass --restart to begin anew")
+
+
+def _progress(state: Mapping[str, Any]) -> Progress:
+    values = dict(state["progress"])
+    history = [EpochRecord(**record) for record in values.pop("history")]
+    return Progress(history=history, **values)
+
+
+def _random_states() -> dict[str, Any]:
+    """Of Python, NumPy, torch and all CUDA devices."""
+    version, numbers, spare = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, torch.tensor(numbers, dtype=torch.int64), spare],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_states(states: Mapping[str, Any]) -> None:
+    version, numbers, spare = states["python"]
+    random.setstate((version, tuple(numbers.tolist()), spare))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

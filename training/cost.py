@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import Experiment, NumCrops, Settings, StandardMemory
+from training.checkpoints import Checkpoint
 from training.evaluation import predict_batch
 from training.loop import Trainer, fit
 from training.runtime import Runtime
@@ -45,15 +46,19 @@ def cost_settings(
 
 
 def measure_cost(
-    trainer: Trainer, train_loader: DataLoader, valid_loader: DataLoader, study: NumCrops | StandardMemory
+    trainer: Trainer,
+    train_loader: DataLoader,
+    valid_loader: DataLoader,
+    study: NumCrops | StandardMemory,
+    checkpoint: Checkpoint,
 ) -> Cost:
-    """Train and measure: all `study.epochs`, or in quick mode a few steps, extrapolated to an epoch.
+    """Train and measure: all `study.epochs`, going on from `checkpoint`, or a few steps in quick mode, extrapolated.
 
     Full mode takes the maximum memory and the mean seconds over epochs, first epoch included, as the paper does.
     """
     if study.quick:
         return _measure_steps(trainer, train_loader, valid_loader, study.warmup_steps, study.measured_steps)
-    history = fit(trainer, train_loader, valid_loader, study.epochs)
+    history = fit(trainer, train_loader, valid_loader, study.epochs, checkpoint=checkpoint)
     return Cost(
         peak_memory_mb=max(record.peak_memory_mb for record in history),
         epoch_seconds=sum(record.epoch_seconds for record in history) / len(history),

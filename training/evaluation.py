@@ -1,6 +1,6 @@
 """Model and loader -> probabilities, labels, loss; only looks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,20 +27,32 @@ class Predictions:
         return float((self.probabilities.argmax(axis=1) == self.labels).mean())
 
 
+def sizes_of(views: Sequence[torch.Tensor]) -> str:
+    """The sizes of a batch's views, in words."""
+    return "views of " + " and ".join("x".join(map(str, view.shape)) for view in views) + " (batch first)"
+
+
 def predict_batch(model: nn.Module, views: Sequence[torch.Tensor], runtime: Runtime) -> torch.Tensor:
     """Logits (B, 2) in float32, on the device, of a batch of uint8 views."""
-    with runtime.autocast():
+    with runtime.memory_for(f"predicting {sizes_of(views)}"), runtime.autocast():
         return model(*runtime.to_device(model, views)).float()
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, runtime: Runtime, description: str = "evaluate") -> Predictions:
-    """Predict every image of the loader, in its order, in evaluation mode."""
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader,
+    runtime: Runtime,
+    description: str = "evaluate",
+    after_batch: Callable[[], None] = lambda: None,
+) -> Predictions:
+    """Predict every image of the loader, in its order, in evaluation mode; what `after_batch` raises ends it."""
     model.eval()
     logits, labels = [], []
     for *views, batch_labels in tqdm(loader, desc=description, leave=False, disable=None):
         logits.append(predict_batch(model, views, runtime))
         labels.append(batch_labels)
+        after_batch()
     all_logits, all_labels = torch.cat(logits).double().cpu(), torch.cat(labels)
     return Predictions(
         probabilities=all_logits.softmax(dim=1).numpy(),

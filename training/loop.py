@@ -4,6 +4,7 @@ Knows no Optuna, no plot and no file. A loader yields `(*views, labels)`; its sa
 its dataset `names`.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,30 +17,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import Experiment, Settings
-from training.evaluation import evaluate
+from training.checkpoints import Checkpoint
+from training.evaluation import evaluate, sizes_of
 from training.optimizer import build_optimizer
-from training.runtime import Runtime, build_runtime
-from utils import UserError
-
-
-class OutOfMemory(UserError):
-    """The device had no memory left for a step."""
+from training.progress import EpochRecord, Progress
+from training.runtime import MemoryMeter, Runtime, build_runtime
+from utils import Stopped, StopRequest, UserError, stop_signals
 
 
 class NonFiniteLoss(UserError):
     """The training loss became infinite or NaN."""
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """One line of a training history. Epochs count from 1; seconds are of training and validation together."""
-
-    epoch: int
-    train_loss: float
-    valid_loss: float
-    valid_accuracy: float
-    epoch_seconds: float
-    peak_memory_mb: float
 
 
 @dataclass
@@ -60,6 +47,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.scaler = self.runtime.grad_scaler()
         self.compiled_model = self.runtime.compiled(self.model)
+        self._pending: list[torch.Tensor] = []  # losses that are still on the device
 
     def train_step(self, views: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         """One optimizer step on a batch of uint8 views; returns the loss, still on the device.
@@ -70,20 +58,15 @@ class Trainer:
         """
         forward = self.compiled_model if len(labels) == self.batch_size else self.model
         try:
-            self.optimizer.zero_grad(set_to_none=True)
-            with self.runtime.autocast():
-                logits = forward(*self.runtime.to_device(self.model, views))
-                labels = labels.to(self.runtime.device, non_blocking=True)
-                loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        except torch.OutOfMemoryError:
-            tried = " and ".join("x".join(map(str, view.shape)) for view in views)
-            raise OutOfMemory(
-                f"{self.runtime.device} has no memory left for a training step on views of {tried} (batch first) in "
-                f"{self.runtime.precision}: lower --batch-size or, for GLASS, the number of crops"
-            ) from None
+            with self.runtime.memory_for(f"a training step on {sizes_of(views)}"):
+                self.optimizer.zero_grad(set_to_none=True)
+                with self.runtime.autocast():
+                    logits = forward(*self.runtime.to_device(self.model, views))
+                    labels = labels.to(self.runtime.device, non_blocking=True)
+                    loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+                self.scaler.scale(loss).backward()
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -93,39 +76,47 @@ class Trainer:
             ) from None
         return loss.detach()
 
-    def train_epoch(self, loader: DataLoader, epoch: int, description: str) -> float:
-        """One pass over the loader, `epoch` counted from 0; returns the mean loss over images.
+    def train_epoch(
+        self, loader: DataLoader, progress: Progress, after_step: Callable[[], None], description: str
+    ) -> None:
+        """What is left of the epoch in progress, whose losses go to `progress`.
+
+        Args:
+            after_step: called after each step, when `progress` is up to date but for the latest losses, which
+                `flush` adds.
 
         Raises:
             NonFiniteLoss: names the epoch, the step and its images.
         """
         self.model.train()
-        loader.sampler.set_epoch(epoch)
+        loader.sampler.set_epoch(progress.epoch, first=sum(progress.sizes))
         check_every = 1 if self.runtime.device.type == "cpu" else 20  # to look at a loss is to wait for the GPU
-        losses, sizes = [], []
-        for *views, labels in tqdm(loader, desc=description, leave=False, disable=None):
-            losses.append(self.train_step(views, labels))
-            sizes.append(len(labels))
-            if len(losses) % check_every == 0 or len(losses) == len(loader):
-                unchecked = (len(losses) - 1) // check_every * check_every
-                self._check_finite(losses, unchecked, sizes, loader, epoch)
-        image_counts = torch.tensor(sizes, dtype=torch.float64)
-        return float((torch.stack(losses).double().cpu() * image_counts).sum() / image_counts.sum())
+        done = len(progress.sizes)
+        for *views, labels in tqdm(
+            loader, desc=description, initial=done, total=done + len(loader), leave=False, disable=None
+        ):
+            self._pending.append(self.train_step(views, labels))
+            progress.sizes.append(len(labels))
+            if len(self._pending) == check_every:
+                self.flush(loader, progress)
+            after_step()
+        self.flush(loader, progress)
 
-    def _check_finite(
-        self, losses: list[torch.Tensor], unchecked: int, sizes: list[int], loader: DataLoader, epoch: int
-    ) -> None:
-        finite = torch.stack(losses[unchecked:]).isfinite()
-        if finite.all():
-            return
-        step = unchecked + int(finite.logical_not().nonzero()[0])
-        first = sum(sizes[:step])
-        positions = loader.sampler.order()[first : first + sizes[step]]
-        names = ", ".join(loader.dataset.names[position] for position in positions)
-        raise NonFiniteLoss(
-            f"the training loss became {losses[step].item()} at epoch {epoch + 1}, step {step + 1}: lower the "
-            f"learning rate, try --precision fp32, and look at that batch's images: {names}"
-        )
+    def flush(self, loader: DataLoader, progress: Progress) -> None:
+        """Bring the latest losses from the device to `progress`; see `train_epoch`."""
+        losses = torch.stack(self._pending).tolist() if self._pending else []
+        self._pending.clear()
+        for loss in losses:
+            step = len(progress.losses)
+            progress.losses.append(loss)
+            if not math.isfinite(loss):
+                first = sum(progress.sizes[:step])
+                positions = loader.sampler.order()[first : first + progress.sizes[step]]
+                names = ", ".join(loader.dataset.names[position] for position in positions)
+                raise NonFiniteLoss(
+                    f"the training loss became {loss} at epoch {progress.epoch + 1}, step {step + 1}: lower the "
+                    f"learning rate, try --precision fp32, and look at that batch's images: {names}"
+                )
 
 
 def build_trainer(model: nn.Module, experiment: Experiment, settings: Settings, epochs: int) -> Trainer:
@@ -141,28 +132,77 @@ def fit(
     train_loader: DataLoader,
     valid_loader: DataLoader,
     epochs: int,
-    on_epoch: Callable[[EpochRecord], None] = lambda record: None,
+    on_epoch: Callable[[list[EpochRecord]], None] = lambda history: None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[EpochRecord]:
     """Train for `epochs` epochs, validating after each.
 
+    With a checkpoint, training goes on from where it is, and is saved there after every epoch. SIGTERM and SIGINT then
+    end it at the next step, saved; a second SIGINT ends it at once.
+
     Args:
-        on_epoch: called after each epoch with its record; what it raises ends the training.
+        on_epoch: called after each epoch, and before it is saved, with the history so far; what it raises ends the
+            training.
 
     Returns:
         The history, one record an epoch.
 
     Raises:
+        Stopped: a signal asked for it.
         UserError: the loss is not finite, or the device has no memory left.
     """
-    history = []
-    for epoch in range(epochs):
-        start, description = time.perf_counter(), f"epoch {epoch + 1}/{epochs}"
-        with trainer.runtime.track_memory() as memory:
-            train_loss = trainer.train_epoch(train_loader, epoch, description)
-            trainer.scheduler.step()
-            valid = evaluate(trainer.model, valid_loader, trainer.runtime, f"{description} validate")
-        seconds = time.perf_counter() - start
-        record = EpochRecord(epoch + 1, train_loss, valid.loss, valid.accuracy, seconds, memory.peak_mb)
-        history.append(record)
-        on_epoch(record)
-    return history
+    progress = checkpoint.load(trainer) if checkpoint else Progress()
+    with stop_signals(wanted=checkpoint is not None) as stop:
+        watch = _Watch(trainer, train_loader, progress, checkpoint, stop)
+        while progress.epoch < epochs:
+            description = f"epoch {progress.epoch + 1}/{epochs}"
+            with trainer.runtime.track_memory() as memory:
+                watch.begin_epoch(memory)
+                trainer.train_epoch(train_loader, progress, watch.after_step, description)
+                valid = evaluate(
+                    trainer.model, valid_loader, trainer.runtime, f"{description} validate", watch.leave_if_asked
+                )
+                trainer.scheduler.step()
+                watch.note()
+            progress.finish_epoch(valid.loss, valid.accuracy)
+            on_epoch(progress.history)
+            if checkpoint:
+                checkpoint.save(trainer, progress)
+    return progress.history
+
+
+@dataclass
+class _Watch:
+    """Looks up after each step: notes time and memory, saves when that is due, leaves when that was asked for."""
+
+    trainer: Trainer
+    loader: DataLoader
+    progress: Progress
+    checkpoint: Checkpoint | None
+    stop: StopRequest
+
+    def begin_epoch(self, memory: MemoryMeter) -> None:
+        self.memory, self.last = memory, time.perf_counter()
+
+    def note(self) -> None:
+        """Add the time since the last note, and the peak memory, to the epoch in progress."""
+        now = time.perf_counter()
+        self.progress.seconds += now - self.last
+        self.progress.peak_memory_mb = max(self.progress.peak_memory_mb, self.memory.peak_mb)
+        self.last = now
+
+    def after_step(self) -> None:
+        every = self.checkpoint.every_steps if self.checkpoint else 0
+        if every and len(self.progress.sizes) % every == 0:
+            self._save()
+        self.leave_if_asked()
+
+    def leave_if_asked(self) -> None:
+        if self.stop.requested:
+            self._save()
+            raise Stopped(f"saved {self.checkpoint.path} in epoch {self.progress.epoch + 1}")
+
+    def _save(self) -> None:
+        self.trainer.flush(self.loader, self.progress)
+        self.note()
+        self.checkpoint.save(self.trainer, self.progress)

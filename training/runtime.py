@@ -18,6 +18,10 @@ CUDA_MEMORY = "cuda_max_memory_allocated"
 CPU_MEMORY = "saved_for_backward"
 
 
+class OutOfMemory(UserError):
+    """The device had no memory left."""
+
+
 @dataclass(frozen=True)
 class Runtime:
     """How and where models compute. `compile` is of full training batches."""
@@ -41,7 +45,8 @@ class Runtime:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        model.to(self.device)
+        with self.memory_for("the model"):
+            model.to(self.device)
         if self.channels_last and sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 2:
             model.to(memory_format=torch.channels_last)  # not for ViTs, whose one convolution cuts patches
         return model
@@ -57,6 +62,23 @@ class Runtime:
         """Views (..., 3, P, P) of 0 to 255 on the device, as float32 normalised with the model's mean and std."""
         on_device = [view.to(self.device, non_blocking=True) for view in views]
         return [(view.float() / 255 - model.input_mean) / model.input_std for view in on_device]
+
+    @contextmanager
+    def memory_for(self, what: str) -> Iterator[None]:
+        """Turn memory that runs out in the block into a sentence.
+
+        Raises:
+            OutOfMemory: names `what`, the device and the precision.
+        """
+        try:
+            yield
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise OutOfMemory(
+                f"{self.device} has no memory left for {what} in {self.precision}: lower --batch-size or, for GLASS, "
+                f"the number of crops"
+            ) from None
 
     def autocast(self) -> AbstractContextManager:
         """Mixed precision for a forward pass; nothing in fp32."""
@@ -74,9 +96,7 @@ class Runtime:
         """Measure peak memory of the block; the meter's `peak_mb` holds it afterwards."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-            meter = MemoryMeter()
-            yield meter
-            meter.peak_bytes = torch.cuda.max_memory_allocated(self.device)
+            yield CudaMemoryMeter(self.device)
         else:
             meter = MemoryMeter()
             with torch.autograd.graph.saved_tensors_hooks(meter.save, meter.load):
@@ -127,10 +147,7 @@ def build_runtime(settings: Settings) -> Runtime:
 
 
 class MemoryMeter:
-    """Peak of the bytes that autograd keeps for the backward pass, each storage counted once; weights excepted.
-
-    On CUDA it only carries the number that the allocator gives.
-    """
+    """Peak of the bytes that autograd keeps for the backward pass, each storage counted once; weights excepted."""
 
     def __init__(self) -> None:
         self.peak_bytes = 0
@@ -164,6 +181,18 @@ class MemoryMeter:
         if not self._uses[storage]:
             del self._uses[storage]
             self._live_bytes -= size
+
+
+class CudaMemoryMeter(MemoryMeter):
+    """Peak of the bytes that CUDA's allocator has given out, since it was last reset."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @property
+    def peak_mb(self) -> float:
+        """Megabytes of 2**20 bytes, up to now."""
+        return torch.cuda.max_memory_allocated(self.device) / MEGABYTE
 
 
 class _Saved:

@@ -1,0 +1,221 @@
+"""Thousands of damaged image files: each must give an image or a named reason, soon and in little memory.
+
+    python -m tests.campaigns.mutated_images [--files 5000] [--seed 1]
+
+Small files of every kind are damaged (bits flipped, bytes removed, overwritten or inserted, a file's head set before
+another's tail, sizes in headers overwritten) and read as training reads them, each in at most SECONDS, in a process
+of at most MEGABYTES. The exit code is 1 if a file crashed it, hung, took more, or gave anything but an image or
+`UnreadableImage`; such files are kept.
+"""
+
+import argparse
+import io
+import random
+import resource
+import struct
+import sys
+import tempfile
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from config import PAPER
+from data.images import UnreadableImage, read_image
+
+SECONDS, MEGABYTES = 10.0, 1000
+
+
+def originals() -> dict[str, bytes]:
+    """Small files, one of each kind that a data folder may hold."""
+    values = np.random.default_rng(0).integers(0, 256, (150, 190, 3), dtype=np.uint8)
+    smooth = Image.fromarray(values).resize((380, 300), Image.Resampling.BICUBIC)
+    frames = [smooth, smooth.rotate(90), smooth.rotate(180)]
+    exif = smooth.getexif()
+    exif[0x010E] = "a description"
+    sixteen = Image.fromarray(np.random.default_rng(1).integers(0, 65536, (120, 90), dtype=np.uint16))
+
+    def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        return buffer.getvalue()
+
+    palette, alpha = smooth.quantize(64), smooth.convert("RGBA")
+    return {
+        "jpeg": saved(smooth, "JPEG", quality=80),
+        "jpeg progressive": saved(smooth, "JPEG", progressive=True, subsampling=0),
+        "jpeg grey, EXIF, ICC": saved(smooth.convert("L"), "JPEG", exif=exif, icc_profile=bytes(3000)),
+        "jpeg CMYK": saved(smooth.convert("CMYK"), "JPEG"),
+        "jpeg restarts": saved(smooth, "JPEG", restart_marker_rows=1),
+        "mpo": saved(smooth, "MPO", save_all=True, append_images=frames[1:]),
+        "png": saved(smooth, "PNG"),
+        "png palette": saved(palette, "PNG", transparency=0),
+        "png alpha": saved(alpha, "PNG", exif=exif),
+        "png 16 bit": saved(sixteen, "PNG"),
+        "png 1 bit": saved(smooth.convert("1"), "PNG"),
+        "apng": saved(smooth, "PNG", save_all=True, append_images=frames[1:]),
+        "gif": saved(palette, "GIF", save_all=True, append_images=[f.quantize(64) for f in frames[1:]]),
+        "webp": saved(smooth, "WEBP", quality=70),
+        "webp lossless": saved(alpha, "WEBP", lossless=True, exif=exif),
+        "webp animated": saved(smooth, "WEBP", save_all=True, append_images=frames[1:]),
+        "bmp": saved(smooth, "BMP"),
+        "bmp palette": saved(palette, "BMP"),
+        "tiff": saved(smooth, "TIFF"),
+        "tiff lzw": saved(smooth, "TIFF", compression="tiff_lzw"),
+        "tiff jpeg": saved(smooth, "TIFF", compression="jpeg"),
+        "tiff deflate 16 bit": saved(sixteen, "TIFF", compression="tiff_adobe_deflate"),
+        "ppm": saved(smooth, "PPM"),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- damage
+def flip_bits(data: bytearray, random_: random.Random, _: list[bytes]) -> bytes:
+    """A few bits, half of the time near the head."""
+    for _ in range(random_.choice((1, 3, 20, 200))):
+        position = random_.randrange(min(len(data), random_.choice((64, 1024, len(data)))))
+        data[position] ^= 1 << random_.randrange(8)
+    return bytes(data)
+
+
+def truncate(data: bytearray, random_: random.Random, _: list[bytes]) -> bytes:
+    """Only the beginning."""
+    return bytes(data[: random_.randrange(len(data))])
+
+
+def overwrite(data: bytearray, random_: random.Random, _: list[bytes]) -> bytes:
+    """A run of one value, or of random ones."""
+    start, length = random_.randrange(len(data)), random_.choice((1, 2, 4, 16, 500))
+    run = random_.randbytes(length) if random_.random() < 0.5 else bytes([random_.choice((0, 255))]) * length
+    data[start : start + length] = run
+    return bytes(data)
+
+
+def remove_or_insert(data: bytearray, random_: random.Random, _: list[bytes]) -> bytes:
+    """Some bytes less, more, or twice."""
+    start, length = random_.randrange(len(data)), random_.choice((1, 7, 100, 3000))
+    kind = random_.randrange(3)
+    if kind == 0:
+        del data[start : start + length]
+    else:
+        data[start:start] = random_.randbytes(length) if kind == 1 else data[start : start + length]
+    return bytes(data)
+
+
+def splice(data: bytearray, random_: random.Random, others: list[bytes]) -> bytes:
+    """The head of one file before the tail of another."""
+    other = random_.choice(others)
+    return bytes(data[: random_.randrange(1, min(len(data), 2000))]) + other[random_.randrange(len(other)) :]
+
+
+def change_size(data: bytearray, random_: random.Random, _: list[bytes]) -> bytes:
+    """Another width or height in the header, often a huge one, with a checksum that agrees."""
+    size = random_.choice((0, 1, 13, 5000, 14000, 30000, 65535, 2**31 - 1))
+    if data[:4] == b"\x89PNG":
+        data[random_.choice((16, 20)) :][:4]
+        place = random_.choice((16, 20))
+        data[place : place + 4] = struct.pack(">I", size)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    elif data[:2] == b"\xff\xd8":
+        for marker in (b"\xff\xc0", b"\xff\xc2"):
+            at = data.find(marker)
+            if at > 0:
+                place = at + random_.choice((5, 7))
+                data[place : place + 2] = struct.pack(">H", size % 65536)
+    else:
+        place = {b"GIF8": 6, b"BM": 18, b"RIFF": 24}.get(bytes(data[:4]) if data[:2] != b"BM" else b"BM", 8)
+        data[place : place + 2] = struct.pack("<H", size % 65536)
+    return bytes(data)
+
+
+DAMAGE: tuple[Callable[[bytearray, random.Random, list[bytes]], bytes], ...] = (
+    flip_bits, truncate, overwrite, remove_or_insert, splice, change_size,
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+def read_all(connection: Connection) -> None:
+    """In a process of its own: read each file it is sent; answer what came of it, its seconds, the peak memory."""
+    while True:
+        path = connection.recv()
+        start = time.perf_counter()
+        try:
+            image = read_image(path, PAPER.settings.max_image_pixels)
+            outcome = "image" if image.mode == "RGB" and min(image.size) > 0 else f"wrong: {image.mode} {image.size}"
+        except UnreadableImage as error:
+            outcome = f"reason: {error}" if str(error).strip() else "wrong: no reason"
+        except BaseException as error:
+            outcome = f"wrong: {type(error).__name__}: {error}"
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        connection.send((outcome, time.perf_counter() - start, peak))
+
+
+def run(files: int, seed: int, folder: Path) -> tuple[Counter, list[str], float, int]:
+    """Damage and read; returns outcomes by kind, what went wrong, the longest time, and the peak memory in MB."""
+    random_, sources = random.Random(seed), originals()
+    kinds, contents = list(sources), list(sources.values())
+    context = get_context("spawn")
+    outcomes: Counter = Counter()
+    wrong, longest, peak = [], 0.0, 0
+    process = connection = None
+    for number in tqdm(range(files), desc="damaged files", unit=" files", disable=None):
+        kind, damage = kinds[number % len(kinds)], random_.choice(DAMAGE)
+        data = damage(bytearray(sources[kind]), random_, contents)
+        if random_.random() < 0.2:
+            data = random_.choice(DAMAGE)(bytearray(data or b"\0"), random_, contents)
+        path = folder / f"{number:05d}.jpg"
+        path.write_bytes(data)
+        if process is None or not process.is_alive():
+            connection, theirs = context.Pipe()
+            process = context.Process(target=read_all, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+        connection.send(path)
+        try:
+            outcome, seconds, memory = connection.recv() if connection.poll(SECONDS) else ("hung", SECONDS, 0)
+        except EOFError:
+            process.join()
+            outcome, seconds, memory = f"crashed with exit code {process.exitcode}", 0.0, 0
+        longest, peak = max(longest, seconds), max(peak, memory)
+        if memory > MEGABYTES:
+            outcome = f"took {memory} MB"
+        if outcome == "image" or outcome.startswith("reason"):
+            outcomes[kind, outcome.partition(":")[0]] += 1
+            path.unlink()
+        else:
+            outcomes[kind, "wrong"] += 1
+            wrong.append(f"{path} ({kind}, {damage.__name__}): {outcome}")
+        if outcome == "hung" or memory > MEGABYTES:
+            process.kill()
+            process.join()
+    if process:
+        process.kill()
+    return outcomes, wrong, longest, peak
+
+
+def main() -> None:
+    """Run, print a table, and leave with the code that tells."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="mutated_images_"))
+    outcomes, wrong, longest, peak = run(arguments.files, arguments.seed, folder)
+    print("| kind | an image | a named reason | anything else |\n|---|---:|---:|---:|")
+    for kind in originals():
+        print(f"| {kind} | {outcomes[kind, 'image']} | {outcomes[kind, 'reason']} | {outcomes[kind, 'wrong']} |")
+    print(f"\n{arguments.files} files, seed {arguments.seed}: longest {longest:.2f} s, peak memory {peak} MB")
+    if wrong:
+        print("\n".join(wrong))
+        sys.exit(1)
+    folder.rmdir()
+
+
+if __name__ == "__main__":
+    main()
