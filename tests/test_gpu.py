@@ -11,9 +11,9 @@ from config import Preset
 from data.datasets import load_splits
 from data.loaders import build_loader
 from models.build import build_model
-from training.loop import OutOfMemory, Trainer, build_trainer, fit
+from training.loop import Trainer, build_trainer, fit
 from training.progress import EpochRecord
-from training.runtime import CUDA_MEMORY, build_runtime
+from training.runtime import CUDA_MEMORY, OutOfMemory, build_runtime
 from utils import find_experiment, seed_everything
 
 pytestmark = [
