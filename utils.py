@@ -556,6 +556,23 @@ def sole_process(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def misfit(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """What keeps the tensors `state` from being loaded where `wanted` are expected, in words; None if nothing does."""
+    lacking = {name for name in wanted.keys() - state.keys() if not name.endswith("num_batches_tracked")}  # old files
+    for names, what in ((lacking, "lacks"), (state.keys() - wanted.keys(), "has, besides the model's,")):
+        if names:
+            first = ", ".join(sorted(names)[:3])
+            return f"it {what} {len(names)} tensors ({first}{', ...' if len(names) > 3 else ''})"
+    for name, tensor in state.items():
+        if tensor.shape != wanted[name].shape:
+            return f"{name} is {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}"
+        if tensor.dtype != wanted[name].dtype:
+            return f"{name} is {tensor.dtype}, expected {wanted[name].dtype}"
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return f"{name} has values that are infinite or not a number"
+    return None
+
+
 def git_commit() -> str | None:
     """The commit of this checkout, with "+changes" if tracked files differ from it; None without git."""
 

@@ -14,7 +14,7 @@ from torch import nn
 from torchvision import models as torchvision_models
 
 from config import Settings
-from utils import UserError
+from utils import UserError, misfit
 
 NUM_CLASSES = 2  # 0 fake, 1 real
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # SPEC's normalisation, of the paper's three backbones
@@ -171,8 +171,7 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _load_strictly(network: nn.Module, state: dict[str, torch.Tensor], name: str, file: Path) -> None:
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        detail = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise UserError(f"{file} does not hold the weights of backbone {name}: {detail[:300]}") from None
+    problem = misfit(state, network.state_dict())
+    if problem:
+        raise UserError(f"{file} does not hold the weights of backbone {name}: {problem}")
+    network.load_state_dict(state)

@@ -1,20 +1,34 @@
 """What was stopped goes on exactly; what must not be mixed is refused; what fails says why. Short campaigns."""
 
+import hashlib
+import io
+import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
-from data.index import list_images
+import config
+from config import Preset
+from data.data_preprocess import preprocess
+from data.images import read_image
+from data.index import list_images, read_index
+from models.build import build_model
 from tests.campaigns import kills, mutated_images
 from tests.conftest import REPOSITORY, TOY_FLAGS, copy_index, run_module, succeed
-from utils import STOPPED, UserError, read_json, sole_process, stop_signals
+from training.checkpoints import load_model, save_model
+from utils import STOPPED, UserError, find_experiment, read_json, sole_process, stop_signals
 
 TRAINING = "model_training.standard_resnet_training"
 
@@ -222,3 +236,144 @@ def test_pipes_and_devices_are_not_opened(toy_data: Path, tmp_path: Path) -> Non
         "--cache-root", tmp_path / "cache", "--cache", timeout=60,
     )  # fmt: skip
     assert "fake/pipe.jpg  not a file" in said and "fake/zero.jpg  not a file" in said
+
+
+# ------------------------------------------------------------------------------------------------------ bad images
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of this size with one grey row of data, and these chunks."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    rows = zlib.compress(b"\0" * (min(width, 5000) + 1))
+    parts = (chunk(b"IHDR", header), *(chunk(*c) for c in chunks), chunk(b"IDAT", rows), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+FRAMES = {"save_all": True, "append_images": [NOISE.rotate(180), NOISE.rotate(90, expand=False)]}
+EXIF = b"Exif\0\0" + bytes(range(200))
+BAD = {  # name: content, beginning of its reason; None where it gives an image
+    "truncated.jpg": (saved(NOISE, "JPEG")[:-700], "image file is truncated"),
+    "truncated.png": (saved(NOISE, "PNG")[:-7000], "image file is truncated"),
+    "truncated.webp": (saved(NOISE, "WEBP")[:-700], "could not create decoder object"),
+    "header only.jpg": (saved(NOISE, "JPEG")[:200], ""),
+    "empty.jpg": (b"", "not an image"),
+    "text.jpg": (b"hello", "not an image"),
+    "page.png": (b"<!doctype html><title>404</title>", "not an image"),
+    "really a png.jpg": (saved(NOISE, "PNG"), None),
+    "animated gif.png": (saved(NOISE.quantize(8), "GIF", **FRAMES), None),
+    "animated.webp": (saved(NOISE, "WEBP", lossless=True, **FRAMES), None),
+    "animated.png": (saved(NOISE, "PNG", **FRAMES), None),
+    "two pictures.jpg": (saved(NOISE, "MPO", **FRAMES), None),
+    "bomb.png": (png(50_000, 50_000), "50000x50000 pixels are more than max_image_pixels = 200000000"),
+    "lies.png": (png(10_000, 10_000), "image file is truncated"),
+    "no width.png": (png(0, 10), ""),
+    "no height.jpg": (saved(NOISE, "JPEG").replace(b"\0\x3c\0\x50", b"\0\0\0\x50", 1), ""),
+    "text bomb.png": (png(1, 1, (b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))), "Decompressed data too large"),
+    "icc.jpg": (saved(NOISE, "JPEG", icc_profile=b"no profile" * 9000), None),
+    "exif.jpg": (saved(NOISE, "JPEG", exif=EXIF), None),
+    "much metadata.jpg": (saved(NOISE, "JPEG", comment=b"x" * 65_000, icc_profile=bytes(2_000_000)), None),
+    "cmyk.jpg": (saved(NOISE.convert("CMYK"), "JPEG"), None),
+    "ycck.jpg": (saved(NOISE.convert("CMYK"), "JPEG").replace(b"Adobe\0d\0\0\0\0\0", b"Adobe\0d\0\0\0\0\2"), None),
+    "16 bit.tif": (saved(Image.fromarray(np.full((9, 9), 65535, np.uint16)), "TIFF"), None),
+    "1 bit.png": (saved(NOISE.convert("1"), "PNG"), None),
+    "transparent palette.png": (saved(NOISE.quantize(8), "PNG", transparency=b"\0\x7f"), None),
+    ".hidden.jpg": (saved(NOISE, "JPEG"), None),
+    "UPPER.JPG": (saved(NOISE, "JPEG"), None),
+    "a 'quoted', \n \"name\"\t.jpg": (saved(NOISE, "JPEG"), None),
+}
+
+
+def test_each_bad_file_is_an_image_or_has_its_reason(tmp_path: Path, toy_preset: Callable[..., Preset]) -> None:
+    root = tmp_path / "images"
+    (root / "real" / "folder called x.jpg").mkdir(parents=True)
+    NOISE.save(root / "real" / "folder called x.jpg" / "inside.png")
+    (root / "fake").mkdir()
+    for name, (content, _) in BAD.items():
+        (root / "fake" / name).write_bytes(content)
+    for name in (".DS_Store", "Thumbs.db", "notes.txt"):
+        (root / "fake" / name).write_bytes(b"\0")
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    preset = toy_preset(data_root=root, results_root=tmp_path / "results", cache_root=tmp_path / "cache")
+    preprocess(preset, "pixels")
+    records = {record.path: record for record in read_index(preset).records}
+    assert records.keys() == {*(f"fake/{name}" for name in BAD), "real/folder called x.jpg/inside.png"}
+    for name, (content, reason) in BAD.items():
+        record = records[f"fake/{name}"]
+        assert record.content == hashlib.sha256(content).hexdigest()
+        if reason is None:
+            assert (record.problem, min(record.width, record.height) > 0) == ("", True), name
+        else:
+            assert record.problem and record.problem.startswith(reason), (name, record.problem)
+    first = np.asarray(NOISE)
+    for name in ("animated.webp", "animated.png", "really a png.jpg"):
+        assert np.array_equal(np.asarray(read_image(root / "fake" / name, 10**9)), first), name
+    assert np.asarray(read_image(root / "fake" / "16 bit.tif", 10**9)).min() == 255
+    assert {path: path.read_bytes() for path in before} == before
+
+
+# ------------------------------------------------------------------------------------------------ untrusted weights
+def altered(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[dict[str, torch.Tensor]], dict]:
+    def apply(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        change(state)
+        return state
+
+    return apply
+
+
+HEAD = "1.1.weight"
+WEIGHTS = {
+    "a missing key": (altered(lambda s: s.pop(HEAD)), rf"it lacks 1 tensors \({HEAD}\)"),
+    "another key": (
+        altered(lambda s: s.update(more=torch.zeros(1))),
+        r"it has, besides the model's, 1 tensors \(more\)",
+    ),
+    "another shape": (
+        altered(lambda s: s.update({HEAD: torch.zeros(3, 512)})),
+        rf"{HEAD} is \(3, 512\), expected",
+    ),
+    "another dtype": (
+        altered(lambda s: s.update({HEAD: s[HEAD].half()})),
+        rf"{HEAD} is torch.float16, expected torch.float32",
+    ),
+    "a NaN": (altered(lambda s: s[HEAD][0].fill_(math.nan)), rf"{HEAD} has values that are infinite or not a number"),
+}
+
+
+@pytest.mark.parametrize("problem", WEIGHTS)
+def test_weights_that_do_not_fit_are_refused_and_change_nothing(
+    problem: str, tmp_path: Path, toy_preset: Callable[..., Preset]
+) -> None:
+    change, reason = WEIGHTS[problem]
+    model = build_model(find_experiment(config.DEMO, "standard_resnet"), toy_preset().settings)
+    save_model(tmp_path / "model.safetensors", model, {})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert load_model(tmp_path / "model.safetensors", model) == {}
+    save_file(change({name: tensor.clone() for name, tensor in before.items()}), tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=reason):
+        load_model(tmp_path / "model.safetensors", model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_weights_file_that_would_run_code_is_refused_and_runs_none(
+    tmp_path: Path, toy_preset: Callable[..., Preset]
+) -> None:
+    target = tmp_path / "the code ran"
+    torch.save({"conv1.weight": _Bomb(target)}, tmp_path / "weights.pth")
+    settings = toy_preset(weights_files=(f"timm:resnet10t={tmp_path / 'weights.pth'}",)).settings
+    with pytest.raises(UserError, match=r"weights\.pth is not a weights file that can be loaded safely"):
+        build_model(find_experiment(config.DEMO, "standard_resnet"), settings)
+    assert not target.exists()
+    (tmp_path / "weights.pth").rename(tmp_path / "model.safetensors")
+    model = build_model(find_experiment(config.DEMO, "standard_resnet"), toy_preset().settings)
+    with pytest.raises(UserError, match="is not a weights file of this project"):
+        load_model(tmp_path / "model.safetensors", model)
+    assert not target.exists()

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from training.progress import EpochRecord, Progress
-from utils import UserError, replacing
+from utils import UserError, misfit, replacing
 
 if TYPE_CHECKING:
     from training.loop import Trainer
@@ -45,27 +45,11 @@ def load_model(path: Path, model: nn.Module) -> dict[str, Any]:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path} is not a weights file of this project: {error}") from None
-    problem = unfit(state, model.state_dict())
+    problem = misfit(state, model.state_dict())
     if problem:
         raise UserError(f"{path} does not fit this model: {problem}")
     model.load_state_dict(state)
     return about
-
-
-def unfit(state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> str | None:
-    """What keeps `state` from being loaded where `wanted` is expected, as part of a sentence; None if nothing does."""
-    for names, what in ((wanted.keys() - state.keys(), "lacks"), (state.keys() - wanted.keys(), "has, unexpectedly,")):
-        if names:
-            first = ", ".join(sorted(names)[:3])
-            return f"it {what} {len(names)} of the model's tensors ({first}{', ...' if len(names) > 3 else ''})"
-    for name, tensor in state.items():
-        if tensor.shape != wanted[name].shape:
-            return f"{name} is {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}"
-        if tensor.dtype != wanted[name].dtype:
-            return f"{name} is {tensor.dtype}, expected {wanted[name].dtype}"
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            return f"{name} has values that are infinite or not a number"
-    return None
 
 
 # ----------------------------------------------------------------------------------------- training in progress
