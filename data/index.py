@@ -57,9 +57,10 @@ class Index:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits over names, labels, contents and readability of all images."""
+        """Number of images, and 16 hexadecimal digits over their names, labels, contents and readability."""
         rows = sorted(f"{r.path}\0{r.label}\0{r.content}\0{not r.problem}" for r in self.records)
-        return hashlib.sha256("\n".join(rows).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        digest = hashlib.sha256("\n".join(rows).encode("utf-8", "surrogateescape")).hexdigest()
+        return f"{len(rows)}-{digest[:16]}"
 
     def readable(self, rows: list[int]) -> list[int]:
         """`rows` without the images that cannot be read; the others keep their order."""

@@ -100,6 +100,29 @@ def test_a_signal_to_all_of_a_jobs_processes_saves_and_leaves_with_its_own_code(
     assert kills.training_state(results) == uninterrupted
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker process in /proc")
+def test_a_killed_loading_process_becomes_a_sentence_and_the_training_goes_on(
+    toy_data: Path, indexed: Path, tmp_path: Path, uninterrupted: kills.State
+) -> None:
+    results = copy_index(indexed, tmp_path)
+    arguments = flags(toy_data, results, "--num-workers", "1")
+    process = started(*arguments)
+    wait_for((seed_folder(results) / "checkpoint.pt").exists, process)
+    workers = [worker for server in children(process.pid) for worker in children(server)]
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    assert "a process that loads images was killed" in errors and "--num-workers" in errors
+    assert errors.count("\n") == 1
+    succeed(TRAINING, *arguments)
+    assert kills.training_state(results) == uninterrupted
+
+
+def children(parent: int) -> list[int]:
+    return [int(n) for file in Path(f"/proc/{parent}/task").glob("*/children") for n in file.read_text().split()]
+
+
 def test_a_second_interrupt_leaves_at_once() -> None:
     with pytest.raises(KeyboardInterrupt), stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
