@@ -313,7 +313,7 @@ def test_a_folder_of_other_settings_is_refused_by_the_first_that_differs(tmp_pat
 
     again()
     again(data_root="b", results_root="c", device="cuda", num_workers=3, seeds=[1], glass_trials=7, crop_counts=[2])
-    with pytest.raises(UserError, match=r"started with epochs = 5, now 6: choose another --results-root"):
+    with pytest.raises(UserError, match=r"started with epochs = 5, now 6: pass --restart to move that folder"):
         again(patch_size=64, epochs=6)
     with pytest.raises(UserError, match=r"started with lr = None, now 0\.1"):
         again(lr=0.1)
