@@ -30,6 +30,7 @@ from utils import (
     add_restart,
     check_same_ground,
     preset_folder,
+    replacing,
     resolved,
     run_door,
     run_facts,
@@ -83,12 +84,7 @@ def _go_on(
 ) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    record = optuna.create_study(
-        study_name=experiment.name,
-        storage=str(URL.create("sqlite", database=str(folder / "study.db"))),
-        direction="maximize",
-        load_if_exists=True,
-    )
+    record = _open_record(folder / "study.db", experiment.name)
     glass = isinstance(experiment, GlassExperiment)
     wanted = preset.tuning.glass_trials if glass else preset.tuning.standard_trials
     finished = [trial for trial in record.trials if trial.state in FINISHED]
@@ -102,6 +98,20 @@ def _go_on(
     for _ in range(len(finished), wanted):
         _run_trial(judge, record, preset, experiment, index, splits, folder)
     _report(record, experiment)
+
+
+def _open_record(path: Path, name: str) -> optuna.Study:
+    """The study in the SQLite file `path`, which is made, whole or not at all, if there is none."""
+
+    def storage(file: Path) -> optuna.storages.RDBStorage:
+        return optuna.storages.RDBStorage(str(URL.create("sqlite", database=str(file))))
+
+    if not path.exists():
+        with replacing(path) as temporary:
+            made = storage(temporary)
+            optuna.create_study(study_name=name, storage=made, direction="maximize")
+            made.engine.dispose()
+    return optuna.load_study(study_name=name, storage=storage(path))
 
 
 def _build_judge(preset: Preset, experiment: Experiment) -> optuna.Study:
