@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -77,9 +78,11 @@ class Checkpoint:
         with replacing(self.path) as temporary:
             try:
                 torch.save(state, temporary)
-            except RuntimeError as error:  # torch's way to say that the disk is full
+            except RuntimeError:  # torch's way to say that the disk is full
+                free = shutil.disk_usage(self.path.parent).free
                 raise UserError(
-                    f"{self.path} cannot be written ({_first_line(error)}): make room on that disk"
+                    f"{self.path} cannot be written, {free / 1e6:,.0f} MB are free there: make room, and the same "
+                    f"command goes on from what was saved before"
                 ) from None
 
     def load(self, trainer: "Trainer") -> Progress:

@@ -1,6 +1,6 @@
 """A disk that is full at each write of a training: one sentence, and what was saved goes on when there is room.
 
-    python -m tests.campaigns.full_disk [--runs 12]
+    python -m tests.campaigns.full_disk [--runs 16]
 
 Needs root, who may mount a small file system in memory. A training runs on disks of growing size until one has room
 for all; each that fills up is then made larger and the same command given again, which must end as the training that
@@ -40,7 +40,7 @@ def run(runs: int, scratch: Path) -> tuple[list[str], list[str]]:
     campaign = kills.training(data, "standard_convnext")
     campaign.finish(whole := make_folder(0))
     expected = campaign.state(whole)
-    needed = 2.2 * sum(path.stat().st_size for path in whole.rglob("*") if path.is_file()) / 2**20
+    needed = 5 * sum(path.stat().st_size for path in whole.rglob("*") if path.is_file()) / 2**20
     said, wrong = [], []
     for number in range(runs):
         megabytes = 0.3 + needed * number / runs
@@ -66,7 +66,7 @@ def run(runs: int, scratch: Path) -> tuple[list[str], list[str]]:
 def main() -> None:
     """Run, print, and leave with the code that tells."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=12)
+    parser.add_argument("--runs", type=int, default=16)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="full_disk_") as folder:
         said, wrong = run(arguments.runs, Path(folder))
