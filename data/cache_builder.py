@@ -69,7 +69,6 @@ def plan_cache(preset: Preset, kinds: Sequence[Kind], files: Sequence[tuple[str,
     packs = {kind: PackWriter(preset, kind, images) for kind in kinds}
     total, missing = sum(pack.end for pack in packs.values()), sum(pack.missing_bytes for pack in packs.values())
     tables = BYTES_OF_A_LINE * sum(len(pack.slots) for pack in packs.values())
-    missing = missing + tables if missing else 0
     free = shutil.disk_usage(folder).free + sum(pack.bytes_let_go for pack in packs.values())
     print(
         f"Pixel cache {folder}: {_size(total)}, {_size(missing)} of it still to be written; "
@@ -79,7 +78,7 @@ def plan_cache(preset: Preset, kinds: Sequence[Kind], files: Sequence[tuple[str,
     views = (
         "" if tuple(kinds) == (VIEWS,) else "; --cache views takes less, and spares the standard models all decoding"
     )
-    if missing > free:
+    if missing and missing + tables > free:
         raise UserError(
             f"{folder} needs {_size(missing)} more and {_size(free)} are free: make room, or set "
             f"--cache-root to a larger disk{views}"
