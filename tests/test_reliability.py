@@ -82,8 +82,7 @@ def wait_for(there: Callable[[], bool], process: subprocess.Popen) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize(("name", "workers"), [("SIGTERM", "0"), ("SIGINT", "1")])
 def test_a_signal_to_all_of_a_jobs_processes_saves_and_leaves_with_its_own_code(
     name: str, workers: str, toy_data: Path, indexed: Path, tmp_path: Path, uninterrupted: kills.State
 ) -> None:
@@ -137,7 +136,6 @@ def test_a_second_process_on_a_run_folder_says_who_holds_it(toy_data: Path, inde
     for module, folder in (
         (TRAINING, results / "demo" / "standard_resnet" / "seed_100"),
         ("hyperparameter_tuning.standard_resnet_tuning", results / "demo" / "tuning" / "standard_resnet"),
-        ("num_crops.num_crops_resnet", results / "demo" / "num_crops" / "glass_resnet" / "full"),
         ("standard_memory.standard_memory_resnet", results / "demo" / "standard_memory" / "standard_resnet" / "full"),
         ("data.data_preprocess", results / "demo" / "dataset"),
     ):
@@ -208,7 +206,7 @@ def test_restart_keeps_what_was_begun_and_begins_anew(
 
 def test_a_damaged_checkpoint_is_named(stopped: Path, toy_data: Path, uninterrupted: kills.State) -> None:
     path = seed_folder(stopped) / "checkpoint.pt"
-    for damage in (path.read_bytes()[:-100], b"", b"no checkpoint"):
+    for damage in (path.read_bytes()[:-100], b"no checkpoint"):
         path.write_bytes(damage)
         done = run_module(TRAINING, *flags(toy_data, stopped))
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
