@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Sampler
 from config import Experiment, Preset
 from data.datasets import ImageDataset
 from data.index import Index
-from utils import derived_seed, keep_freed_memory, leave_with_parent, loading_processes, worker_context
+from utils import UserError, derived_seed, keep_freed_memory, leave_with_parent, loading_processes, worker_context
 
 
 class EpochSampler(Sampler[tuple[int, int | None]]):
@@ -41,9 +41,27 @@ class EpochSampler(Sampler[tuple[int, int | None]]):
         return self.length - self.first
 
 
+class ImageLoader(DataLoader):
+    """A DataLoader that says in a sentence when one of its processes was killed, whatever torch makes of that.
+
+    Raises:
+        UserError: while batches are asked for.
+    """
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        try:
+            yield from super().__iter__()
+        except (EOFError, ConnectionError, FileNotFoundError, RuntimeError) as error:
+            # What it had handed over is gone with it (the first three), or it was missed.
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+            raise UserError(f"a process that loads images was killed ({reason}): lower --num-workers") from None
+
+
 def build_loader(
     preset: Preset, experiment: Experiment, index: Index, rows: list[int], training_seed: int | None = None
-) -> DataLoader:
+) -> ImageLoader:
     """Batches `(*views, labels)` of the index's `rows` as the experiment's model takes them.
 
     Views are uint8: global_view (B, 3, P, P) and local_crops (B, K, 3, P, P), or view (B, 3, P, P); labels int64 (B,);
@@ -68,7 +86,7 @@ def build_loader(
     if workers == "auto":
         workers = loading_processes(cpu_computes=settings.device == "cpu" or not torch.cuda.is_available())
     workers = min(workers, -(-len(rows) // experiment.batch_size))  # no more workers than batches
-    return DataLoader(
+    return ImageLoader(
         dataset,
         batch_size=experiment.batch_size,
         sampler=EpochSampler(len(dataset), seed, training),

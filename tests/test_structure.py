@@ -119,7 +119,8 @@ def places_of(*names: str) -> list[str]:
 
 
 def test_loaders_are_built_and_images_opened_in_one_place() -> None:
-    assert places_of("DataLoader", "data.DataLoader", "torch.utils.data.DataLoader") == ["data/loaders.py"]
+    loaders = ("ImageLoader", "DataLoader", "data.DataLoader", "torch.utils.data.DataLoader")
+    assert places_of(*loaders) == ["data/loaders.py"]
     openers = ("Image.open", "PIL.Image.open", "cv2.imread", "imread", "read_file", "decode_image", "decode_jpeg")
     assert set(places_of(*openers)) == {"data/images.py"}
 
