@@ -44,6 +44,11 @@ class Stopped(Exception):
     """A signal asked to stop, and all that is needed to go on is saved."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, on one line; its kind where it says nothing."""
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
 STOPPED = 75  # exit code; EX_TEMPFAIL of sysexits.h: try again
 
 
@@ -83,7 +88,7 @@ def run_door(
     except KeyboardInterrupt:
         print(
             "interrupted: give the same command again; finished seeds, trials, crop counts and cached images are kept, "
-            "an unfinished one starts over",
+            "an unfinished one goes on from what was saved last",
             file=sys.stderr,
         )
         sys.exit(130)
@@ -411,9 +416,14 @@ def _weights_hashes(weights_files: Iterable[str]) -> dict[str, str]:
     for item in weights_files:
         backbone, _, path = item.partition("=")
         if Path(path).is_file():  # where not, loading the weights will say so
-            with open(path, "rb") as file:
-                hashes[backbone] = hashlib.file_digest(file, "sha256").hexdigest()
+            hashes[backbone] = sha256_of(Path(path))
     return hashes
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def first_difference(before: Mapping[str, Any], now: Mapping[str, Any], ignore: Iterable[str] = ()) -> str | None:
@@ -536,7 +546,8 @@ def sole_process(folder: Path) -> Iterator[None]:
         except OSError as error:
             lock.close()
             raise UserError(f"{folder} is where files cannot be locked ({error.strerror}): choose another") from None
-        if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+        status = stat_of(path)
+        if status and os.path.samestat(os.fstat(lock.fileno()), status):
             break
         lock.close()  # its last holder has just removed it
     with lock:
@@ -549,6 +560,14 @@ def sole_process(folder: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def stat_of(path: Path) -> os.stat_result | None:
+    """State of a file; None if it cannot be had."""
+    try:
+        return path.stat()
+    except OSError:
+        return None
 
 
 def misfit(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -30,6 +29,7 @@ from data.pixel_cache import (
     pack_state,
     read_table,
     table_line,
+    writing,
 )
 from utils import UserError, available_cores, csv_line, sole_process, write_csv, write_json, write_text
 
@@ -204,7 +204,7 @@ class PackWriter:
         if self._sealed and not self._table_differs:
             return
         self._sealed = False
-        with _writing(self.path):
+        with writing(self.path):
             if self._anew:
                 for path in (self.seal_path, self.table, self.journal, self.path):
                     path.unlink(missing_ok=True)
@@ -221,7 +221,7 @@ class PackWriter:
         name = entry.image.record.path
         line = csv_line(table_line(entry, self.facts)) + "\n"
         with (
-            _writing(self.path),
+            writing(self.path),
             open(self.journal, "a", encoding="utf-8", errors="surrogateescape", newline="") as file,
         ):
             file.write(line)
@@ -233,7 +233,7 @@ class PackWriter:
         if self._sealed:
             return
         entries = [self.done[name] for name in self.names if name in self.done]
-        with _writing(self.path):
+        with writing(self.path):
             with open(self.path, "rb") as file:
                 os.fsync(file.fileno())
             write_csv(self.table, TABLE_COLUMNS, [table_line(entry, self.facts) for entry in entries])
@@ -267,18 +267,6 @@ class PackWriter:
                 for (name, entry), checksum in zip(entries.items(), progress(sums), strict=True)
                 if checksum == entry.checksum
             }
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Name the pack in what the system says of a disk that is full or may not be written to."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path} and its tables cannot be written ({error.strerror}): mend that, and the same command goes on "
-            f"where it was"
-        ) from None
 
 
 def _checksum(file: int, offset: int, size: int) -> int:

@@ -1,6 +1,5 @@
 """Every image file decoded once: is it readable, what is on it, and, if wanted, its bytes for the pixel cache."""
 
-import hashlib
 import signal
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,8 +18,8 @@ from config import Preset
 from data.cache_builder import PackWriter
 from data.images import UnreadableImage, decode, open_image, pixels_of
 from data.index import ImageRecord
-from data.pixel_cache import NOWHERE, VIEWS, CheckedImage, Entry, Kind, Slot, strips, write_parts
-from utils import UserError, keep_freed_memory, leave_with_parent, loading_processes, worker_context
+from data.pixel_cache import NOWHERE, VIEWS, CheckedImage, Entry, Kind, Slot, strips, write_parts, writing
+from utils import UserError, keep_freed_memory, leave_with_parent, loading_processes, sha256_of, worker_context
 
 LARGE_PIXELS = 32_000_000  # larger images are decoded one at a time, so that memory does not grow with the workers
 File = tuple[str, int]  # path relative to the data root, with forward slashes; label
@@ -112,8 +111,7 @@ def check_image(file: File, slots: Sequence[Slot], root: Path, max_pixels: int, 
     try:
         status = path.stat()
         if stat.S_ISREG(status.st_mode):
-            with open(path, "rb") as opened:
-                content = hashlib.file_digest(opened, "sha256").hexdigest()
+            content = sha256_of(path)
         with open_image(path, max_pixels) as image:
             kind, mode = image.format or "", image.mode
             with _large_images if image.width * image.height > LARGE_PIXELS else nullcontext():
@@ -153,9 +151,5 @@ def _write(slot: Slot, image: Image.Image, patch_size: int) -> int | None:
         parts = strips(pixels)
     else:
         return None
-    try:
+    with writing(slot.path):
         return write_parts(slot, parts)
-    except OSError as error:
-        raise UserError(
-            f"{slot.path} cannot be written ({error.strerror}): mend that, and the same command goes on where it was"
-        ) from None

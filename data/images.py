@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from utils import first_line
+
 IMAGE_ENDINGS = (
     ".jpg",
     ".jpeg",
@@ -116,7 +118,5 @@ def _reason(error: Exception) -> str:
         return error.strerror  # without the path, which the reader knows
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
-    first_line = (str(error).splitlines() or [""])[0]
-    if "cannot identify image file" in first_line:
-        return "not an image"
-    return first_line or type(error).__name__
+    reason = first_line(error)
+    return "not an image" if "cannot identify image file" in reason else reason

@@ -9,7 +9,15 @@ from torch.utils.data import DataLoader, Sampler
 from config import Experiment, Preset
 from data.datasets import ImageDataset
 from data.index import Index
-from utils import UserError, derived_seed, keep_freed_memory, leave_with_parent, loading_processes, worker_context
+from utils import (
+    UserError,
+    derived_seed,
+    first_line,
+    keep_freed_memory,
+    leave_with_parent,
+    loading_processes,
+    worker_context,
+)
 
 
 class EpochSampler(Sampler[tuple[int, int | None]]):
@@ -55,8 +63,9 @@ class ImageLoader(DataLoader):
             # What it had handed over is gone with it (the first three), or it was missed.
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
-            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-            raise UserError(f"a process that loads images was killed ({reason}): lower --num-workers") from None
+            raise UserError(
+                f"a process that loads images was killed ({first_line(error)}): lower --num-workers"
+            ) from None
 
 
 def build_loader(

@@ -24,6 +24,7 @@ import os
 import resource
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +34,7 @@ from PIL import Image, features
 
 from config import Preset
 from data.index import ImageRecord
-from utils import UserError
+from utils import UserError, stat_of
 
 FORMAT = 1  # of a pack's files; packs of another are not read
 STRIP_WIDTH = 112  # columns; by measurement, see docs/performance.md
@@ -117,6 +118,17 @@ def write_parts(slot: Slot, parts: Iterable[np.ndarray]) -> int:
     return checksum
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the pack in what the system says of a disk that is full or may not be written to."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): mend that, and the same command goes on where it was"
+        ) from None
+
+
 # --------------------------------------------------------------------------------------------------- reading
 class Pack:
     """A sealed pack, open for reading.
@@ -161,7 +173,7 @@ class Pack:
 
     def is_at_its_path(self) -> bool:
         """Whether the opened file is the one that the path leads to now."""
-        status = _stat(self.path)
+        status = stat_of(self.path)
         return status is not None and self._identity == (status.st_dev, status.st_ino)
 
     def _announce(self, begin: int, end: int) -> None:
@@ -254,7 +266,7 @@ def open_cache(preset: Preset, records: Sequence[ImageRecord]) -> tuple[PixelCac
         if not sealed or not pack.is_at_its_path():
             said.append(f"{path} is unfinished and not used (python -m data.data_preprocess --cache goes on with it)")
             continue
-        status = status or [_stat(settings.data_root / record.path) for record in records]
+        status = status or [stat_of(settings.data_root / record.path) for record in records]
         for row, (record, now) in enumerate(zip(records, status, strict=True)):
             entry = entries.get(record.path)
             known = entry and (entry.image.record.height, entry.image.record.width) == (record.height, record.width)
@@ -292,7 +304,7 @@ def check_seal(path: Path, facts: dict[str, Any]) -> None:
 
 def pack_state(path: Path) -> dict[str, Any]:
     """What a seal says of a pack's files."""
-    status, table = _stat(path), path.with_suffix(".csv")
+    status, table = stat_of(path), path.with_suffix(".csv")
     return {
         "bytes": status and status.st_size,
         "mtime_ns": status and status.st_mtime_ns,
@@ -315,13 +327,6 @@ def pack_facts(preset: Preset, kind: Kind) -> dict[str, Any]:
         return facts | {"strip_width": STRIP_WIDTH}
     resize = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
     return facts | {"patch_size": settings.patch_size, "pillow": Image.__version__, "resize": resize}
-
-
-def _stat(path: Path) -> os.stat_result | None:
-    try:
-        return path.stat()
-    except OSError:
-        return None
 
 
 # ---------------------------------------------------------------------------------------------------- tables

@@ -14,7 +14,7 @@ from torch import nn
 from torchvision import models as torchvision_models
 
 from config import Settings
-from utils import UserError, misfit
+from utils import UserError, first_line, misfit
 
 NUM_CLASSES = 2  # 0 fake, 1 real
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # SPEC's normalisation, of the paper's three backbones
@@ -126,7 +126,7 @@ def _load_timm(name: str, settings: Settings, file: Path | None) -> Backbone:
     try:
         network = timm.create_model(model, pretrained=settings.pretrained and file is None, **size)
     except Exception as error:  # timm, its hub clients and the networks raise many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if not settings.pretrained or file is not None:
             raise UserError(f"timm cannot build {name} for patch_size {P}: {reason}") from None
         raise UserError(
@@ -163,7 +163,7 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what is no weights file makes the readers raise nearly anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{file} is not a weights file that can be loaded safely: {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{file} holds something else than a state dict (name -> tensor): save model.state_dict()")

@@ -37,17 +37,37 @@ def write_toy_images(root: Path, images_per_class: int = 20) -> None:
             Image.fromarray(pixels).save(root / class_name / f"{i:04d}.{'jpg' if i % 2 else 'png'}")
 
 
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # of commands: tiny models, on busy cores
+
+
 def run_module(module: str, *arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess:
     """`python -m module arguments` in the repository, without a terminal."""
     return subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
         cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | ENVIRONMENT,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=timeout,
     )
+
+
+def start_module(module: str, *arguments: str | Path) -> subprocess.Popen:
+    """`python -m module arguments` in the repository, in a process group of its own, not waited for."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, arguments)], cwd=REPOSITORY, env=os.environ | ENVIRONMENT,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """Process numbers of a command's workers (Linux): the children of its child that forks them."""
+
+    def children(parent: int) -> list[int]:
+        return [int(n) for file in Path(f"/proc/{parent}/task").glob("*/children") for n in file.read_text().split()]
+
+    return [worker for child in children(process.pid) for worker in children(child)]
 
 
 def succeed(module: str, *arguments: str | Path, timeout: float = 300) -> str:

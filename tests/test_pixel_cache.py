@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from data.datasets import ImageDataset, load_splits
 from data.index import list_images
 from data.loaders import build_loader
 from data.pixel_cache import PIXELS, STRIP_WIDTH, VIEWS, Entry, cache_folder, pack_facts, pack_path, read_table
+from tests.campaigns.full_disk import small_disk
 from tests.conftest import REPOSITORY, TOY_FLAGS, run_module, succeed, write_toy_images
 from utils import UserError, find_experiment
 
@@ -509,21 +510,13 @@ def test_bytes_and_free_space_are_said_first_and_too_little_is_refused(
     assert sum(path.stat().st_size for path in cache_folder(preset).glob("*.bin")) == stored
 
 
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
-    if done.returncode:
-        pytest.skip("may not mount a small file system here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
 @pytest.mark.skipif(not shutil.which("mount") or os.geteuid() != 0, reason="only root mounts a small file system")
 def test_a_disk_that_fills_up_while_it_is_written_loses_nothing(preset: Preset, tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", "2m") as disk:
+    with ExitStack() as stack:
+        try:
+            disk = stack.enter_context(small_disk(tmp_path / "disk", 2))
+        except subprocess.CalledProcessError:
+            pytest.skip("may not mount a small file system here")
         preset = replace(preset, settings=replace(preset.settings, cache_root=disk))
         done = run_module("data.data_preprocess", *flags(preset), "--cache", "--patch-size", "224")
         assert done.returncode == 2 and "make room" in done.stderr and done.stderr.count("\n") == 1

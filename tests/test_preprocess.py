@@ -22,6 +22,7 @@ from data import checks
 from data.images import read_image
 from data.index import ImageRecord, Index, list_images, read_index
 from data.report import moments
+from tests.conftest import start_module, workers_of
 from utils import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -269,19 +270,8 @@ def busy_door(tmp_path: Path) -> Iterator[subprocess.Popen]:
     (root / "real" / "large.jpg").write_bytes(jpeg_bytes(3000, 3000))
     for number in range(1000):
         (root / "real" / f"{number}.jpg").symlink_to("large.jpg")
-    command = [
-        sys.executable,
-        "-m",
-        "data.data_preprocess",
-        "--data-root",
-        root,
-        "--results-root",
-        tmp_path / "results",
-    ]
-    process = subprocess.Popen(
-        [*map(str, command), "--num-workers", "2"],
-        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    roots = ("--data-root", root, "--results-root", tmp_path / "results")
+    process = start_module("data.data_preprocess", *roots, "--num-workers", "2")
     try:
         deadline = time.monotonic() + 30
         while len(workers_of(process)) < 2 and time.monotonic() < deadline:
@@ -291,15 +281,6 @@ def busy_door(tmp_path: Path) -> Iterator[subprocess.Popen]:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-
-
-def workers_of(process: subprocess.Popen) -> list[int]:
-    """Process numbers of its workers (Linux): the children of its child that forks them."""
-
-    def children(parent: int) -> list[int]:
-        return [int(n) for file in Path(f"/proc/{parent}/task").glob("*/children") for n in file.read_text().split()]
-
-    return [worker for child in children(process.pid) for worker in children(child)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the worker processes in /proc")

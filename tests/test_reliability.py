@@ -26,7 +26,7 @@ from data.images import read_image
 from data.index import list_images, read_index
 from models.build import build_model
 from tests.campaigns import kills, mutated_images
-from tests.conftest import REPOSITORY, TOY_FLAGS, copy_index, run_module, succeed
+from tests.conftest import REPOSITORY, TOY_FLAGS, copy_index, run_module, start_module, succeed, workers_of
 from training.checkpoints import load_model, save_model
 from utils import STOPPED, UserError, find_experiment, read_json, sole_process, stop_signals
 
@@ -67,15 +67,6 @@ def test_damaged_files_give_an_image_or_a_reason(tmp_path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- signals
-def started(*arguments: str | Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", TRAINING, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        start_new_session=True,
-    )  # fmt: skip
-
-
 def wait_for(there: Callable[[], bool], process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while not there() and process.poll() is None and time.monotonic() < deadline:
@@ -88,7 +79,7 @@ def test_a_signal_to_all_of_a_jobs_processes_saves_and_leaves_with_its_own_code(
 ) -> None:
     results = copy_index(indexed, tmp_path)
     arguments = flags(toy_data, results, "--num-workers", workers)
-    process = started(*arguments)
+    process = start_module(TRAINING, *arguments)
     wait_for((seed_folder(results) / "checkpoint.pt").exists, process)
     os.killpg(process.pid, getattr(signal, name))
     _, errors = process.communicate(timeout=60)
@@ -105,10 +96,9 @@ def test_a_killed_loading_process_becomes_a_sentence_and_the_training_goes_on(
 ) -> None:
     results = copy_index(indexed, tmp_path)
     arguments = flags(toy_data, results, "--num-workers", "1")
-    process = started(*arguments)
+    process = start_module(TRAINING, *arguments)
     wait_for((seed_folder(results) / "checkpoint.pt").exists, process)
-    workers = [worker for server in children(process.pid) for worker in children(server)]
-    for worker in workers:
+    for worker in workers_of(process):
         os.kill(worker, signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2, errors
@@ -116,10 +106,6 @@ def test_a_killed_loading_process_becomes_a_sentence_and_the_training_goes_on(
     assert errors.count("\n") == 1
     succeed(TRAINING, *arguments)
     assert kills.training_state(results) == uninterrupted
-
-
-def children(parent: int) -> list[int]:
-    return [int(n) for file in Path(f"/proc/{parent}/task").glob("*/children") for n in file.read_text().split()]
 
 
 def test_a_second_interrupt_leaves_at_once() -> None:
@@ -166,7 +152,7 @@ def test_a_lock_and_half_files_of_a_process_that_died_do_not_block(tmp_path: Pat
 def stopped(toy_data: Path, indexed: Path, tmp_path: Path) -> Path:
     """A results root with a training that was stopped after its first epoch."""
     results = copy_index(indexed, tmp_path)
-    process = started(*flags(toy_data, results))
+    process = start_module(TRAINING, *flags(toy_data, results))
     wait_for((seed_folder(results) / "checkpoint.pt").exists, process)
     process.terminate()
     process.communicate()

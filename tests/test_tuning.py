@@ -19,7 +19,7 @@ from data.loaders import build_loader
 from hyperparameter_tuning.search_spaces import suggest_experiment
 from hyperparameter_tuning.study import tune
 from models.build import build_model
-from tests.conftest import REPOSITORY, TOY_FLAGS, copy_index
+from tests.conftest import ENVIRONMENT, REPOSITORY, TOY_FLAGS, copy_index
 from training.loop import build_trainer, fit
 from utils import UserError, find_experiment, seed_everything
 
@@ -96,7 +96,7 @@ def test_a_killed_trial_is_run_again_with_the_same_values(
         *("--standard-trials", "4", "--min-resource", "1", "--max-resource", "3", "--reduction-factor", "2"),
         *("--data-root", str(toy_data), "--results-root", str(results)),
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | ENVIRONMENT
     process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL)
     database = results / "demo" / "tuning" / NAME / "study.db"
     deadline = time.monotonic() + 120

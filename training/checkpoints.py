@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from training.progress import EpochRecord, Progress
-from utils import UserError, misfit, replacing
+from utils import UserError, first_line, misfit, replacing
 
 if TYPE_CHECKING:
     from training.loop import Trainer
@@ -122,7 +122,7 @@ class Checkpoint:
             raise self._unusable(error) from None
 
     def _unusable(self, error: Exception) -> UserError:
-        return UserError(f"{self.path} cannot be gone on from ({_first_line(error)}): pass --restart to begin anew")
+        return UserError(f"{self.path} cannot be gone on from ({first_line(error)}): pass --restart to begin anew")
 
 
 def _progress(state: Mapping[str, Any]) -> Progress:
@@ -151,7 +151,3 @@ def _set_random_states(states: Mapping[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(states["cuda"])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -193,7 +193,7 @@ class _Watch:
 
     def after_step(self) -> None:
         every = self.checkpoint.every_steps if self.checkpoint else 0
-        if every and len(self.progress.sizes) % every == 0:
+        if every and len(self.progress.sizes) % every == 0 and not self.stop.requested:
             self._save()
         self.leave_if_asked()
 

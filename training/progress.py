@@ -30,13 +30,12 @@ class Progress:
         """The epoch in progress, counted from 0."""
         return len(self.history)
 
-    def finish_epoch(self, valid_loss: float, valid_accuracy: float) -> EpochRecord:
+    def finish_epoch(self, valid_loss: float, valid_accuracy: float) -> None:
         """Put the epoch in progress behind it; its training loss is the mean over images."""
         loss = sum(loss * size for loss, size in zip(self.losses, self.sizes, strict=True)) / sum(self.sizes)
         record = EpochRecord(self.epoch + 1, loss, valid_loss, valid_accuracy, self.seconds, self.peak_memory_mb)
         self.history.append(record)
         self.losses, self.sizes, self.seconds, self.peak_memory_mb = [], [], 0.0, 0.0
-        return record
 
 
 def best_epoch(history: list[EpochRecord]) -> EpochRecord:

@@ -26,7 +26,7 @@ from pathlib import Path
 import optuna
 from safetensors.numpy import load_file
 
-from tests.conftest import REPOSITORY, TOY_FLAGS, succeed, write_toy_images
+from tests.conftest import TOY_FLAGS, start_module, succeed, write_toy_images
 from utils import read_csv
 
 State = dict[str, object]  # what must come out the same, by name
@@ -48,11 +48,7 @@ class Campaign:
 
     def start(self, folder: Path) -> subprocess.Popen:
         """The command, in a process group of its own."""
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.Popen(
-            [sys.executable, "-m", *self.command(folder)], cwd=REPOSITORY, env=environment, text=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
+        return start_module(*self.command(folder))
 
     def finish(self, folder: Path) -> None:
         """Run the command to its end."""
@@ -127,14 +123,14 @@ def training_state(folder: Path) -> State:
     return state
 
 
-def training(data: Path, experiment: str, *more: str) -> Campaign:
+def training(data: Path, experiment: str) -> Campaign:
     """Two seeds of four epochs, saved every second step."""
 
     def command(folder: Path) -> list[str]:
         return [
             f"model_training.{experiment}_training", *TOY_FLAGS, "--data-root", str(data),
             *("--results-root", str(folder)),
-            *("--epochs", "4", "--seeds", "1", "2", "--batch-size", "4", "--checkpoint-every", "2", *more),
+            *("--epochs", "4", "--seeds", "1", "2", "--batch-size", "4", "--checkpoint-every", "2"),
         ]  # fmt: skip
 
     return Campaign(command, training_state, lambda folder: any((folder / "demo").glob("*/seed_*/run.json")))
