@@ -32,6 +32,13 @@ class Settings:
     test_size: int | float = 1800
     final_valid_fraction: float = 0.05  # share of train + valid that chooses the checkpoint in final training
 
+    # --- Beyond the paper: which images, and what must not be torn apart
+    data_list: str = ""  # a CSV with a column path: use these images only (data.data_audit --match writes one)
+    group_by: str = "none"  # groups that a split keeps whole: stem (file name: pairs), folder, or FILE.csv:COLUMN
+    hold_out: tuple[str, ...] = ()  # groups, as "camera_*", that only the test split gets; test_size adds to them
+    reencode_jpeg: int = 0  # quality at which every image is first saved as JPEG, in memory; 0: as it is
+
+    # --- Views
     exact_resize: bool = False  # GLASS's global view resized in float32, not in 8 bits (one grey level apart at most)
 
     # --- Pixel cache: python -m data.data_preprocess --cache decodes every image once and for all
@@ -302,4 +309,35 @@ DEMO = Preset(
     standard_space={**PAPER_STANDARD_SPACE, "batch_size": (8, 16), "lr": LogUniform(1e-4, 1e-2)},
 )
 
-PRESETS = {preset.name: preset for preset in (PAPER, DEMO)}
+# A few hundred images of your own: pairs stay together, a small backbone, learning rates wide enough for one, few
+# trials. docs/evidence.md is measured with it.
+OWN_EXPERIMENTS = (
+    GlassExperiment(
+        name="glass_resnet", backbone="timm:tf_efficientnet_lite0", batch_size=16, dropout_rate=0.1, lr_global=2e-5,
+        lr_local=4e-4, lr_atten_class=5e-4, wd_global=1e-4, wd_local=1e-4, num_crops=4,
+    ),
+    StandardExperiment(
+        name="standard_resnet", backbone="timm:tf_efficientnet_lite0", batch_size=16, dropout_rate=0.1, lr=4e-4,
+        weight_decay=1e-4,
+    ),
+)  # fmt: skip
+OWN = replace(
+    PAPER,
+    name="own",
+    settings=replace(PAPER.settings, group_by="stem", valid_size=0.15, test_size=0.15, final_valid_fraction=0.15),
+    tuning=Tuning(epochs=6, glass_trials=6, standard_trials=6, min_resource=2, max_resource=6),
+    training=Training(epochs=12, seeds=(100, 200, 300)),
+    reproduce=replace(PAPER.reproduce, stages=("tuning", "training"), experiments=("standard_resnet", "glass_resnet")),
+    experiments=OWN_EXPERIMENTS,
+    glass_space={
+        **PAPER_GLASS_SPACE,
+        "batch_size": (16,),
+        "lr_global": LogUniform(5e-6, 1e-4),
+        "lr_local": LogUniform(1e-4, 1e-3),
+        "lr_atten_class": LogUniform(1e-4, 2e-3),
+        "num_crops": (4,),
+    },
+    standard_space={**PAPER_STANDARD_SPACE, "lr": LogUniform(1e-5, 1e-3), "batch_size": (16,)},
+)
+
+PRESETS = {preset.name: preset for preset in (PAPER, DEMO, OWN)}

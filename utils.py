@@ -348,8 +348,10 @@ def _wanted(name: str, value: Any) -> str | None:
         return "at least 0 and below 1"
     if name == "final_valid_fraction" and not 0 < value < 1:
         return "between 0 and 1"
-    if name in ("valid_size", "test_size") and not (value >= 1 if isinstance(value, int) else 0 < value < 1):
+    if name in ("valid_size", "test_size") and not (value >= 0 if isinstance(value, int) else 0 < value < 1):
         return "a number of images, or a share between 0 and 1"
+    if name == "reencode_jpeg" and not 0 <= value <= 100:
+        return "a JPEG quality from 1 to 100, or 0"
     if name == "reduction_factor" and value < 2:
         return "at least 2"
     if name == "cache_limit_gb" and value != "disk" and value <= 0:
@@ -383,9 +385,9 @@ def run_folder(preset: Preset, experiment: str, seed: int) -> Path:
 
 # Settings that say where and how fast, not what: two runs that differ only here may be compared and resumed.
 _DO_NOT_CHANGE_NUMBERS = (
-    "data_root", "results_root", "weights_files", "kaggle_dataset", "num_workers", "device", "max_image_pixels",
-    "use_cache", "cache_root", "cache_limit_gb", "checkpoint_every", "seeds", "glass_trials", "standard_trials",
-    "crop_counts",
+    "data_root", "data_list", "results_root", "weights_files", "kaggle_dataset", "num_workers", "device",
+    "max_image_pixels", "use_cache", "cache_root", "cache_limit_gb", "checkpoint_every", "seeds", "glass_trials",
+    "standard_trials", "crop_counts",
 )  # fmt: skip
 
 
@@ -773,6 +775,27 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV file that this project wrote, as column -> text."""
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def read_columns(path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """These columns of a CSV file of the user's, row by row; "a|b" is column a or, without one, b.
+
+    Raises:
+        UserError: it cannot be read, or lacks a column or a row.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.DictReader(file)
+            rows, names = list(reader), reader.fieldnames or []
+    except (OSError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as CSV ({first_line(error)}): correct its name, or mend it") from None
+    chosen = [next((name for name in column.split("|") if name in names), None) for column in columns]
+    if None in chosen:
+        wanted = columns[chosen.index(None)].replace("|", " or ")
+        raise UserError(f"{path} has no column {wanted}: it has {', '.join(names) or 'none'}")
+    if not rows:
+        raise UserError(f"{path} has a heading and no rows: add some")
+    return [tuple(row[name] or "" for name in chosen) for row in rows]
 
 
 # ----------------------------------------------------------------------------------------------------- seeds

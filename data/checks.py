@@ -18,6 +18,7 @@ from config import Preset
 from data.cache_builder import PackWriter
 from data.images import UnreadableImage, decode, open_image, pixels_of
 from data.index import ImageRecord
+from data.perturbations import jpeg
 from data.pixel_cache import NOWHERE, VIEWS, CheckedImage, Entry, Kind, Slot, strips, write_parts, writing
 from utils import UserError, keep_freed_memory, leave_with_parent, loading_processes, sha256_of, worker_context
 
@@ -47,6 +48,7 @@ def check_images(preset: Preset, files: Sequence[File], packs: Mapping[Kind, Pac
         root=settings.data_root,
         max_pixels=settings.max_image_pixels,
         patch_size=settings.patch_size,
+        reencode_jpeg=settings.reencode_jpeg,
     )
     workers = loading_processes(cpu_computes=False) if settings.num_workers == "auto" else settings.num_workers
     workers = min(workers, len(tasks))
@@ -92,12 +94,15 @@ def _start_worker(lock: AbstractContextManager) -> None:
     leave_with_parent()
 
 
-def check_image(file: File, slots: Sequence[Slot], root: Path, max_pixels: int, patch_size: int) -> Found:
+def check_image(
+    file: File, slots: Sequence[Slot], root: Path, max_pixels: int, patch_size: int, reencode_jpeg: int = 0
+) -> Found:
     """Decode one file, once; measure it, and write it to its slots in the pixel cache.
 
     Args:
         slots: none for an image that is not to be cached.
         patch_size: of the cached views.
+        reencode_jpeg: what is cached is saved as JPEG of this quality first; 0: as it is.
 
     Returns:
         What was found, and the cache's entry for each slot.
@@ -117,8 +122,10 @@ def check_image(file: File, slots: Sequence[Slot], root: Path, max_pixels: int, 
             with _large_images if image.width * image.height > LARGE_PIXELS else nullcontext():
                 decoded = decode(image)
                 sums = _sums(decoded)
+                width, height = decoded.size
+                if slots and reencode_jpeg:
+                    decoded = jpeg(decoded, reencode_jpeg)
                 checksums = {slot: _write(slot, decoded, patch_size) for slot in slots}
-            width, height = decoded.size
     except UnreadableImage as error:
         if isinstance(error.__cause__, MemoryError):  # not the file's fault
             raise UserError(f"not enough memory to decode {path}: set a smaller --num-workers") from None

@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
-from config import Preset
+from config import Preset, Settings
 from data.crops import crop_generator, sample_crop_boxes
+from data.groups import groups_of, held_out
 from data.images import UnreadableImage, pixels_of, read_image
-from data.index import Index, read_index
+from data.index import Index, read_index, read_list
+from data.perturbations import jpeg
 from data.pixel_cache import GLOBAL_VIEW, STANDARD_VIEW, open_cache
-from data.splits import final_split, split_indices
+from data.splits import final_group_split, final_split, group_split_indices, split_indices
 from data.views import cut_crops, global_view, standard_view
 from utils import UserError
 
@@ -40,21 +42,10 @@ class Splits:
 def load_splits(preset: Preset) -> tuple[Index, Splits]:
     """The preset's data set, with its pixel cache if there is one, and its splits; says what the cache holds.
 
-    The splits are computed over all files and unreadable ones dropped after, so that a broken file moves no other.
-
     Raises:
         UserError: no index, a split without a readable image, or a pixel cache that is damaged.
     """
-    index, settings = read_index(preset), preset.settings
-    train, valid, test = split_indices(index.labels, settings.valid_size, settings.test_size, settings.main_seed)
-    final_train, final_valid = final_split(train, valid, settings.final_valid_fraction, settings.main_seed)
-    splits = Splits(
-        train=index.readable(train),
-        valid=index.readable(valid),
-        test=index.readable(test),
-        final_train=index.readable(final_train),
-        final_valid=index.readable(final_valid),
-    )
+    index, splits = split_index(read_index(preset), preset.settings)
     for name, rows in vars(splits).items():
         if not rows:
             raise UserError(
@@ -64,6 +55,31 @@ def load_splits(preset: Preset) -> tuple[Index, Splits]:
     if found:
         print(found, flush=True)
     return replace(index, cache=cache), splits
+
+
+def split_index(index: Index, settings: Settings) -> tuple[Index, Splits]:
+    """What of the data set the settings use, and its splits, any of which may be empty.
+
+    The splits are computed over all files and unreadable ones dropped after, so that a broken file moves no other.
+
+    Raises:
+        UserError: too few images, or lists, groups and sources that are not there.
+    """
+    if settings.data_list:
+        index = replace(index, records=read_list(settings.data_list, index))
+    labels, seed = index.labels, settings.main_seed
+    sizes = (settings.valid_size, settings.test_size)
+    if settings.group_by == "none":
+        if settings.hold_out:
+            raise UserError("hold_out names groups, and group_by is none: set --group-by")
+        train, valid, test = split_indices(labels, *sizes, seed)
+        final_train, final_valid = final_split(train, valid, settings.final_valid_fraction, seed)
+    else:
+        groups = groups_of([record.path for record in index.records], settings.group_by)
+        index = replace(index, groups=tuple(groups))
+        train, valid, test = group_split_indices(labels, groups, held_out(groups, settings.hold_out), *sizes, seed)
+        final_train, final_valid = final_group_split(train, valid, labels, groups, settings.final_valid_fraction, seed)
+    return index, Splits(*map(index.readable, (train, valid, test, final_train, final_valid)))
 
 
 class Names(Sequence[str]):
@@ -98,6 +114,7 @@ class ImageDataset(Dataset):
         seed: of the crops.
         max_pixels: larger images are refused.
         exact_resize: resize the global view in float32.
+        reencode_jpeg: save the image as JPEG of this quality before the views are made; 0: as it is.
 
     Raises:
         UserError: an image is larger, or its file is not what it was when the index was made.
@@ -112,6 +129,7 @@ class ImageDataset(Dataset):
         seed: int,
         max_pixels: int,
         exact_resize: bool = False,
+        reencode_jpeg: int = 0,
     ) -> None:
         records = [index.records[row] for row in rows]
         for record in records:
@@ -127,7 +145,7 @@ class ImageDataset(Dataset):
             np.array([getattr(record, name) for record in records], np.int64) for name in ("bytes", "height", "width")
         )
         self.patch_size, self.num_crops, self.seed, self.max_pixels = patch_size, num_crops, seed, max_pixels
-        self.exact_resize = exact_resize and num_crops is not None
+        self.exact_resize, self.reencode_jpeg = exact_resize and num_crops is not None, reencode_jpeg
         self._pixels = index.cache.pixels if index.cache else None
         self._views = index.cache.views if index.cache and not self.exact_resize else None
         self._opened = False  # in this process
@@ -207,7 +225,7 @@ class ImageDataset(Dataset):
             image = read_image(path, self.max_pixels)
             if image.size != self._size(position)[::-1]:
                 raise UnreadableImage("its width or height has changed")
-            return image
+            return jpeg(image, self.reencode_jpeg) if self.reencode_jpeg else image
         except (UnreadableImage, OSError) as error:
             raise UserError(
                 f"{path} is not what it was when the index was made ({error}): "

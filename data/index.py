@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from config import Preset
 from data.images import IMAGE_ENDINGS
-from utils import UserError, as_flags, dataset_folder, read_csv, read_json, write_csv
+from utils import UserError, as_flags, dataset_folder, read_columns, read_csv, read_json, write_csv
 
 if TYPE_CHECKING:
     from data.pixel_cache import PixelCache
@@ -44,6 +44,7 @@ class Index:
     root: Path
     records: tuple[ImageRecord, ...]
     cache: "PixelCache | None" = None
+    groups: tuple[str, ...] = ()  # of each image, where splits keep groups whole
 
     @property
     def labels(self) -> list[int]:
@@ -57,8 +58,11 @@ class Index:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Number of images, and 16 hexadecimal digits over their names, labels, contents and readability."""
-        rows = sorted(f"{r.path}\0{r.label}\0{r.content}\0{not r.problem}" for r in self.records)
+        """Number of images, and 16 hexadecimal digits over their names, labels, contents, readability and groups."""
+        rows = [f"{r.path}\0{r.label}\0{r.content}\0{not r.problem}" for r in self.records]
+        if self.groups:
+            rows = [f"{row}\0{group}" for row, group in zip(rows, self.groups, strict=True)]
+        rows.sort()
         digest = hashlib.sha256("\n".join(rows).encode("utf-8", "surrogateescape")).hexdigest()
         return f"{len(rows)}-{digest[:16]}"
 
@@ -147,3 +151,20 @@ def read_index(preset: Preset) -> Index:
         for row in read_csv(path)
     ]
     return Index(root, tuple(rows))
+
+
+def read_list(file: str, index: Index) -> tuple[ImageRecord, ...]:
+    """The images of the index that a CSV lists in its column `path`, in the order of the index.
+
+    Raises:
+        UserError: the file cannot be read, or lists an image that the data set has not.
+    """
+    listed = [path for (path,) in read_columns(Path(file), ["path"])]
+    known = {record.path for record in index.records}
+    missing = [path for path in listed if path not in known]
+    if missing:
+        raise UserError(
+            f"{file} lists {missing[0]}, which is no image of {index.root}: its paths are relative to the data root"
+        )
+    wanted = set(listed)
+    return tuple(record for record in index.records if record.path in wanted)

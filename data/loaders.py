@@ -90,6 +90,7 @@ def build_loader(
         seed,
         settings.max_image_pixels,
         settings.exact_resize,
+        settings.reencode_jpeg,
     )
     workers = settings.num_workers
     if workers == "auto":

@@ -89,9 +89,11 @@ def cache_folder(preset: Preset) -> Path:
 
 
 def pack_path(preset: Preset, kind: Kind) -> Path:
-    """A pack's .bin file; its name tells the layout."""
-    layout = STRIP_WIDTH if kind == PIXELS else preset.settings.patch_size
-    return cache_folder(preset) / f"{kind}_{layout}.bin"
+    """A pack's .bin file; its name tells the layout, and what was done to the images."""
+    settings = preset.settings
+    layout = STRIP_WIDTH if kind == PIXELS else settings.patch_size
+    done = f"_jpeg{settings.reencode_jpeg}" if settings.reencode_jpeg else ""
+    return cache_folder(preset) / f"{kind}_{layout}{done}.bin"
 
 
 def bytes_of_image(kind: Kind, height: int, width: int, patch_size: int) -> int:
@@ -323,6 +325,8 @@ def pack_facts(preset: Preset, kind: Kind) -> dict[str, Any]:
     settings = preset.settings
     versions = {name: features.version(name) for name in ("libjpeg_turbo", "webp", "avif")}
     facts = {"format": FORMAT, "kind": kind, "data_root": str(settings.data_root.resolve()), "decoders": versions}
+    if settings.reencode_jpeg:
+        facts["reencode_jpeg"] = settings.reencode_jpeg
     if kind == PIXELS:
         return facts | {"strip_width": STRIP_WIDTH}
     resize = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
