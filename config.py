@@ -84,6 +84,7 @@ class Training:
 
     epochs: int = 50
     seeds: tuple[int, ...] = (100, 200, 300, 400, 500)
+    band_error: float = 0.05  # of the validation images: share of each class on the wrong side of "inconclusive"
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import config
-from config import Experiment, GlassExperiment, Preset, StandardExperiment
+from config import Experiment, GlassExperiment, Preset, Settings, StandardExperiment
 
 
 class UserError(Exception):
@@ -61,6 +61,7 @@ def run_door(
     without: Sequence[str] = (),
     arguments: Callable[[argparse.ArgumentParser], None] | None = None,
     argv: Sequence[str] | None = None,
+    usage: str = "[--preset NAME] [--SETTING VALUE ...]",
 ) -> NoReturn:
     """Read the command line, run `action` on the resolved preset, and exit with a code that tells the truth.
 
@@ -72,12 +73,13 @@ def run_door(
         experiments: names of the experiments whose hyperparameters can be overridden here.
         without: names that this door does not read and therefore does not accept.
         arguments: adds the door's own options to the parser.
+        usage: what follows the command's name.
 
     Exit codes: 0 done, 2 a `UserError` (one sentence on stderr), 75 stopped by a signal with the training's state
     saved, 130 interrupted, 141 nobody reads the output; a traceback is our own bug.
     """
     try:
-        preset, chosen, extra = parse_command_line(doc, groups, experiments, without, arguments, argv)
+        preset, chosen, extra = parse_command_line(doc, groups, experiments, without, arguments, argv, usage)
         action(preset, *chosen, **extra)
     except UserError as error:
         print(f"error: {str(error).rpartition('utils.UserError: ')[2].strip()}", file=sys.stderr)  # or a worker's
@@ -113,6 +115,7 @@ def parse_command_line(
     without: Sequence[str] = (),
     arguments: Callable[[argparse.ArgumentParser], None] | None = None,
     argv: Sequence[str] | None = None,
+    usage: str = "",
 ) -> tuple[Preset, list[Experiment], dict[str, Any]]:
     """Settings of config.py, then of `--preset`, then of the command line; see `run_door`.
 
@@ -124,7 +127,7 @@ def parse_command_line(
     """
     parser = _Parser(
         prog=f"python -m {_door_name()}",
-        usage="%(prog)s [--preset NAME] [--SETTING VALUE ...]",
+        usage=f"%(prog)s {usage}",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -196,10 +199,15 @@ def load_preset(name: str) -> Preset:
                 f"a search space of preset {name} has {parameter}, which {kind.__name__} in config.py has not"
             )
     for group in ("settings", *_ROOMS):
-        _check(getattr(preset, group))
+        checked(getattr(preset, group))
     for experiment in preset.experiments:
-        _check(experiment)
+        checked(experiment)
     return preset
+
+
+def settings_without(*read: str) -> tuple[str, ...]:
+    """Names of all settings but those that a door reads; for its `without`."""
+    return tuple(field.name for field in fields(Settings) if field.name not in read)
 
 
 def find_experiment(preset: Preset, name: str) -> Experiment:
@@ -228,7 +236,7 @@ def override(preset: Preset, values: Mapping[str, Any], groups: Sequence[str], e
 
     def update(owner: Any) -> Any:
         names = {field.name for field in fields(owner)}
-        return _check(replace(owner, **{name: value for name, value in values.items() if name in names}))
+        return checked(replace(owner, **{name: value for name, value in values.items() if name in names}))
 
     changed = {group: update(getattr(preset, group)) for group in ("settings", *groups)}
     changed["experiments"] = tuple(
@@ -304,7 +312,7 @@ _NOT_NEGATIVE = (
 )  # fmt: skip
 
 
-def _check(owner: Any) -> Any:
+def checked(owner: Any) -> Any:
     """`owner` itself, a settings dataclass, if each value is of its field's type and in its range."""
     for name, hint in get_type_hints(type(owner)).items():
         value = getattr(owner, name)
@@ -346,6 +354,8 @@ def _wanted(name: str, value: Any) -> str | None:
         return "at most 1"
     if name in ("dropout_rate", "label_smoothing") and not 0 <= value < 1:
         return "at least 0 and below 1"
+    if name == "band_error" and not 0 <= value < 0.5:
+        return "at least 0 and below 0.5"
     if name == "final_valid_fraction" and not 0 < value < 1:
         return "between 0 and 1"
     if name in ("valid_size", "test_size") and not (value >= 0 if isinstance(value, int) else 0 < value < 1):

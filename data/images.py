@@ -8,6 +8,7 @@ array; `pixels_of` looks at them where they are, through the Arrow interface tha
 """
 
 import ctypes
+import io
 import os
 import stat
 import warnings
@@ -88,6 +89,21 @@ def read_image(path: str | Path, max_pixels: int) -> Image.Image:
     """
     with open_image(path, max_pixels) as image:
         return decode(image)
+
+
+def resaved(image: Image.Image, kind: str, **options: int) -> Image.Image:
+    """A decoded image as it comes back from a file in memory.
+
+    Raises:
+        UnreadableImage: such a file cannot hold it.
+    """
+    buffer = io.BytesIO()
+    try:
+        image.save(buffer, kind, **options)
+        with Image.open(buffer) as saved:
+            return decode(saved)
+    except OSError as error:
+        raise UnreadableImage(f"it cannot be saved as {kind}: {_reason(error)}") from error
 
 
 class _ArrowArray(ctypes.Structure):

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from training.metrics import fit_line
+from training.detection_metrics import detection_metrics
+from training.metrics import ECE_BINS, fit_line
 from training.progress import EpochRecord
 from utils import replacing
 
@@ -81,6 +82,32 @@ def plot_training_curve(path: Path, title: str, histories: Mapping[str, Sequence
             axis.set_title(name)
             _count_along_x(axis, "epoch")
         axes[0].figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+
+
+def plot_reliability(path: Path, title: str, probabilities: Mapping[str, np.ndarray], labels: np.ndarray) -> None:
+    """Share of fake images against their predicted probability of being fake, a panel each; how many, below.
+
+    Args:
+        probabilities: what a panel shows, such as "raw" -> (N,).
+        labels: (N,), 0 fake, 1 real.
+    """
+    edges = np.linspace(0, 1, ECE_BINS + 1)
+    with _panels(path, title, len(probabilities), (2.9, 3.0)) as axes:
+        for axis, (name, fake) in zip(axes, probabilities.items(), strict=True):
+            bins = np.minimum((fake * ECE_BINS).astype(int), ECE_BINS - 1)
+            counts = np.bincount(bins, minlength=ECE_BINS)
+            filled = counts > 0
+            mean, share = (
+                np.bincount(bins, weights=values, minlength=ECE_BINS)[filled] / counts[filled]
+                for values in (fake, labels == 0)
+            )
+            error = detection_metrics(fake, labels)["ece"]
+            axis.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
+            axis.bar(edges[:-1], 0.25 * counts / counts.max(), 1 / ECE_BINS, align="edge", color=SKY, alpha=0.5)
+            axis.plot(mean, share, "o-", color=VERMILLION)
+            axis.set(title=f"{name}\nECE {100 * error:.1f}%", xlim=(0, 1), ylim=(-0.02, 1.02))
+            axis.set(xlabel="predicted probability of fake")
+        axes[0].set_ylabel("share that is fake; bars: number of images")
 
 
 def plot_crop_costs(path: Path, title: str, rows: Sequence[Mapping[str, float]], labels: Mapping[str, str]) -> None:

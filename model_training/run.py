@@ -6,8 +6,9 @@ from config import Experiment, Preset
 from data.datasets import Splits, load_splits
 from data.index import Index
 from data.loaders import build_loader
-from model_training.figures import plot_training_curve
+from model_training.figures import plot_reliability, plot_training_curve
 from models.build import build_model
+from training.calibration import calibrate
 from training.checkpoints import Checkpoint, load_model, save_model
 from training.evaluation import Predictions, evaluate
 from training.loop import build_trainer, fit
@@ -40,8 +41,9 @@ def main(name: str, doc: str) -> None:
 def train_and_evaluate(preset: Preset, experiment: Experiment, restart: bool = False) -> None:
     """Train every seed of the preset and evaluate its best checkpoint on the test split; finished seeds are skipped.
 
-    Writes one run folder a seed: run.json, history.csv, model.safetensors, predictions.csv, training_curve.png and,
-    last, metrics.json, whose presence says that the seed is finished. Until then checkpoint.pt is what it goes on from.
+    Writes one run folder a seed: run.json, history.csv, model.safetensors (calibrated on the validation images),
+    predictions.csv, training_curve.png, reliability.png and, last, metrics.json, whose presence says that the seed is
+    finished. Until then checkpoint.pt is what it goes on from.
 
     Args:
         restart: move what was begun aside, and begin anew.
@@ -94,7 +96,11 @@ def _train_seed(preset: Preset, experiment: Experiment, seed: int, index: Index,
     history = fit(trainer, train_loader, valid_loader, preset.training.epochs, on_epoch, checkpoint)
     best = best_epoch(history)
     load_model(folder / "model.safetensors", model)
+    valid = evaluate(model, valid_loader, trainer.runtime, "calibrate")
+    calibration = calibrate(valid.scores, valid.labels, preset.training.band_error)
+    about |= {"epoch": best.epoch, "calibration": calibration and calibration.as_json()}
     predictions = evaluate(model, test_loader, trainer.runtime, "test")
+    save_model(folder / "model.safetensors", model, about)
 
     title = f"{experiment.name}, seed {seed}"
     plot_training_curve(folder / "training_curve.png", title, {f"seed {seed}": history})
@@ -107,7 +113,15 @@ def _train_seed(preset: Preset, experiment: Experiment, seed: int, index: Index,
         "test_images": len(predictions.labels),
         "test_loss": predictions.loss,
         "test": compute_metrics(predictions.probabilities, predictions.labels),
+        "calibration": about["calibration"],
+        "test_calibrated": calibration and calibration.metrics(predictions.scores, predictions.labels),
     }
+    if calibration:
+        fake = {
+            "raw": predictions.probabilities[:, 0],
+            f"calibrated, T = {calibration.temperature:.2f}": calibration.probabilities(predictions.scores),
+        }
+        plot_reliability(folder / "reliability.png", f"{title}: test split", fake, predictions.labels)
     write_json(folder / "metrics.json", metrics)
     checkpoint.remove()
 

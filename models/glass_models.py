@@ -48,10 +48,25 @@ class GlassModel(nn.Module):
         B, K = local_crops.shape[:2]
         global_features = self.global_model(global_view)  # (B, D)
         crop_features = self.local_model(local_crops.flatten(0, 1)).unflatten(0, (B, K))  # (B, K, D)
+        return self.classify(global_features, crop_features)
 
+    def classify(self, global_features: torch.Tensor, crop_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What follows the backbones: features (B, D) and (B, K, D) -> logits (B, 2), attention weights (B, K)."""
         attention_scores = self.attention(crop_features)  # (B, K, 1)
         attention_weights = attention_scores.softmax(dim=1)  # (B, K, 1)
         local_features = (attention_weights * crop_features).sum(dim=1)  # (B, D)
 
         logits = self.classifier(torch.cat([global_features, local_features], dim=1))  # (B, 2)
         return logits, attention_weights.squeeze(-1)
+
+    def classify_without_each(self, global_features: torch.Tensor, crop_features: torch.Tensor) -> torch.Tensor:
+        """Features (D,) and (K, D) of one image -> logits (K, 2), row k as if there were no crop k.
+
+        The attention of the other crops sums to one again; with one crop alone the row is NaN.
+        """
+        K = len(crop_features)
+        attention_scores = self.attention(crop_features).squeeze(-1).expand(K, K)
+        left_out = torch.eye(K, dtype=torch.bool, device=attention_scores.device)
+        attention_weights = attention_scores.masked_fill(left_out, -torch.inf).softmax(dim=1)  # (K, K)
+        local_features = attention_weights @ crop_features  # (K, D)
+        return self.classifier(torch.cat([global_features.expand(K, -1), local_features], dim=1))

@@ -3,7 +3,8 @@
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
@@ -40,16 +41,39 @@ def load_model(path: Path, model: nn.Module) -> dict[str, Any]:
         UserError: not such a file, of another model, or with weights that are not finite numbers; `model` is then
             as it was.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is not a weights file of this project: {error}") from None
+    with _opened(path) as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        about = _about(file)
     problem = misfit(state, model.state_dict())
     if problem:
         raise UserError(f"{path} does not fit this model: {problem}")
     model.load_state_dict(state)
+    return about
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What `save_model` was told about the model; no weights are read.
+
+    Raises:
+        UserError: not such a file.
+    """
+    with _opened(path) as file:
+        return _about(file)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is not a weights file of this project: {first_line(error)}") from None
+
+
+def _about(file: safe_open) -> dict[str, Any]:
+    about = json.loads((file.metadata() or {}).get("about", "null"))
+    if not isinstance(about, dict):
+        raise ValueError("its metadata says nothing of the model")
     return about
 
 

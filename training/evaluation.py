@@ -15,9 +15,14 @@ from training.runtime import Runtime
 
 @dataclass(frozen=True)
 class Predictions:
-    """probabilities (N, 2) float64 of fake and real, labels (N,) int64, and the mean cross-entropy unsmoothed."""
+    """What a model says of N images.
+
+    probabilities (N, 2) float64 of fake and real; scores (N,) float64, logit of fake minus logit of real; labels (N,)
+    int64; loss, the mean cross-entropy, unsmoothed.
+    """
 
     probabilities: np.ndarray
+    scores: np.ndarray
     labels: np.ndarray
     loss: float
 
@@ -56,6 +61,7 @@ def evaluate(
     all_logits, all_labels = torch.cat(logits).double().cpu(), torch.cat(labels)
     return Predictions(
         probabilities=all_logits.softmax(dim=1).numpy(),
+        scores=(all_logits[:, 0] - all_logits[:, 1]).numpy(),
         labels=all_labels.numpy(),
         loss=F.cross_entropy(all_logits, all_labels).item(),
     )

@@ -1,0 +1,133 @@
+"""What a score means: a temperature and thresholds, fitted on the validation split alone; no torch.
+
+A score is the logit of fake minus that of real, s; the probability of fake is 1 / (1 + exp(-s)), and calibrated
+1 / (1 + exp(-s / T)). The temperature T (Guo et al., arXiv 1706.04599) minimises the negative log-likelihood of
+Platt's targets (1999), (n + 1) / (n + 2) instead of 1 for a class of n images: where a small validation split is told
+apart without an error, plain likelihood has no minimum.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, log_expit
+
+from training.detection_metrics import detection_metrics
+
+Verdict = Literal["fake", "real", "inconclusive"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Thresholds are on the calibrated probability of fake, and an image at a threshold is called fake.
+
+    Attributes:
+        temperature: T.
+        balanced: threshold of the best balanced accuracy.
+        fpr_1, fpr_5: thresholds that call at most 1% and 5% of the real images fake.
+        real_below, fake_from: the band between is inconclusive: at most a share `band_error` of the fake images is
+            below, and of the real ones above. They are equal where the classes overlap less than that.
+        band_error: that share.
+        fake_images, real_images: how many images all this rests on; 1% of fewer than 100 is none.
+    """
+
+    temperature: float
+    balanced: float
+    fpr_1: float
+    fpr_5: float
+    real_below: float
+    fake_from: float
+    band_error: float
+    fake_images: int
+    real_images: int
+
+    def probabilities(self, scores: np.ndarray) -> np.ndarray:
+        """Calibrated probabilities of fake."""
+        return expit(np.asarray(scores, np.float64) / self.temperature)
+
+    def verdict(self, probability: float) -> Verdict:
+        """What is said of an image of this calibrated probability."""
+        return "fake" if probability >= self.fake_from else "real" if probability < self.real_below else "inconclusive"
+
+    def metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """`detection_metrics` of calibrated probabilities at the balanced threshold, and what the thresholds are worth.
+
+        fpr_at_1_threshold and fpr_at_5_threshold are the shares of real images that these call fake; inconclusive is
+        the share of all images, conclusive_accuracy that of right verdicts among the others.
+        """
+        fake, labels = self.probabilities(scores), np.asarray(labels)
+        real = fake[labels == 1]
+        verdicts = np.array([self.verdict(probability) for probability in fake])
+        conclusive = verdicts != "inconclusive"
+        right = verdicts[conclusive] == np.array(["fake", "real"])[labels[conclusive]]
+        return detection_metrics(fake, labels, self.balanced) | {
+            "fpr_at_1_threshold": _share(real >= self.fpr_1),
+            "fpr_at_5_threshold": _share(real >= self.fpr_5),
+            "inconclusive": _share(~conclusive),
+            "conclusive_accuracy": _share(right),
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields."""
+        return asdict(self)
+
+
+def calibrate(scores: np.ndarray, labels: np.ndarray, band_error: float) -> Calibration | None:
+    """Fit all of it; None where the validation images are of one class, and nothing can be said.
+
+    Args:
+        scores: (N,), logit of fake minus logit of real.
+        labels: (N,), 0 fake, 1 real.
+        band_error: see `Calibration`.
+    """
+    scores, is_fake = np.asarray(scores, np.float64), np.asarray(labels) == 0
+    if is_fake.all() or not is_fake.any():
+        return None
+    temperature = fit_temperature(scores, is_fake)
+    probabilities = expit(scores / temperature)
+    fake, real = np.sort(probabilities[is_fake]), np.sort(probabilities[~is_fake])
+    fake_from = _threshold_over(real, band_error)
+    real_below = 1 - _threshold_over(np.sort(1 - fake), band_error)
+    balanced = _balanced_threshold(fake, real)
+    if real_below > fake_from:
+        real_below = fake_from = min(max(balanced, fake_from), real_below)
+    return Calibration(
+        temperature, balanced, _threshold_over(real, 0.01), _threshold_over(real, 0.05), real_below, fake_from,
+        band_error, len(fake), len(real),
+    )  # fmt: skip
+
+
+def _share(chosen: np.ndarray) -> float:
+    return float(chosen.mean()) if len(chosen) else float("nan")
+
+
+def fit_temperature(scores: np.ndarray, is_fake: np.ndarray) -> float:
+    """T, between 1/20 and 20."""
+    fakes = is_fake.sum()
+    reals = len(is_fake) - fakes
+    targets = np.where(is_fake, (fakes + 1) / (fakes + 2), 1 / (reals + 2))
+
+    def loss(log_temperature: float) -> float:
+        scaled = scores / np.exp(log_temperature)
+        return -np.mean(targets * log_expit(scaled) + (1 - targets) * log_expit(-scaled))
+
+    bound = np.log(20)
+    return float(np.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6}).x))
+
+
+def _threshold_over(probabilities: np.ndarray, share: float) -> float:
+    """Halfway between the sorted `probabilities` of which at most a share is above it."""
+    above = int(share * len(probabilities))
+    lower, upper = np.append(probabilities, 1.0)[-above - 2 : len(probabilities) + 1 - above]
+    return float(max((lower + upper) / 2, np.nextafter(lower, 2)))
+
+
+def _balanced_threshold(fake: np.ndarray, real: np.ndarray) -> float:
+    """Of the halves between neighbouring probabilities, that of the best balanced accuracy, the nearest to 1/2."""
+    values = np.unique(np.concatenate([[0.0], fake, real, [1.0]]))
+    middles = (values[1:] + values[:-1]) / 2
+    recall = 1 - np.searchsorted(fake, middles) / len(fake)
+    specificity = np.searchsorted(real, middles) / len(real)
+    best = middles[np.isclose(recall + specificity, (recall + specificity).max(), rtol=0, atol=1e-12)]
+    return float(best[np.abs(best - 0.5).argmin()])
