@@ -20,6 +20,7 @@ INK, PAPER, FAINT = "#222222", "white", "#e4e4e4"
 GAP, LINE = 16, 22  # pixels between parts, and from one line of text to the next
 LARGEST, MAP_LARGEST, SMALLEST = 900, 640, 300  # sides of an image as it is shown
 SHOWN_CROPS, CAPTION_WIDTH = 4, 190
+ROUNDING = 0.0005  # smaller effects are shown as 0
 BADGE = (24, 18)
 FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
 PLAIN, BOLD = (ImageFont.truetype(FONTS / name, 13) for name in ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf"))
@@ -33,6 +34,7 @@ def draw_evidence(picture: Picture, prediction: Prediction) -> Image.Image:
     """
     scores = prediction.scores
     boxes, attention, effects = scores.boxes[0], scores.attention[0], scores.effects[0]
+    effects = np.where(np.abs(effects) < ROUNDING, 0, effects)
     order = np.lexsort((-attention, -np.abs(effects)))  # NaN, of a crop alone, last
     boxes, attention, effects = boxes[order], attention[order], effects[order]
     parts = [_outlined(picture, boxes, effects)]
@@ -47,15 +49,16 @@ def draw_evidence(picture: Picture, prediction: Prediction) -> Image.Image:
 
 def draw_map(picture: Picture, found: EffectMap) -> Image.Image:
     """The image, the map of effects over it in grey, and the scale of the colours, as long below 0 as above."""
-    whole, _ = _shown(picture.image, MAP_LARGEST)
+    N, (whole, _) = len(found.boxes), _shown(picture.image, MAP_LARGEST)
+    if N == 1:
+        return _page(["Map of effects: the image is one tile, with no other to compare it with"], [whole])
+    largest = max(float(np.abs(found.pixels).max()), ROUNDING)
     values = np.asarray(Image.fromarray(found.pixels).resize(whole.size, Image.Resampling.BOX))
-    largest = float(np.abs(found.pixels).max())
     grey = np.asarray(whole.convert("L"), np.float32)[..., None].repeat(3, 2)
-    overlay = Image.fromarray(_tinted(grey, values / largest)) if largest > 0 else whole.convert("L").convert("RGB")
-    N = len(found.boxes)
+    overlay = Image.fromarray(_tinted(grey, values / largest))
     lines = [
         f"Map of effects: {N:,} tiles over the whole image, scored together; score {found.score:+.2f}",
-        f"N x effect, N = {N:,}: leaving a tile out lowers the score by that, divided by N. "
+        f"N x effect, N = {N:,}: without a tile the score falls by the number at its colour, divided by N. "
         "Tiles are compared with each other: the sum is about 0.",
     ]
     return _page(lines, [whole, overlay, _colour_bar(largest, max(SMALLEST, whole.height))])
