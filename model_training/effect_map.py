@@ -25,6 +25,7 @@ class EffectMap:
         boxes: (N, 4).
         effects: (N,), as `Scores.effects`; they shrink as 1 / N, and N times as much does not depend on the grid.
         attention: (N,).
+        alone: (N,), the score if a tile were the only crop.
         score: logit of fake minus logit of real, from the global view and all tiles.
     """
 
@@ -32,6 +33,7 @@ class EffectMap:
     boxes: np.ndarray
     effects: np.ndarray
     attention: np.ndarray
+    alone: np.ndarray
     score: float
 
 
@@ -39,7 +41,7 @@ def effect_map(detector: Detector, picture: Picture, stride: int | None = None) 
     """What each part of the picture does to the score, compared with the rest of it.
 
     Effects sum to about zero, for a tile is left out in favour of the others: the map says which parts look more
-    generated than the rest of this picture, and whether the whole does is what the score says.
+    generated than the rest of this picture. What a part says by itself is its score alone.
 
     Args:
         stride: pixels from one tile to the next, at most the patch size P; None: P / 2.
@@ -55,9 +57,9 @@ def effect_map(detector: Detector, picture: Picture, stride: int | None = None) 
         raise UserError(f"stride = {stride}: it must be from 1 to the patch size, {P}")
     boxes = tile_boxes(picture.image.height, picture.image.width, P, stride)
     (scores,) = detector.score([picture], boxes=boxes[None])
-    (effects,), (attention,) = scores.effects, scores.attention
+    (effects,), (attention,), (alone,) = scores.effects, scores.attention, scores.alone
     pixels = spread(len(boxes) * effects, boxes, picture.image.height, picture.image.width)
-    return EffectMap(pixels, boxes, effects, attention, float(scores.values[0]))
+    return EffectMap(pixels, boxes, effects, attention, alone, float(scores.values[0]))
 
 
 def spread(values: np.ndarray, boxes: np.ndarray, height: int, width: int) -> np.ndarray:

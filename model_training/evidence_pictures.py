@@ -12,13 +12,13 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from data.pictures import Picture
 from model_training.detector import Prediction
-from model_training.effect_map import EffectMap
+from model_training.effect_map import EffectMap, spread
 from model_training.figures import BLUE, GREY, VERMILLION
 from model_training.tables import show
 
 INK, PAPER, FAINT = "#222222", "white", "#e4e4e4"
 GAP, LINE = 16, 22  # pixels between parts, and from one line of text to the next
-LARGEST, MAP_LARGEST, SMALLEST = 900, 640, 300  # sides of an image as it is shown
+LARGEST, MAP_LARGEST, SMALLEST = 900, 500, 300  # sides of an image as it is shown
 SHOWN_CROPS, CAPTION_WIDTH = 4, 190
 ROUNDING = 0.0005  # smaller effects are shown as 0
 BADGE = (24, 18)
@@ -33,35 +33,40 @@ def draw_evidence(picture: Picture, prediction: Prediction) -> Image.Image:
     Number 1 has the largest effect. Of several draws the first is shown.
     """
     scores = prediction.scores
-    boxes, attention, effects = scores.boxes[0], scores.attention[0], scores.effects[0]
-    effects = np.where(np.abs(effects) < ROUNDING, 0, effects)
+    boxes, attention, alone = scores.boxes[0], scores.attention[0], scores.alone[0]
+    effects = np.where(np.abs(scores.effects[0]) < ROUNDING, 0, scores.effects[0])
     order = np.lexsort((-attention, -np.abs(effects)))  # NaN, of a crop alone, last
-    boxes, attention, effects = boxes[order], attention[order], effects[order]
+    boxes, attention, effects, alone = boxes[order], attention[order], effects[order], alone[order]
     parts = [_outlined(picture, boxes, effects)]
     if len(boxes):
         crops = [_native_crop(picture, i, *crop) for i, crop in enumerate(zip(boxes, effects, strict=True), 1)][
             :SHOWN_CROPS
         ]
         rows = [_beside(crops[i : i + 2]) for i in range(0, len(crops), 2)]
-        parts.append(_below([*rows, _table(attention, effects)]))
+        parts.append(_below([*rows, _table(attention, alone, effects)]))
     return _page([_headline(prediction), *_notes(prediction)], parts)
 
 
 def draw_map(picture: Picture, found: EffectMap) -> Image.Image:
-    """The image, the map of effects over it in grey, and the scale of the colours, as long below 0 as above."""
+    """The image, and over it in grey the scores of single tiles and the map of effects, each with its scale."""
     N, (whole, _) = len(found.boxes), _shown(picture.image, MAP_LARGEST)
     if N == 1:
-        return _page(["Map of effects: the image is one tile, with no other to compare it with"], [whole])
-    largest = max(float(np.abs(found.pixels).max()), ROUNDING)
-    values = np.asarray(Image.fromarray(found.pixels).resize(whole.size, Image.Resampling.BOX))
-    grey = np.asarray(whole.convert("L"), np.float32)[..., None].repeat(3, 2)
-    overlay = Image.fromarray(_tinted(grey, values / largest))
+        return _page(
+            [f"Map: the image is one tile, with no other to compare it with; score {found.score:+.2f}"], [whole]
+        )
+    alone = spread(found.alone, found.boxes, picture.image.height, picture.image.width)
     lines = [
-        f"Map of effects: {N:,} tiles over the whole image, scored together; score {found.score:+.2f}",
-        f"N x effect, N = {N:,}: without a tile the score falls by the number at its colour, divided by N. "
-        "Tiles are compared with each other: the sum is about 0.",
+        f"Map: {N:,} tiles over the whole image; with all of them as crops, the score is {found.score:+.2f}",
+        "Alone: the score if a tile were the only crop. N x effect: without a tile the score falls by 1 / N of this; "
+        "tiles are compared with each other, and the sum is about 0.",
     ]
-    return _page(lines, [whole, overlay, _colour_bar(largest, max(SMALLEST, whole.height))])
+    parts = [_titled("the image", whole)]
+    for title, values in (("score of each tile alone", alone), (f"N x effect on the score, N = {N:,}", found.pixels)):
+        largest = max(float(np.abs(values).max()), ROUNDING)
+        small = Image.fromarray(values).resize(whole.size, Image.Resampling.BOX)
+        parts.append(_titled(title, _overlay(whole, np.asarray(small) / largest)))
+        parts.append(_titled("", _colour_bar(largest, max(SMALLEST, whole.height))))
+    return _page(lines, parts)
 
 
 # ------------------------------------------------------------------------------------------------------ layout
@@ -93,6 +98,13 @@ def _below(parts: Sequence[Image.Image]) -> Image.Image:
         joined.paste(part, (0, top))
         top += part.height + GAP
     return joined
+
+
+def _titled(title: str, image: Image.Image) -> Image.Image:
+    titled = _blank(max(image.width, int(BOLD.getlength(title))), image.height + LINE)
+    ImageDraw.Draw(titled).text((0, 0), title, INK, BOLD)
+    titled.paste(image, (0, LINE))
+    return titled
 
 
 def _blank(width: int, height: int) -> Image.Image:
@@ -183,32 +195,39 @@ def _native_crop(picture: Picture, number: int, box: np.ndarray, effect: float) 
     return card
 
 
-def _table(attention: np.ndarray, effects: np.ndarray) -> Image.Image:
-    """A line a crop: number, attention, effect, and the effect as a bar to the left (real) or right (fake)."""
-    attention_end, effect_end, middle, reach = 110, 190, 290, 85
-    table = _blank(middle + reach + 5, (len(effects) + 2) * LINE)
+def _table(attention: np.ndarray, alone: np.ndarray, effects: np.ndarray) -> Image.Image:
+    """A line a crop: number, attention, score alone, effect, and that as a bar to the left (real) or right (fake)."""
+    ends, middle, reach = (100, 160, 220), 310, 85
+    table = _blank(middle + reach + 5, (len(effects) + 3) * LINE)
     draw = ImageDraw.Draw(table)
-    for end, heading in ((attention_end, "attention"), (effect_end, "effect")):
+    for end, heading in zip(ends, ("attention", "alone", "effect"), strict=True):
         draw.text((end, 0), heading, INK, BOLD, anchor="ra")
     draw.text((middle - 6, 0), "◂ for real", BLUE, BOLD, anchor="ra")
     draw.text((middle + 6, 0), "for fake ▸", VERMILLION, BOLD)
     largest = np.nanmax(np.abs(effects), initial=0) or 1
-    for i, (weight, effect) in enumerate(zip(attention, effects, strict=True), 1):
+    for i, (weight, score, effect) in enumerate(zip(attention, alone, effects, strict=True), 1):
         y = i * LINE
         draw.line((0, y - 3, table.width, y - 3), FAINT)
         _badge(draw, 0, y, i, effect)
-        draw.text((attention_end, y), f"{weight:.1%}", INK, PLAIN, anchor="ra")
-        draw.text((effect_end, y), show(float(effect), "+.3f"), INK, PLAIN, anchor="ra")
+        cells = (f"{weight:.1%}", f"{score:+.2f}", show(float(effect), "+.3f"))
+        for end, cell in zip(ends, cells, strict=True):
+            draw.text((end, y), cell, INK, PLAIN, anchor="ra")
         if effect == effect:
-            ends = sorted((middle, middle + reach * effect / largest))
-            draw.rectangle((ends[0], y + 2, ends[1], y + 14), _colour(effect))
-    draw.line((middle, LINE, middle, table.height - LINE), GREY)
-    draw.text((0, table.height - LINE + 4), "effect: how much the score falls without the crop", GREY, PLAIN)
+            left, right = sorted((middle, middle + reach * effect / largest))
+            draw.rectangle((left, y + 2, right, y + 14), _colour(effect))
+    below = (len(effects) + 1) * LINE
+    draw.line((middle, LINE, middle, below), GREY)
+    draw.text((0, below + 4), "alone: the score if the crop were the only one", GREY, PLAIN)
+    draw.text((0, below + LINE), "effect: how much the score falls without the crop", GREY, PLAIN)
     return table
 
 
 def _colour(effect: float) -> str:
     return VERMILLION if effect > 0 else BLUE if effect < 0 else GREY
+
+
+def _overlay(image: Image.Image, share: np.ndarray) -> Image.Image:
+    return Image.fromarray(_tinted(np.asarray(image.convert("L"), np.float32)[..., None].repeat(3, 2), share))
 
 
 def _tinted(grey: np.ndarray, share: np.ndarray) -> np.ndarray:
@@ -220,7 +239,7 @@ def _tinted(grey: np.ndarray, share: np.ndarray) -> np.ndarray:
 
 def _colour_bar(largest: float, height: int) -> Image.Image:
     """The colours on mid grey, from +largest on top to -largest."""
-    bar = _blank(180, height)
+    bar = _blank(90, height)
     draw = ImageDraw.Draw(bar)
     top, bottom = LINE, height - LINE
     shares = np.linspace(1, -1, bottom - top, dtype=np.float32)[:, None].repeat(24, 1)
@@ -231,6 +250,4 @@ def _colour_bar(largest: float, height: int) -> Image.Image:
         draw.text((36, y), f"{share * largest:+.2g}" if share else "0", INK, PLAIN, anchor="lm")
     draw.text((0, 0), "for fake", VERMILLION, BOLD)
     draw.text((0, height - 17), "for real", BLUE, BOLD)
-    draw.text((80, (top + bottom) / 2 - 8), "N x effect", INK, PLAIN, anchor="lm")
-    draw.text((80, (top + bottom) / 2 + 8), "on the score", INK, PLAIN, anchor="lm")
     return bar

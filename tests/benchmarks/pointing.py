@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from data.demo_dataset import CLASSES, SCENES, draw_scene, encode, render
@@ -49,20 +50,31 @@ def points_there(pixels: np.ndarray, generated: np.ndarray) -> bool:
     return bool(generated[pixels == pixels.max()].mean() > 0.5)
 
 
+def auc(pixels: np.ndarray, generated: np.ndarray) -> float:
+    """How well a map tells the pixels of the halves apart; every eighth pixel of every eighth row."""
+    return float(roc_auc_score(generated[::8, ::8].ravel(), pixels[::8, ::8].ravel()))
+
+
 def pointing(detector: Detector, image: Image.Image, generated: np.ndarray, save: Path | None) -> dict[str, float]:
     """What one image says, each a number from 0 to 1."""
     (picture,) = read_pictures([image], detector.settings.max_image_pixels)
     assert isinstance(picture, Picture)
     found = effect_map(detector, picture)
-    attention = spread(found.attention, found.boxes, *generated.shape)
+    attention, alone = (spread(values, found.boxes, *generated.shape) for values in (found.attention, found.alone))
     positive = found.pixels.clip(min=0)
     if save:
         draw_map(picture, found).save(save)
     return {
-        "pointing accuracy": points_there(found.pixels, generated),
-        "the least effect lies in the real half": points_there(-found.pixels, ~generated),
-        "positive effect in the generated half": positive[generated].sum() / positive.sum(),
-        "pointing accuracy of attention instead": points_there(attention, generated),
+        "effect: pointing accuracy": points_there(found.pixels, generated),
+        "attention: pointing accuracy": points_there(attention, generated),
+        "tile alone: pointing accuracy": points_there(alone, generated),
+        "effect: AUC of pixels": auc(found.pixels, generated),
+        "attention: AUC of pixels": auc(attention, generated),
+        "tile alone: AUC of pixels": auc(alone, generated),
+        "effect: share of what is positive that is in the generated half": positive[generated].sum() / positive.sum(),
+        "effect: the least is in the real half": points_there(-found.pixels, ~generated),
+        "tile alone: share of the generated half that is positive": (alone[generated] > 0).mean(),
+        "tile alone: share of the real half that is positive": (alone[~generated] > 0).mean(),
     }
 
 
