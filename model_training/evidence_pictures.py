@@ -61,11 +61,14 @@ def draw_map(picture: Picture, found: EffectMap) -> Image.Image:
         "tiles are compared with each other, and the sum is about 0.",
     ]
     parts = [_titled("the image", whole)]
-    for title, values in (("score of each tile alone", alone), (f"N x effect on the score, N = {N:,}", found.pixels)):
+    for title, ends, values in (
+        ("score of each tile alone", ("fake", "real"), alone),
+        (f"N x effect on the score, N = {N:,}", ("to fake", "to real"), found.pixels),
+    ):
         largest = max(float(np.abs(values).max()), ROUNDING)
         small = Image.fromarray(values).resize(whole.size, Image.Resampling.BOX)
         parts.append(_titled(title, _overlay(whole, np.asarray(small) / largest)))
-        parts.append(_titled("", _colour_bar(largest, max(SMALLEST, whole.height))))
+        parts.append(_titled("", _colour_bar(largest, ends, max(SMALLEST, whole.height))))
     return _page(lines, parts)
 
 
@@ -202,8 +205,8 @@ def _table(attention: np.ndarray, alone: np.ndarray, effects: np.ndarray) -> Ima
     draw = ImageDraw.Draw(table)
     for end, heading in zip(ends, ("attention", "alone", "effect"), strict=True):
         draw.text((end, 0), heading, INK, BOLD, anchor="ra")
-    draw.text((middle - 6, 0), "◂ for real", BLUE, BOLD, anchor="ra")
-    draw.text((middle + 6, 0), "for fake ▸", VERMILLION, BOLD)
+    draw.text((middle - 6, 0), "◂ to real", BLUE, BOLD, anchor="ra")
+    draw.text((middle + 6, 0), "to fake ▸", VERMILLION, BOLD)
     largest = np.nanmax(np.abs(effects), initial=0) or 1
     for i, (weight, score, effect) in enumerate(zip(attention, alone, effects, strict=True), 1):
         y = i * LINE
@@ -237,8 +240,8 @@ def _tinted(grey: np.ndarray, share: np.ndarray) -> np.ndarray:
     return np.rint(grey + opacity * (colours - grey)).astype(np.uint8)
 
 
-def _colour_bar(largest: float, height: int) -> Image.Image:
-    """The colours on mid grey, from +largest on top to -largest."""
+def _colour_bar(largest: float, ends: Sequence[str], height: int) -> Image.Image:
+    """The colours on mid grey, from +largest on top to -largest; `ends` are what is above and below it."""
     bar = _blank(90, height)
     draw = ImageDraw.Draw(bar)
     top, bottom = LINE, height - LINE
@@ -248,6 +251,6 @@ def _colour_bar(largest: float, height: int) -> Image.Image:
         y = top + (1 - share) / 2 * (bottom - top - 1)
         draw.line((24, y, 30, y), INK)
         draw.text((36, y), f"{share * largest:+.2g}" if share else "0", INK, PLAIN, anchor="lm")
-    draw.text((0, 0), "for fake", VERMILLION, BOLD)
-    draw.text((0, height - 17), "for real", BLUE, BOLD)
+    draw.text((0, 0), ends[0], VERMILLION, BOLD)
+    draw.text((0, height - 17), ends[1], BLUE, BOLD)
     return bar
