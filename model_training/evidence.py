@@ -60,7 +60,7 @@ def write_evidence(
                 if reason:
                     unreadable[path] = reason
                 else:
-                    page.write(_images(folder, number, path, answer, picture, detector if with_map else None))
+                    page.write(_image_rows(folder, number, path, answer, picture, detector if with_map else None))
                 yield answer
             page.write(_filled(after, unreadable=_unreadable(unreadable)))
 
@@ -94,7 +94,7 @@ def _filled(template: str, **values: str) -> str:
     return template
 
 
-def _images(
+def _image_rows(
     folder: Path, number: int, path: str, answer: Prediction, picture: Picture, mapping: Detector | None
 ) -> str:
     """Write an image's pictures, and give its part of the table: a row to see and a row to open."""
@@ -167,4 +167,4 @@ def _unreadable(reasons: dict[str, str]) -> str:
     if not reasons:
         return ""
     items = "\n".join(f"<li><bdi>{escape(_printable(path))}</bdi>: {escape(why)}" for path, why in reasons.items())
-    return f"<h2>{len(reasons):,} files gave no image</h2>\n<ul>\n{items}\n</ul>"
+    return f"<h2>Files that gave no image: {len(reasons):,}</h2>\n<ul>\n{items}\n</ul>"

@@ -39,9 +39,7 @@ def draw_evidence(picture: Picture, prediction: Prediction) -> Image.Image:
     boxes, attention, effects, alone = boxes[order], attention[order], effects[order], alone[order]
     parts = [_outlined(picture, boxes, effects)]
     if len(boxes):
-        crops = [_native_crop(picture, i, *crop) for i, crop in enumerate(zip(boxes, effects, strict=True), 1)][
-            :SHOWN_CROPS
-        ]
+        crops = [_native_crop(picture, i + 1, boxes[i], effects[i]) for i in range(min(len(boxes), SHOWN_CROPS))]
         rows = [_beside(crops[i : i + 2]) for i in range(0, len(crops), 2)]
         parts.append(_below([*rows, _table(attention, alone, effects)]))
     return _page([_headline(prediction), *_notes(prediction)], parts)
@@ -116,10 +114,9 @@ def _blank(width: int, height: int) -> Image.Image:
 
 # ----------------------------------------------------------------------------------------------- what is shown
 def _headline(prediction: Prediction) -> str:
-    spread = ""
-    if prediction.standard_deviation == prediction.standard_deviation:
-        spread = f" ± {prediction.standard_deviation:.3f} over {len(prediction.scores.values)} draws"
-    return f"P(fake) {prediction.probability_fake:.3f}{spread}: {prediction.verdict}"
+    deviation, draws = prediction.standard_deviation, len(prediction.scores.values)
+    over_draws = f" ± {deviation:.3f} over {draws} draws" if draws > 1 else ""
+    return f"P(fake) {prediction.probability_fake:.3f}{over_draws}: {prediction.verdict}"
 
 
 def _notes(prediction: Prediction) -> list[str]:
@@ -148,13 +145,14 @@ def _outlined(picture: Picture, boxes: np.ndarray, effects: np.ndarray) -> Image
     canvas = _blank(max(whole.width, SMALLEST), max(whole.height, SMALLEST))
     canvas.paste(whole)
     draw = ImageDraw.Draw(canvas)
-    corners = boxes[:, :2] + np.stack([np.zeros_like(boxes[:, :2]), boxes[:, 2:]], 0)  # (2, K, 2): y, x
-    outlines = np.rint(scale * corners[..., ::-1].transpose(1, 0, 2).reshape(-1, 4)).astype(int)  # (K, 4): x, y, x, y
+    tops, lefts, heights, widths = boxes.T
+    outlines = np.rint(scale * np.stack([lefts, tops, lefts + widths, tops + heights], 1)).astype(int)
     taken = outlines[:0]
     for (left, top, right, bottom), effect in zip(outlines.tolist(), effects, strict=True):
         draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline=PAPER)
         draw.rectangle((left - 1, top - 1, right, bottom), outline=_colour(effect), width=3)
-        draw.rectangle((left + 2, top + 2, right - 3, bottom - 3), outline=PAPER) if right - left > 8 else None
+        if min(right - left, bottom - top) > 8:
+            draw.rectangle((left + 2, top + 2, right - 3, bottom - 3), outline=PAPER)
     for number, (outline, effect) in enumerate(zip(outlines, effects, strict=True), 1):
         place = _free_place(outline, outlines, taken, canvas.size)
         _badge(draw, *place, number, effect)
