@@ -370,7 +370,7 @@ def _wanted(name: str, value: Any) -> str | None:
         return "auto, or at least 0"
     if name == "weights_files" and not all(value.partition("=")):
         return "BACKBONE=FILE"
-    if name == "name" and value in (*_ROOMS, "dataset", "tables", "before"):
+    if name == "name" and value in (*_ROOMS, "dataset", "tables", "before", "scores", "evaluation", "robustness"):
         return "no name of a folder that has another use there"
     if name == "name" and (not value or value.startswith(".") or not all(c.isalnum() or c in "_-." for c in value)):
         return "a folder name of letters, digits, '_', '-' and '.'"
