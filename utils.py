@@ -798,7 +798,8 @@ def read_columns(path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
             reader = csv.DictReader(file)
             rows, names = list(reader), reader.fieldnames or []
     except (OSError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as CSV ({first_line(error)}): correct its name, or mend it") from None
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{path} cannot be read as CSV ({reason}): correct its name, or mend it") from None
     chosen = [next((name for name in column.split("|") if name in names), None) for column in columns]
     if None in chosen:
         wanted = columns[chosen.index(None)].replace("|", " or ")
