@@ -183,10 +183,13 @@ def draw_giveaway(path: Path, labels: np.ndarray, audit: HeaderAudit) -> None:
     scores.set(title="Score from headers alone", xlabel="how fake (out of fold)")
     shown = sorted(audit.features, key=lambda feature: feature.auc_alone)[-12:]
     names = [feature.name.replace("_", " ") for feature in shown]
-    features.barh(names, [feature.auc_alone - 0.5 for feature in shown], left=0.5, height=0.65, color="grey")
-    features.plot([0.5 + feature.importance for feature in shown], names, "D", color="black", markersize=4)
+    alone = [feature.auc_alone - 0.5 for feature in shown]
+    features.barh(names, alone, left=0.5, height=0.65, color="lightgrey", label="AUC of it alone")
+    importances = [0.5 + feature.importance for feature in shown]
+    features.plot(importances, names, "D", color="black", markersize=4, label="0.5 + AUC lost by shuffling it")
     features.axvline(0.5, color="black", linewidth=0.8)
-    features.set(title="bar: AUC alone, diamond: 0.5 + importance", xlim=(0.4, 1.0))
+    features.set(title="What tells the class", xlim=(0.4, 1.0))
+    features.legend(loc="lower right", frameon=False, fontsize=8)
     _save(figure, path, scores)
 
 
@@ -237,7 +240,7 @@ def _marks(axes: "Axes", headers: Sequence[Sequence[Header]]) -> None:
         [100 * sum(bool(getattr(h, kind)) for h in of_class) / len(of_class) for kind in kinds] for of_class in headers
     ]
     _bars(axes, [kind.split("_")[0] for kind in kinds], shares)
-    axes.tick_params("x", rotation=40)
+    axes.set_xticks(axes.get_xticks(), axes.get_xticklabels(), rotation=35, ha="right", rotation_mode="anchor")
     axes.set_title("Metadata")
 
 

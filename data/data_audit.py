@@ -10,8 +10,8 @@ exact and near duplicates, across the classes and across the parts of the preset
 results/<preset>/dataset/audit: audit.json, audit.csv (one row a file), features.csv and .md, duplicates.csv,
 unreadable.csv, and the figures headers.png, giveaway.png and nearest.png.
 
---match pairs fake images with real ones of the same format and colour mode whose other headers look equally fake, and
-lists as many as it can, a pair in two neighbouring lines.
+--match pairs fake images with real ones of the same format, colour mode, subsampling and, within 5, JPEG quality,
+whose sizes and other headers look equally fake, and lists as many as it can, a pair in two neighbouring lines.
 
 Hardware: CPU cores only. Each image is decoded as coarsely as its format allows; with 12,000 images, the
 classifier adds half a minute.
@@ -43,10 +43,13 @@ from data.audit_report import (
 from data.checks import File
 from data.duplicates import HASH_BITS, NEAR_BITS, Pair, exact_duplicates, near_duplicates
 from data.header_classifier import FOLDS, HeaderAudit, audit_headers, header_matrix
+from data.headers import Header
 from data.index import CLASSES, list_images
 from data.matching import CALIPER, match_pairs
 from data.report import render_table, report_left_out
 from utils import UserError, dataset_folder, read_csv, run_door, sole_process, write_csv, write_json, write_text
+
+QUALITY_BAND = 5  # JPEG qualities that are matched with each other: 0 to 4, 5 to 9 and so on
 
 
 def audit(
@@ -145,6 +148,16 @@ def splits_of(preset: Preset, files: Sequence[File]) -> Splits:
     }
 
 
+def strata_of(headers: Sequence[Header], names: Sequence[str]) -> list[list[Hashable]]:
+    """What images must share to be matched, from the closest likeness to the loosest, for `match_pairs`."""
+    coding = [(h.format, h.mode, h.subsampling, h.progressive) for h in headers]
+    exact = [
+        (*kind, str(h.jpeg_quality), h.jpeg_ijg, h.width, h.height) for kind, h in zip(coding, headers, strict=True)
+    ]
+    loose = [(*kind, str(h.jpeg_quality // QUALITY_BAND)) for kind, h in zip(coding, headers, strict=True)]
+    return [[(*kind, name) for kind, name in zip(loose, names, strict=True)], exact, loose]
+
+
 def groups_of(*keys: Sequence[Hashable]) -> np.ndarray:
     """A number for each image, the same for images that share any of the keys, directly or by others in between."""
     first: dict[tuple[int, Hashable], int] = {}
@@ -216,12 +229,12 @@ def _match(
     caliper: float,
     seed: int,
 ) -> dict[str, Any]:
-    cells = [(file.header.format, file.header.mode) for file in files]
     names = [_name(file.path) for file in files]
-    pairs = match_pairs(cells, names, labels, headers.fake_scores, caliper)
+    headers_of = [file.header for file in files]
+    pairs = match_pairs(strata_of(headers_of, names), labels, headers.fake_scores, caliper)
     if not len(pairs):
         raise UserError(
-            f"no fake image of {len(files):,} has a real one of its format and mode whose headers look as fake: "
+            f"no fake image of {len(files):,} has a real one of its format and quality whose headers look as fake: "
             f"raise --caliper above {caliper:g}, or add images"
         )
     rows = pairs.ravel()

@@ -1,5 +1,6 @@
 """A subset of a data set in which headers tell as little of the class as possible: matched pairs."""
 
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -8,16 +9,15 @@ CALIPER = 0.2  # standard deviations of the logit; Austin 2011, Pharmaceutical S
 
 
 def match_pairs(
-    cells: Sequence[Hashable], names: Sequence[str], labels: np.ndarray, fake_scores: np.ndarray, caliper: float
+    strata: Sequence[Sequence[Hashable]], labels: np.ndarray, fake_scores: np.ndarray, caliper: float
 ) -> np.ndarray:
     """Pairs of a fake and a real image whose headers look equally fake: propensity score matching.
 
-    Within a cell, the score sums up sizes, quality and all else that tells the classes apart, by how well it does.
-    Images that share a name are paired first; of the rest, as many as the caliper allows.
+    The score sums up sizes, quality and all else that tells the classes apart, each by how well it does.
 
     Args:
-        cells: of each image, what both of a pair have in common exactly, such as the format.
-        names: of each image, without its class.
+        strata: what both of a pair have in common, of each image, from the closest likeness to the loosest. As many
+            as possible are paired within the strata of the first kind, then of the rest within those of the next.
         labels: 0 fake, 1 real.
         fake_scores: out of fold, 0 to 1.
         caliper: largest difference of a pair's logits, in standard deviations of all logits.
@@ -27,23 +27,20 @@ def match_pairs(
     """
     clipped = fake_scores.clip(0.01, 0.99)
     logits = np.log(clipped / (1 - clipped))
-    limit = caliper * logits.std() + 1e-9
-    free = np.ones(len(labels), bool)
-    pairs = []
-    real_of = {(cells[row], names[row]): row for row in np.flatnonzero(labels == 1)}
-    for row in np.flatnonzero(labels == 0):
-        like = real_of.get((cells[row], names[row]))
-        if like is not None and free[like] and abs(logits[row] - logits[like]) <= limit:
-            pairs.append((row, like))
-            free[[row, like]] = False
-    for cell in dict.fromkeys(cells):
-        members = np.array([other == cell for other in cells]) & free
-        fake, real = (np.flatnonzero(members & (labels == label)) for label in (0, 1))
-        pairs += _pair_up(fake[logits[fake].argsort()], real[logits[real].argsort()], logits, limit)
+    pairs: list[tuple[int, int]] = []
+    free = sorted(range(len(labels)), key=lambda row: logits[row])
+    for kind in strata:
+        members: dict[Hashable, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        for row in free:
+            members[kind[row]][labels[row]].append(row)
+        for fake, real in members.values():
+            pairs += _pair_up(fake, real, logits, caliper * logits.std() + 1e-9)
+        taken = {row for pair in pairs for row in pair}
+        free = [row for row in free if row not in taken]
     return np.array(pairs, np.int64).reshape(-1, 2)
 
 
-def _pair_up(fake: np.ndarray, real: np.ndarray, logits: np.ndarray, limit: float) -> list[tuple[int, int]]:
+def _pair_up(fake: Sequence[int], real: Sequence[int], logits: np.ndarray, limit: float) -> list[tuple[int, int]]:
     """The most pairs that differ by at most `limit`, both sorted by logit: pass over whichever lies too far below."""
     pairs, a, b = [], 0, 0
     while a < len(fake) and b < len(real):
