@@ -26,7 +26,7 @@ class AuditedFile:
     content: str  # SHA-256 of its bytes
     header: Header
     hash: np.ndarray  # perceptual, uint64 (4,)
-    thumbnail: np.ndarray  # grey, uint8 (64, 64)
+    thumbnail: np.ndarray  # grey, uint8 (32, 32)
     problem: ClassVar[str] = ""
 
 
@@ -63,7 +63,8 @@ def audit_file(name: str, label: int, root: Path, max_pixels: int) -> AuditedFil
             header = read_header(image, name, path.stat().st_size)
             with in_turn(image):
                 thumbnail = grey_thumbnail(image, THUMBNAIL_SIDE)
-        return AuditedFile(name, label, sha256_of(path), header, perceptual_hash(thumbnail), np.asarray(thumbnail))
+        small = np.asarray(thumbnail.reduce(2))
+        return AuditedFile(name, label, sha256_of(path), header, perceptual_hash(thumbnail), small)
     except UnreadableImage as error:
         if isinstance(error.__cause__, MemoryError):  # not the file's fault
             raise UserError(f"not enough memory to decode {path}: set a smaller --num-workers") from None

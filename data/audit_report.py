@@ -41,7 +41,7 @@ def verdict(audit: HeaderAudit) -> str:
             f"the headers are no help, {found}: below 0.5, because the images come in pairs of the two classes with "
             f"like headers, and what is learnt of one is wrong for the other"
         )
-    return f"the headers say nothing about the class, {found}"
+    return f"no sign that the headers tell the class, {found}"
 
 
 def _in_digits(score: Score, what: str = "") -> str:
@@ -188,7 +188,7 @@ def draw_giveaway(path: Path, labels: np.ndarray, audit: HeaderAudit) -> None:
     importances = [0.5 + feature.importance for feature in shown]
     features.plot(importances, names, "D", color="black", markersize=4, label="0.5 + AUC lost by shuffling it")
     features.axvline(0.5, color="black", linewidth=0.8)
-    features.set(title="What tells the class", xlim=(0.4, 1.0))
+    features.set(title="What tells the class", xlim=(0.4, 1.0), ylim=(-2.2, len(shown) - 0.4))  # room for the legend
     features.legend(loc="lower right", frameon=False, fontsize=8)
     _save(figure, path, scores)
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from sklearn import config_context
 from sklearn.base import ClassifierMixin
 from sklearn.ensemble import RandomForestClassifier
-from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.tree import DecisionTreeClassifier
 
@@ -86,11 +86,12 @@ def audit_headers(matrix: np.ndarray, labels: np.ndarray, groups: np.ndarray, se
     few = min(len(np.unique(groups[labels == label])) for label in (0, 1))
     if few < FOLDS:
         raise UserError(f"{few} images in the smaller class are too few to cross-validate by: the audit needs {FOLDS}")
-    repeats = max(1, min(4, 2000 // len(labels)))  # with few images, the luck of one partition is averaged away
+    repeats = max(1, min(3, 2000 // len(labels)))  # with few images, the luck of one partition is averaged away
     shape = (len(FEATURES), len(labels))
     forest, sizeless, trees, losses = np.zeros(shape[1]), np.zeros(shape[1]), np.zeros(shape), np.zeros(shape[0])
     for repeat in range(repeats):
-        scores = _scores_out_of_fold(matrix, labels, groups, seed + repeat)
+        with config_context(assume_finite=True, skip_parameter_validation=True):  # a third of the time with few images
+            scores = _scores_out_of_fold(matrix, labels, groups, seed + repeat)
         forest += scores.forest / repeats
         sizeless += scores.without_file_size / repeats
         trees += scores.alone / repeats
@@ -104,9 +105,14 @@ def audit_headers(matrix: np.ndarray, labels: np.ndarray, groups: np.ndarray, se
     return HeaderAudit(by_all, by_others, forest, tuple(features))
 
 
-def auc(labels: np.ndarray, fake_scores: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """Area under the ROC curve of scores that are higher for fake images, label 0."""
-    return float(roc_auc_score(labels == 0, fake_scores, sample_weight=weights))
+def auc(labels: np.ndarray, fake_scores: np.ndarray, weights: np.ndarray | float = 1.0) -> float:
+    """Area under the ROC curve of scores that are higher for fake images, label 0.
+
+    As scikit-learn's, without the checks that would take ten times as long as the sum in each bootstrap sample.
+    """
+    levels = np.unique(fake_scores, return_inverse=True)[1]
+    fake, real = (np.bincount(levels, weights * (labels == label)) for label in (0, 1))
+    return float(fake @ (real.cumsum() - real / 2) / (fake.sum() * real.sum()))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import re
 import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -187,7 +188,8 @@ def _webp_chunks(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
 def _exif(image: Image.Image, segments: list[tuple[bytes, bytes]]) -> Image.Exif:
     """The EXIF tags; none where they are damaged."""
     found = Image.Exif()
-    with suppress(Exception):  # of damaged tags, which raise many kinds
+    with suppress(Exception), warnings.catch_warnings():  # damaged tags raise many kinds
+        warnings.simplefilter("ignore")
         if image.format == "TIFF":
             return image.getexif()
         in_chunks = [data for name, data in segments if name in (b"eXIf", b"EXIF")]  # Pillow finds a PNG's on decoding
