@@ -38,8 +38,8 @@ def verdict(audit: HeaderAudit) -> str:
         return f"the headers alone {told}, {found}: {by} it away"
     if score.high < 0.5:
         return (
-            f"the headers are no help, {found}: below 0.5, because the images come in pairs of the two classes with "
-            f"like headers, and what is learnt of one is wrong for the other"
+            f"the headers are no help, {found}: below 0.5, as happens with few images, or where each has its like in "
+            f"the other class, so that what is learnt of one is wrong for the other"
         )
     return f"no sign that the headers tell the class, {found}"
 
