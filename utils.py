@@ -370,7 +370,7 @@ def _wanted(name: str, value: Any) -> str | None:
         return "auto, or at least 0"
     if name == "weights_files" and not all(value.partition("=")):
         return "BACKBONE=FILE"
-    if name == "name" and value in (*_ROOMS, "dataset", "tables", "before"):
+    if name == "name" and value in (*_ROOMS, "dataset", "tables", "before", "scores", "evaluation", "robustness"):
         return "no name of a folder that has another use there"
     if name == "name" and (not value or value.startswith(".") or not all(c.isalnum() or c in "_-." for c in value)):
         return "a folder name of letters, digits, '_', '-' and '.'"
@@ -798,7 +798,8 @@ def read_columns(path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
             reader = csv.DictReader(file)
             rows, names = list(reader), reader.fieldnames or []
     except (OSError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as CSV ({first_line(error)}): correct its name, or mend it") from None
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{path} cannot be read as CSV ({reason}): correct its name, or mend it") from None
     chosen = [next((name for name in column.split("|") if name in names), None) for column in columns]
     if None in chosen:
         wanted = columns[chosen.index(None)].replace("|", " or ")

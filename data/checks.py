@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -25,6 +26,7 @@ from utils import UserError, keep_freed_memory, leave_with_parent, loading_proce
 LARGE_PIXELS = 32_000_000  # larger images are decoded one at a time, so that memory does not grow with the workers
 File = tuple[str, int]  # path relative to the data root, with forward slashes; label
 Found = tuple[CheckedImage, dict[Kind, Entry]]
+Result = TypeVar("Result")
 
 
 def check_images(preset: Preset, files: Sequence[File], packs: Mapping[Kind, PackWriter]) -> list[CheckedImage]:
@@ -50,11 +52,8 @@ def check_images(preset: Preset, files: Sequence[File], packs: Mapping[Kind, Pac
         patch_size=settings.patch_size,
         reencode_jpeg=settings.reencode_jpeg,
     )
-    workers = loading_processes(cpu_computes=False) if settings.num_workers == "auto" else settings.num_workers
-    workers = min(workers, len(tasks))
-    if not workers:
-        keep_freed_memory()  # here as in a worker
-    results = _in_processes(check, tasks, workers) if workers else (check(*task) for task in tasks)
+    modules = ("data.views",) if any(slots for _, slots in tasks) else ()  # with torch: seconds
+    results = in_processes(check, tasks, settings.num_workers, modules)
     progress = partial(tqdm, total=len(files), initial=len(found), desc="checking", unit=" images", disable=None)
     for checked, entries in progress(results):
         found[checked.record.path] = checked
@@ -63,14 +62,29 @@ def check_images(preset: Preset, files: Sequence[File], packs: Mapping[Kind, Pac
     return [found[name] for name, _ in files]
 
 
-def _in_processes(
-    check: Callable[[File, list[Slot]], Found], tasks: Sequence[tuple[File, list[Slot]]], workers: int
-) -> Iterator[Found]:
-    context = worker_context(*(("data.views",) if any(slots for _, slots in tasks) else ()))  # with torch: seconds
+def in_processes(
+    work: Callable[..., Result], tasks: Sequence[tuple], num_workers: int | Literal["auto"], modules: Sequence[str] = ()
+) -> Iterator[Result]:
+    """`work(*task)` of all tasks that decode images, in their order whatever the number of workers.
+
+    Args:
+        num_workers: as in the settings; 0 works in this process.
+        modules: what workers import before they begin, besides what this process has imported.
+
+    Raises:
+        UserError: a worker process was killed.
+    """
+    workers = loading_processes(cpu_computes=False) if num_workers == "auto" else num_workers
+    workers = min(workers, len(tasks))
+    if not workers:
+        keep_freed_memory()  # here as in a worker
+        yield from (work(*task) for task in tasks)
+        return
+    context = worker_context(*modules)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (context.Lock(),))
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is ours to handle
     try:
-        futures = [pool.submit(check, *task) for task in tasks]  # pool.map can hang when a worker is killed
+        futures = [pool.submit(work, *task) for task in tasks]  # pool.map can hang when a worker is killed
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for future in futures:
             yield future.result()
@@ -92,6 +106,11 @@ def _start_worker(lock: AbstractContextManager) -> None:
     _large_images = lock
     keep_freed_memory()
     leave_with_parent()
+
+
+def in_turn(image: Image.Image) -> AbstractContextManager:
+    """The block in which an opened image is decoded: for large ones, by one worker at a time."""
+    return _large_images if image.width * image.height > LARGE_PIXELS else nullcontext()
 
 
 def check_image(
@@ -119,7 +138,7 @@ def check_image(
             content = sha256_of(path)
         with open_image(path, max_pixels) as image:
             kind, mode = image.format or "", image.mode
-            with _large_images if image.width * image.height > LARGE_PIXELS else nullcontext():
+            with in_turn(image):
                 decoded = decode(image)
                 sums = _sums(decoded)
                 width, height = decoded.size

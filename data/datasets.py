@@ -66,7 +66,8 @@ def split_index(index: Index, settings: Settings) -> tuple[Index, Splits]:
         UserError: too few images, or lists, groups and sources that are not there.
     """
     if settings.data_list:
-        index = replace(index, records=read_list(settings.data_list, index))
+        wanted = read_list(settings.data_list, index.root, [record.path for record in index.records])
+        index = replace(index, records=tuple(record for record in index.records if record.path in wanted))
     labels, seed = index.labels, settings.main_seed
     sizes = (settings.valid_size, settings.test_size)
     if settings.group_by == "none":

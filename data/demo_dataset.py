@@ -42,6 +42,7 @@ SHAPES = (  # height, width in pixels
 PNG_EVERY = 7  # images; the others are JPEG
 JPEG_QUALITIES = (92, 94, 96)
 SUBSAMPLINGS = ("4:4:4", "4:2:0")
+PNG_BITS, JPEG_BITS = 19, 8  # a pixel: more than an image needs
 
 # The decoder: weights of four neighbours on the coarse grid for the even and for the odd pixels,
 # how much brighter and darker it makes neighbouring pixels (a checkerboard, as overlapping
@@ -264,14 +265,22 @@ def demo_image(seed: int, name: str, index: int) -> Image.Image:
 
 
 def encode(image: Image.Image, seed: int, index: int) -> tuple[str, bytes]:
-    """The file suffix and the bytes of an image, by rules that know the index but not the class."""
+    """The file suffix and the bytes of an image, by rules that know the index but not the class.
+
+    The decoder's traces take more bytes than what they replace, and a detector of file sizes would do. Zeros after the
+    end of the picture, which decoders do not look at, make all sizes the index's.
+    """
     rng, buffer = np.random.default_rng([seed, index, len(CLASSES)]), io.BytesIO()
-    if index % PNG_EVERY == 0:
+    png = index % PNG_EVERY == 0
+    if png:
         image.save(buffer, "PNG", compress_level=4)
-        return ".png", buffer.getvalue()
-    quality, subsampling = int(rng.choice(JPEG_QUALITIES)), str(rng.choice(SUBSAMPLINGS))
-    image.save(buffer, "JPEG", quality=quality, subsampling=subsampling)
-    return ".jpg", buffer.getvalue()
+    else:
+        quality, subsampling = int(rng.choice(JPEG_QUALITIES)), str(rng.choice(SUBSAMPLINGS))
+        image.save(buffer, "JPEG", quality=quality, subsampling=subsampling)
+    bits_per_pixel = (PNG_BITS if png else JPEG_BITS) * rng.uniform(1, 1.1)
+    content = buffer.getvalue()
+    padded = content.ljust(int(image.width * image.height * bits_per_pixel / 8), b"\0")
+    return (".png" if png else ".jpg"), padded
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -303,7 +312,7 @@ def write_demo_dataset(
     Raises:
         UserError: the root holds something else, or a demo data set of another seed or size.
     """
-    settings = json.dumps({"demo_dataset": 1, "seed": seed, "images_per_class": images_per_class})
+    settings = json.dumps({"demo_dataset": 2, "seed": seed, "images_per_class": images_per_class})
     marker = root / MARKER
     if marker.is_file():
         if marker.read_text() != settings:

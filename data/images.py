@@ -106,6 +106,18 @@ def resaved(image: Image.Image, kind: str, **options: int) -> Image.Image:
         raise UnreadableImage(f"it cannot be saved as {kind}: {_reason(error)}") from error
 
 
+def grey_thumbnail(image: Image.Image, side: int) -> Image.Image:
+    """An opened image in grey, resized to side x side pixels without keeping its aspect ratio.
+
+    A JPEG is decoded at the smallest of its scales (1/8 to 1) that is still twice as large, which is much faster.
+
+    Raises:
+        UnreadableImage: the file is truncated or damaged.
+    """
+    image.draft("RGB", (2 * side, 2 * side))
+    return decode(image).convert("L").resize((side, side), Image.Resampling.LANCZOS, reducing_gap=3)
+
+
 class _ArrowArray(ctypes.Structure):
     """The head of the C data interface's ArrowArray, https://arrow.apache.org/docs/format/CDataInterface.html."""
 

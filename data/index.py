@@ -153,18 +153,17 @@ def read_index(preset: Preset) -> Index:
     return Index(root, tuple(rows))
 
 
-def read_list(file: str, index: Index) -> tuple[ImageRecord, ...]:
-    """The images of the index that a CSV lists in its column `path`, in the order of the index.
+def read_list(file: str, root: Path, known: Sequence[str]) -> set[str]:
+    """The images that a CSV lists in its column `path`.
+
+    Args:
+        known: all images below the data root `root`.
 
     Raises:
         UserError: the file cannot be read, or lists an image that the data set has not.
     """
-    listed = [path for (path,) in read_columns(Path(file), ["path"])]
-    known = {record.path for record in index.records}
-    missing = [path for path in listed if path not in known]
+    listed = {path for (path,) in read_columns(Path(file), ["path"])}
+    missing = sorted(listed.difference(known))
     if missing:
-        raise UserError(
-            f"{file} lists {missing[0]}, which is no image of {index.root}: its paths are relative to the data root"
-        )
-    wanted = set(listed)
-    return tuple(record for record in index.records if record.path in wanted)
+        raise UserError(f"{file} lists {missing[0]}, which is no image of {root}: paths are relative to the data root")
+    return listed

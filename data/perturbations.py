@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from data.images import resaved
+from utils import UserError
 
 Perturbation = Callable[[Image.Image], Image.Image]
 
@@ -63,14 +64,51 @@ def unchanged(image: Image.Image) -> Image.Image:
     return image
 
 
-# Name -> what is done; a name is its kind and its strength.
-PERTURBATIONS: dict[str, Perturbation] = {
-    "native": unchanged,
-    **{f"jpeg_{quality}": partial(jpeg, quality=quality) for quality in (95, 90, 75, 50, 30)},
-    **{f"webp_{quality}": partial(webp, quality=quality) for quality in (80, 50)},
-    **{f"rescale_{scale}": partial(rescaled, scale=scale) for scale in (0.75, 0.5, 0.25)},
-    **{f"blur_{sigma}": partial(blurred, sigma=sigma) for sigma in (1, 2)},
-    **{f"noise_{sigma}": partial(noisy, sigma=sigma) for sigma in (2, 5, 10)},
-    **{f"crop_{share}": partial(centre_crop, share=share) for share in (0.75, 0.5)},
-    "social": social,
+_KINDS: dict[str, tuple[Callable[[Image.Image, float], Image.Image], float, float]] = {  # and strengths from, to
+    "jpeg": (jpeg, 1, 100),
+    "webp": (webp, 1, 100),
+    "rescale": (rescaled, 0.01, 1),
+    "blur": (blurred, 0.1, 100),
+    "noise": (noisy, 0.1, 255),
+    "crop": (centre_crop, 0.01, 1),
 }
+GRID = (
+    "native",
+    *("jpeg_95", "jpeg_90", "jpeg_75", "jpeg_50", "jpeg_30"),
+    *("webp_80", "webp_50"),
+    *("rescale_0.75", "rescale_0.5", "rescale_0.25"),
+    *("blur_1", "blur_2"),
+    *("noise_2", "noise_5", "noise_10"),
+    *("crop_0.75", "crop_0.5"),
+    "social",
+)
+
+
+def perturbation(name: str) -> Perturbation:
+    """What a name stands for: native, social, or a kind and its strength, such as jpeg_75.
+
+    Raises:
+        UserError: no such kind or strength.
+    """
+    if name in ("native", "social"):
+        return social if name == "social" else unchanged
+    kind, strength = kind_and_strength(name)
+    known = kind in _KINDS and strength is not None and _KINDS[kind][1] <= strength <= _KINDS[kind][2]
+    if not known or (kind in ("jpeg", "webp") and strength != int(strength)):
+        ranges = ", ".join(f"{kind}_{low:g} to {high:g}" for kind, (_, low, high) in _KINDS.items())
+        raise UserError(f"there is no perturbation {name}: expected native, social, {ranges}")
+    whole = int(strength) if strength == int(strength) else strength
+    return partial(_apply, _KINDS[kind][0], whole)
+
+
+def kind_and_strength(name: str) -> tuple[str, float | None]:
+    """("jpeg", 75.0) of jpeg_75; ("native", None) of a name without a strength."""
+    kind, _, strength = name.partition("_")
+    try:
+        return kind, float(strength)
+    except ValueError:
+        return kind, None
+
+
+def _apply(change: Callable[[Image.Image, float], Image.Image], strength: float, image: Image.Image) -> Image.Image:
+    return change(image, strength)

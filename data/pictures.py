@@ -17,7 +17,7 @@ from PIL import Image
 from data.crops import sample_crop_boxes
 from data.images import IMAGE_ENDINGS, UnreadableImage, decode, pixels_of, read_image
 from data.index import list_files
-from data.perturbations import PERTURBATIONS, jpeg
+from data.perturbations import Perturbation, jpeg, perturbation
 from data.views import cut_crops, global_view, standard_view
 from utils import UserError, derived_seed, read_columns
 
@@ -78,7 +78,7 @@ def read_pictures(
 
     Args:
         workers: threads that decode ahead; 0: none, each image when it is asked for.
-        perturbations: names of PERTURBATIONS; an image is decoded once for all of them.
+        perturbations: names as `data.perturbations.perturbation` takes them; an image is decoded once for all of them.
         reencode_jpeg: as the setting; it comes after the perturbation.
     """
 
@@ -86,10 +86,10 @@ def read_pictures(
         image = decode(source) if isinstance(source, Image.Image) else read_image(source, max_pixels)
         return Picture(image, _key(image))
 
-    def perturb(original: Callable[[], Picture], name: str) -> Picture | UnreadableImage:
+    def perturb(original: Callable[[], Picture], change: Perturbation) -> Picture | UnreadableImage:
         try:
             picture = original()
-            image = PERTURBATIONS[name](picture.image)
+            image = change(picture.image)
             if reencode_jpeg:
                 image = jpeg(image, reencode_jpeg)
             return picture if image is picture.image else Picture(image, picture.key)
@@ -98,14 +98,15 @@ def read_pictures(
         except MemoryError:
             raise UserError("not enough memory for the decoded images: lower --num-workers") from None
 
+    changes = [perturbation(name) for name in perturbations]
     waiting: deque[Future[Picture | UnreadableImage]] = deque()
     with ThreadPoolExecutor(max(1, workers), "decoding") if workers else nullcontext() as pool:
         submit = pool.submit if pool else _now
         try:
             for source in sources:
                 original = submit(read, source)  # started before those that wait for it
-                for name in perturbations:
-                    waiting.append(submit(perturb, original.result, name))
+                for change in changes:
+                    waiting.append(submit(perturb, original.result, change))
                     if len(waiting) > workers:
                         yield waiting.popleft().result()
                 del original

@@ -4,13 +4,16 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from data.images import IMAGE_ENDINGS
 from data.index import CLASSES, ImageRecord, Index, list_files
 from utils import replacing, write_csv
+
+if TYPE_CHECKING:
+    from matplotlib.axis import Axis
 
 CHANNELS = ("red", "green", "blue")
 QUANTILES = {"min": 0.0, "p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
@@ -134,7 +137,14 @@ def render_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], markdown
     return "\n".join(f"| {' | '.join(line)} |" if markdown else "  ".join(line).rstrip() for line in lines)
 
 
-def report_left_out(folder: Path, records: Sequence[ImageRecord], passed_over: Sequence[str]) -> None:
+class Looked(Protocol):
+    """A file that was looked at; `problem` is empty if it is a readable image."""
+
+    path: str
+    problem: str
+
+
+def report_left_out(folder: Path, records: Sequence[Looked], passed_over: Sequence[str]) -> None:
     """Name the unreadable files with their reasons, and the files that are no images by their ending."""
     unreadable = [[record.path, record.problem] for record in records if record.problem]
     write_csv(folder / "unreadable.csv", ["path", "problem"], unreadable)
@@ -156,12 +166,7 @@ def _printable(name: str) -> str:
 # ---------------------------------------------------------------------------------------------------- figure
 def draw_sizes_and_formats(path: Path, records: Sequence[ImageRecord]) -> None:
     """Write a figure of the sizes, areas and file formats of each class, as PNG."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import (
-        LogLocator,
-        MaxNLocator,
-        NullLocator,
-    )  # here, because worker processes import this module too and draw nothing
+    from matplotlib.figure import Figure  # here, because worker processes import this module too and draw nothing
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     sizes, areas, formats = figure.subplots(1, 3)
@@ -189,19 +194,8 @@ def draw_sizes_and_formats(path: Path, records: Sequence[ImageRecord]) -> None:
     areas.hist(
         megapixels, edges, weights=[np.full(len(values), 100 / len(values)) for values in megapixels], color=colours
     )
-    for axis, scale in (
-        (sizes.xaxis, sizes.set_xscale),
-        (sizes.yaxis, sizes.set_yscale),
-        (areas.xaxis, areas.set_xscale),
-    ):
-        low, high = axis.get_view_interval()
-        if high > 8 * max(low, high / 1000):  # a narrow range reads better on a linear axis
-            scale("log")
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_minor_locator(NullLocator())
-        else:
-            axis.set_major_locator(MaxNLocator(6))
-        axis.set_major_formatter("{x:g}")
+    for axis in (sizes.xaxis, sizes.yaxis, areas.xaxis):
+        scale_axis(axis)
     sizes.set(title="Size", xlabel="width (pixels)", ylabel="height (pixels)")
     areas.set(title="Area", xlabel="megapixels", ylabel="share of class (%)")
     formats.set(title="File format", ylabel="share of class (%)", xlim=(-0.7, max(len(kinds), 3) - 0.3))
@@ -211,3 +205,17 @@ def draw_sizes_and_formats(path: Path, records: Sequence[ImageRecord]) -> None:
     figure.legend(*sizes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
+
+
+def scale_axis(axis: "Axis") -> None:
+    """Make an axis of positive numbers logarithmic if they span a factor of eight; fewer read better as they are."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    if high > 8 * max(low, high / 1000):
+        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.set_major_locator(MaxNLocator(6))
+    axis.set_major_formatter("{x:g}")

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from sklearn.metrics import roc_curve
 
 from training.detection_metrics import detection_metrics
 from training.metrics import ECE_BINS, fit_line
@@ -108,6 +109,66 @@ def plot_reliability(path: Path, title: str, probabilities: Mapping[str, np.ndar
             axis.set(title=f"{name}\nECE {100 * error:.1f}%", xlim=(0, 1), ylim=(-0.02, 1.02))
             axis.set(xlabel="predicted probability of fake")
         axes[0].set_ylabel("share that is fake; bars: number of images")
+
+
+def plot_roc(path: Path, title: str, models: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """ROC of each model: fake images found against false alarms, and the left end of it on a logarithmic axis.
+
+    Args:
+        models: name -> (probability of fake, labels), each (N,).
+    """
+    with _panels(path, title, 2, (3.1, 3.0)) as axes:
+        for (name, (fake, labels)), (colour, line) in zip(models.items(), cycle(LINES), strict=False):
+            alarms, found, _ = roc_curve(labels == 0, fake, drop_intermediate=False)
+            auc = detection_metrics(fake, labels)["auc"]
+            for axis in axes:
+                axis.plot(alarms, found, line, color=colour, drawstyle="steps-post", label=f"{name}, AUC {auc:.3f}")
+        for axis in axes:
+            axis.plot(np.geomspace(1e-4, 1), np.geomspace(1e-4, 1), color=GREY, linewidth=0.8)
+            axis.set(xlabel="false alarms on real images", ylim=(-0.02, 1.02), xlim=(-0.02, 1.02))
+        axes[0].set_ylabel("fake images found")
+        reals = max(int((labels == 1).sum()) for _, labels in models.values())
+        axes[1].set(xscale="log", xlim=(min(0.5, 1 / max(2, reals)), 1.05))
+        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+
+
+def plot_score_histograms(path: Path, title: str, models: Mapping[str, np.ndarray], labels: np.ndarray) -> None:
+    """How probabilities of fake are spread over fake and real images, a panel a model."""
+    edges = np.linspace(0, 1, 31)
+    with _panels(path, title, len(models), (3.0, 2.6), sharey=True) as axes:
+        for axis, (name, fake) in zip(axes, models.items(), strict=True):
+            for label, (what, colour) in enumerate((("fake", VERMILLION), ("real", BLUE))):
+                axis.hist(fake[labels == label], edges, color=colour, alpha=0.55, label=f"{what} images")
+            axis.set(title=name, xlabel="calibrated probability of fake", xlim=(0, 1))
+        axes[0].set_ylabel("images")
+        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+
+
+def plot_strengths(path: Path, title: str, metric: str, models: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """A metric against the strength of each kind of perturbation, a line a model; bars are 95% intervals.
+
+    Args:
+        metric: what the axis is called.
+        models: name -> perturbation, as jpeg_75 -> (metric, low, high), in the order to be shown; native comes first.
+    """
+    names = list(next(iter(models.values())))
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        if name != "native":
+            kinds.setdefault(name.partition("_")[0], []).append(name)
+    with _panels(path, title, len(kinds), (1.75, 2.7), sharey=True) as axes:
+        for axis, (kind, of_kind) in zip(axes, kinds.items(), strict=True):
+            shown = [name for name in ("native", *of_kind) if name in names]
+            for offset, ((model, values), (colour, line)) in enumerate(zip(models.items(), cycle(LINES), strict=False)):
+                middle, low, high = np.array([values[name] for name in shown]).T
+                x = np.arange(len(shown)) + 0.08 * (offset - (len(models) - 1) / 2)
+                bars = np.maximum([middle - low, high - middle], 0)
+                axis.errorbar(x, middle, bars, fmt=f"o{line}", color=colour, capsize=2, markersize=3, label=model)
+            ticks = [name if name in ("native", "social") else name.partition("_")[2] for name in shown]
+            axis.set_xticks(range(len(shown)), ticks, rotation=45, ha="right", rotation_mode="anchor")
+            axis.set(title=kind, xlim=(-0.4, len(shown) - 0.6))
+        axes[0].set_ylabel(metric)
+        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
 def plot_crop_costs(path: Path, title: str, rows: Sequence[Mapping[str, float]], labels: Mapping[str, str]) -> None:

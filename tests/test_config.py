@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torchvision.models import ResNet50_Weights, resnet50
@@ -22,6 +24,7 @@ from data.data_preprocess import preprocess
 from data.datasets import load_splits
 from data.index import read_index
 from data.loaders import build_loader
+from data.views import standard_view
 from hyperparameter_tuning.search_spaces import suggest_experiment
 from hyperparameter_tuning.study import _build_judge, tune
 from model_training.reproduce import _doors, reproduce
@@ -34,7 +37,16 @@ from training.checkpoints import Checkpoint
 from training.loop import Trainer, build_trainer
 from training.optimizer import parameter_groups
 from training.runtime import Runtime, build_runtime
-from utils import UserError, find_experiment, override, parse_command_line, preset_folder, read_csv, run_folder
+from utils import (
+    UserError,
+    find_experiment,
+    override,
+    parse_command_line,
+    preset_folder,
+    read_csv,
+    read_json,
+    run_folder,
+)
 
 GLASS, STANDARD = (find_experiment(config.DEMO, name) for name in ("glass_convnext", "standard_convnext"))
 
@@ -177,6 +189,40 @@ def the_split_follows_its_seed_and_sizes(lab: Lab) -> None:
     assert lengths(test_size=10) == [24, 6, 10, 27, 3] and lengths(test_size=0.25) == lengths(test_size=10)
     assert lengths(final_valid_fraction=0.5) == [28, 6, 6, 17, 17]
     assert load_splits(lab.preset())[1].test != load_splits(lab.preset(main_seed=607))[1].test
+
+
+@shows("Settings.data_list")
+def only_the_listed_images_are_used(lab: Lab) -> None:
+    every, _ = load_splits(lab.preset())
+    chosen = [record.path for record in every.records if int(Path(record.path).stem) < 12]
+    (lab.folder / "list.csv").write_text("path,remark\n" + "".join(f"{path},\n" for path in reversed(chosen)))
+    index, splits = load_splits(lab.preset(data_list=str(lab.folder / "list.csv")))
+    assert [record.path for record in index.records] == chosen and len(chosen) == 24
+    assert index.fingerprint != every.fingerprint
+    assert [len(rows) for rows in (splits.train, splits.valid, splits.test)] == [12, 6, 6]
+
+
+@shows("Settings.group_by", "Settings.hold_out")
+def groups_stay_whole_and_held_out_ones_are_tested(lab: Lab) -> None:
+    preset = lab.preset(group_by="stem", hold_out=("000[0-2]",), test_size=4)  # each name is there fake and real
+    index, splits = load_splits(preset)
+    groups = [{index.groups[row] for row in rows} for rows in (splits.train, splits.valid, splits.test)]
+    assert [len(of_split) for of_split in groups] == [12, 3, 5]
+    assert not groups[0] & groups[1] | groups[0] & groups[2] | groups[1] & groups[2]
+    assert {"0000", "0001", "0002"} <= groups[2] and len(splits.test) == 2 * len(groups[2]) == 10
+    assert index.fingerprint != load_splits(lab.preset())[0].fingerprint
+
+
+@shows("Settings.reencode_jpeg")
+def images_are_saved_as_jpeg_before_their_views_are_made(lab: Lab) -> None:
+    index, splits = load_splits(lab.preset())
+    record = index.records[splits.valid[0]]
+    image = Image.open(index.root / record.path).convert("RGB")
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=30)
+    expected = torch.tensor(standard_view(Image.open(buffer).convert("RGB"), 32)).permute(2, 0, 1)
+    assert torch.equal(first_batch(lab.preset(reencode_jpeg=30), STANDARD)[0][0], expected)
+    assert not torch.equal(first_batch(lab.preset(), STANDARD)[0][0], expected)
 
 
 def resnet_file(path: Path, value: float) -> Path:
@@ -365,6 +411,20 @@ def a_history_has_a_line_an_epoch(lab: Lab) -> None:
         preset = lab.preset_to_run(f"{epochs}", training=Training(epochs=epochs, seeds=(3,)))
         train_and_evaluate(preset, STANDARD)
         assert len(read_csv(run_folder(preset, STANDARD.name, 3) / "history.csv")) == epochs
+
+
+@shows("Training.band_error")
+def the_band_of_inconclusive_probabilities_follows_the_error_allowed_in_it(lab: Lab) -> None:
+    widths = []
+    for error in (0.0, 0.4):
+        training = Training(epochs=1, seeds=(3,), band_error=error)
+        preset = lab.preset_to_run(f"{error}", training=training)
+        preset = replace(preset, settings=replace(preset.settings, final_valid_fraction=0.5))
+        train_and_evaluate(preset, STANDARD)
+        calibration = read_json(run_folder(preset, STANDARD.name, 3) / "metrics.json")["calibration"]
+        assert calibration["band_error"] == error
+        widths.append(calibration["fake_from"] - calibration["real_below"])
+    assert widths[0] > widths[1] >= 0
 
 
 @shows("Training.seeds", "GlassExperiment.name")
@@ -565,6 +625,10 @@ def test_the_paper_preset_holds_the_numbers_of_the_specification() -> None:
         "valid_size": 1800,
         "test_size": 1800,
         "final_valid_fraction": 0.05,
+        "data_list": "",
+        "group_by": "none",
+        "hold_out": (),
+        "reencode_jpeg": 0,
         "pretrained": True,
         "weights_files": (),
         "label_smoothing": 0.1,
@@ -582,7 +646,7 @@ def test_the_paper_preset_holds_the_numbers_of_the_specification() -> None:
         "max_resource": 25,
         "reduction_factor": 3,
     }
-    assert asdict(paper.training) == {"epochs": 50, "seeds": (100, 200, 300, 400, 500)}
+    assert asdict(paper.training) == {"epochs": 50, "seeds": (100, 200, 300, 400, 500), "band_error": 0.05}
     crop_counts = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16)
     study = paper.num_crops
     assert (study.epochs, study.batch_size, study.crop_counts, study.quick) == (25, 32, crop_counts, False)

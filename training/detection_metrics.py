@@ -4,7 +4,7 @@
 differ (F1 weighted over both classes, for one), are in training.metrics.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -38,19 +38,34 @@ def detection_metrics(fake: np.ndarray, labels: np.ndarray, threshold: float = 0
 
 
 def bootstrap_intervals(
-    fake: np.ndarray, labels: np.ndarray, threshold: float = 0.5, resamples: int = RESAMPLES, seed: int = 0
+    fakes: Sequence[np.ndarray],
+    labels: np.ndarray,
+    thresholds: Sequence[float],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """95% percentile intervals of `detection_metrics`, images drawn anew within each class."""
-    generator, parts = np.random.default_rng(seed), []
+    """95% percentile intervals of the mean of `detection_metrics` over models, images drawn anew within each class.
+
+    Args:
+        fakes: for each model (the seeds of one experiment, say) its probabilities of fake for the same images.
+        thresholds: for each model.
+    """
+    generator, drawn = np.random.default_rng(seed), []
     for count in _chunks(resamples):
         weights = np.zeros((count, len(labels)))
         for label in (0, 1):
             rows = np.flatnonzero(labels == label)
             if len(rows):
                 weights[:, rows] = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), count)
-        parts.append(_weighted_metrics(fake, labels, threshold, weights))
-    values = {name: np.concatenate([part[name] for part in parts]) for name in DETECTION_METRICS}
-    return {name: tuple(np.quantile(of_name, (0.025, 0.975)).tolist()) for name, of_name in values.items()}
+        of_models = [
+            _weighted_metrics(fake, labels, threshold, weights)
+            for fake, threshold in zip(fakes, thresholds, strict=True)
+        ]
+        drawn.append({name: np.mean([values[name] for values in of_models], axis=0) for name in DETECTION_METRICS})
+    return {
+        name: tuple(np.quantile(np.concatenate([part[name] for part in drawn]), (0.025, 0.975)).tolist())
+        for name in DETECTION_METRICS
+    }
 
 
 def _chunks(total: int) -> Iterator[int]:

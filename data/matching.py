@@ -1,0 +1,52 @@
+"""A subset of a data set in which headers tell as little of the class as possible: matched pairs."""
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+CALIPER = 0.2  # standard deviations of the logit; Austin 2011, Pharmaceutical Statistics 10(2)
+
+
+def match_pairs(
+    strata: Sequence[Sequence[Hashable]], labels: np.ndarray, fake_scores: np.ndarray, caliper: float
+) -> np.ndarray:
+    """Pairs of a fake and a real image whose headers look equally fake: propensity score matching.
+
+    The score sums up sizes, quality and all else that tells the classes apart, each by how well it does.
+
+    Args:
+        strata: what both of a pair have in common, of each image, from the closest likeness to the loosest. As many
+            as possible are paired within the strata of the first kind, then of the rest within those of the next.
+        labels: 0 fake, 1 real.
+        fake_scores: out of fold, 0 to 1.
+        caliper: largest difference of a pair's logits, in standard deviations of all logits.
+
+    Returns:
+        Rows of the fake and of the real image of each pair, (pairs, 2).
+    """
+    clipped = fake_scores.clip(0.01, 0.99)
+    logits = np.log(clipped / (1 - clipped))
+    pairs: list[tuple[int, int]] = []
+    free = sorted(range(len(labels)), key=lambda row: logits[row])
+    for kind in strata:
+        members: dict[Hashable, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        for row in free:
+            members[kind[row]][labels[row]].append(row)
+        for fake, real in members.values():
+            pairs += _pair_up(fake, real, logits, caliper * logits.std() + 1e-9)
+        taken = {row for pair in pairs for row in pair}
+        free = [row for row in free if row not in taken]
+    return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+def _pair_up(fake: Sequence[int], real: Sequence[int], logits: np.ndarray, limit: float) -> list[tuple[int, int]]:
+    """The most pairs that differ by at most `limit`, both sorted by logit: pass over whichever lies too far below."""
+    pairs, a, b = [], 0, 0
+    while a < len(fake) and b < len(real):
+        difference = logits[fake[a]] - logits[real[b]]
+        if abs(difference) <= limit:
+            pairs.append((fake[a], real[b]))
+        a += difference <= limit
+        b += difference >= -limit
+    return pairs

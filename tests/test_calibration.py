@@ -1,0 +1,114 @@
+"""What a score means: metrics against scikit-learn's, intervals, temperature, thresholds and verdicts."""
+
+import numpy as np
+import pytest
+from scipy.special import expit
+from sklearn import metrics
+
+from training.calibration import calibrate, fit_temperature
+from training.detection_metrics import bootstrap_intervals, detection_metrics
+from training.metrics import compute_metrics
+
+
+def scored(n: int, seed: int = 0, apart: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and labels that are calibrated: the score is the log-odds of fake."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 2, n)
+    return random.normal(np.where(labels == 0, apart, -apart), np.sqrt(2 * apart)), labels
+
+
+@pytest.mark.parametrize("digits", [15, 1])  # without ties, and with many
+def test_metrics_are_those_of_scikit_learn(digits: int) -> None:
+    scores, labels = scored(400)
+    fake = expit(scores).round(digits)
+    found, positive = detection_metrics(fake, labels, 0.6), labels == 0
+    alarms, hits, _ = metrics.roc_curve(positive, fake, drop_intermediate=False)
+    expected = {
+        "accuracy": metrics.accuracy_score(positive, fake >= 0.6),
+        "balanced_accuracy": metrics.balanced_accuracy_score(positive, fake >= 0.6),
+        "auc": metrics.roc_auc_score(positive, fake),
+        "average_precision": metrics.average_precision_score(positive, fake),
+        "f1": metrics.f1_score(positive, fake >= 0.6),
+        "tpr_at_1_fpr": hits[alarms <= 0.01].max(),
+        "tpr_at_5_fpr": hits[alarms <= 0.05].max(),
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    if digits == 15:
+        assert found["nll"] == pytest.approx(metrics.log_loss(positive, fake))
+        probabilities = np.stack([fake, 1 - fake], axis=1)
+        assert found["ece"] == pytest.approx(compute_metrics(probabilities, labels)["ece"])
+
+
+def test_metrics_of_one_class_say_what_they_cannot() -> None:
+    found = detection_metrics(np.array([0.2, 0.9]), np.array([1, 1]))
+    assert found["accuracy"] == 0.5
+    undefined = [name for name, value in found.items() if np.isnan(value)]
+    assert undefined == ["balanced_accuracy", "auc", "average_precision", "f1", "tpr_at_1_fpr", "tpr_at_5_fpr"]
+
+
+def test_intervals_are_those_of_the_textbook() -> None:
+    scores, labels = scored(500)
+    fake = expit(scores)
+    low, high = bootstrap_intervals([fake], labels, [0.5])["accuracy"]
+    accuracy = detection_metrics(fake, labels)["accuracy"]
+    half = 1.96 * np.sqrt(accuracy * (1 - accuracy) / 500)
+    assert (low, high) == pytest.approx((accuracy - half, accuracy + half), abs=0.012)
+    drawn = [detection_metrics(*(part[rows] for part in (fake, labels)))["auc"] for rows in _resamples(labels, 300)]
+    expected = np.quantile(drawn, (0.025, 0.975))
+    assert bootstrap_intervals([fake], labels, [0.5])["auc"] == pytest.approx(tuple(expected), abs=0.012)
+    both = bootstrap_intervals([fake, fake], labels, [0.5, 0.5])
+    assert both["auc"] == bootstrap_intervals([fake], labels, [0.5])["auc"]  # of a mean of equals
+
+
+def _resamples(labels: np.ndarray, count: int) -> list[np.ndarray]:
+    random = np.random.default_rng(5)
+    rows = [np.flatnonzero(labels == label) for label in (0, 1)]
+    return [np.concatenate([random.choice(of_class, len(of_class)) for of_class in rows]) for _ in range(count)]
+
+
+def test_the_temperature_undoes_what_was_done_to_the_scores() -> None:
+    scores, labels = scored(20_000)
+    for factor in (0.5, 1, 3):
+        assert fit_temperature(factor * scores, labels == 0) == pytest.approx(factor, rel=0.03)
+
+
+def test_calibration_lowers_the_error_of_confidences_on_other_images() -> None:
+    calibration = calibrate(4 * scored(500)[0], scored(500)[1], 0.05)
+    scores, labels = scored(5000, seed=1)
+    raw, calibrated = detection_metrics(expit(4 * scores), labels), calibration.metrics(4 * scores, labels)
+    assert raw["ece"] > 0.1 and calibrated["ece"] < 0.03
+    assert calibrated["auc"] == pytest.approx(raw["auc"], abs=1e-3)  # exp(-37) and 0 are told apart by one only
+    assert 0.002 < calibrated["fpr_at_1_threshold"] < 0.03 < calibrated["fpr_at_5_threshold"] < 0.1
+    assert calibrated["conclusive_accuracy"] > calibrated["accuracy"] + 0.05
+
+
+def test_thresholds_allow_what_they_say_on_the_images_they_were_fitted_on() -> None:
+    scores, labels = scored(1000)
+    calibration = calibrate(scores, labels, 0.05)
+    fake = calibration.probabilities(scores)
+    reals, fakes = (labels == 1).sum(), (labels == 0).sum()
+    assert (fake[labels == 1] >= calibration.fpr_1).sum() == int(0.01 * reals)
+    assert (fake[labels == 1] >= calibration.fpr_5).sum() == int(0.05 * reals)
+    assert (fake[labels == 1] >= calibration.fake_from).sum() == int(0.05 * reals)
+    assert (fake[labels == 0] < calibration.real_below).sum() == int(0.05 * fakes)
+    accuracies = [
+        metrics.balanced_accuracy_score(labels == 0, fake >= threshold) for threshold in np.linspace(0, 1, 501)
+    ]
+    assert detection_metrics(fake, labels, calibration.balanced)["balanced_accuracy"] >= max(accuracies)
+    middle = (calibration.real_below + calibration.fake_from) / 2
+    verdicts = [calibration.verdict(p) for p in (0.0, calibration.real_below, middle, calibration.fake_from, 1.0)]
+    assert verdicts == ["real", "inconclusive", "inconclusive", "fake", "fake"]
+
+
+def test_classes_that_do_not_overlap_leave_nothing_inconclusive_and_a_finite_temperature() -> None:
+    scores, labels = np.concatenate([np.linspace(2, 3, 20), np.linspace(-3, -2, 20)]), np.repeat([0, 1], 20)
+    calibration = calibrate(scores, labels, 0.05)
+    assert 0.5 < calibration.temperature < 1.5 and calibration.real_below == calibration.fake_from
+    assert calibration.metrics(scores, labels)["conclusive_accuracy"] == 1
+
+
+def test_ties_at_a_threshold_are_not_let_through() -> None:
+    scores, labels = np.array([1.0] * 10 + [1.0] * 10), np.repeat([0, 1], 10)
+    calibration = calibrate(scores, labels, 0.1)
+    assert (calibration.probabilities(scores[labels == 1]) >= calibration.fpr_5).sum() == 0
+    assert calibrate(scores, np.ones(20, int), 0.1) is None
