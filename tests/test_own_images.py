@@ -1,7 +1,10 @@
 """One's own images: the detector, predict, evaluate and robustness, through the real doors at toy size."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from data.perturbations import GRID, perturbation
 from data.pictures import Picture, find_images, read_pictures
 from model_training.detector import load_detector
 from model_training.predict import predict
-from tests.conftest import TOY_FLAGS, copy_index, run_module, succeed
+from tests.conftest import ENVIRONMENT, REPOSITORY, TOY_FLAGS, copy_index, run_module, succeed
 from training.checkpoints import read_about, save_model
 from utils import UserError, load_preset, read_csv, read_json
 
@@ -305,3 +308,34 @@ def test_perturbations_do_what_their_names_say() -> None:
     for name in ("jpeg_0", "jpeg_75.5", "jpeg", "rescale_2", "sepia_1"):
         with pytest.raises(UserError, match=f"there is no perturbation {name}"):
             perturbation(name)
+
+
+# ---------------------------------------------------------------------------------------------------- README
+def test_the_commands_of_the_readme_do_what_it_says(results: Path, toy_data: Path, tmp_path: Path) -> None:
+    """Its section on one's own images, as it stands there, in a folder that looks like the one after `make demo`."""
+    section = (REPOSITORY / "README.md").read_text().partition("## On your own images\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    commands, programs = ([text for kind, text in blocks if kind == wanted] for wanted in ("", "python"))
+    assert len(commands) == 5 and len(programs) == 1
+    shutil.copytree(toy_data, tmp_path / "datasets" / "demo")
+    shutil.copy(toy_data / "fake" / "0000.png", tmp_path / "datasets" / "demo" / "fake" / "0001.png")
+    for name in ("glass_resnet", "standard_resnet"):
+        shutil.copytree(weights(results, name).parent, tmp_path / "results" / "demo" / name / "seed_100")
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(
+        ["bash", "-e", "-c", "\n".join(commands)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(read_csv(tmp_path / "predictions.csv")) == 2  # of the last predict: a pattern of two files
+    for written in (
+        *("evaluation/demo/evaluation.md", "evaluation/demo/formats.tex", "robustness/demo/robustness.png"),
+        "dataset/audit/audit.json",
+    ):
+        assert (tmp_path / "results" / "demo" / written).stat().st_size > 100
+    assert "0001.png" in (tmp_path / "evidence" / "index.html").read_text()
+    shutil.copy(toy_data / "fake" / "0000.png", tmp_path / "photo.jpg")
+    code = subprocess.run(
+        [sys.executable, "-c", programs[0]], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert code.returncode == 0 and 0 <= float(code.stdout) <= 1, code.stderr
