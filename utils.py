@@ -596,6 +596,8 @@ def misfit(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
             return f"{name} is {tensor.dtype}, expected {wanted[name].dtype}"
         if tensor.is_floating_point() and not tensor.isfinite().all():
             return f"{name} has values that are infinite or not a number"
+        if name.endswith("running_var") and (tensor < 0).any():  # of batch normalisation, which takes its root
+            return f"{name} has variances below zero"
     return None
 
 

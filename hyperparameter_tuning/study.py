@@ -22,7 +22,8 @@ from data.loaders import build_loader
 from hyperparameter_tuning.search_spaces import suggest_experiment
 from models.build import build_model
 from training.checkpoints import Checkpoint
-from training.loop import NonFiniteLoss, build_trainer, fit
+from training.evaluation import NonFiniteLoss
+from training.loop import build_trainer, fit
 from training.progress import EpochRecord
 from training.runtime import OutOfMemory, build_runtime
 from utils import (

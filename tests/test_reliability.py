@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -351,6 +352,10 @@ WEIGHTS = {
         altered(lambda s: s.update({HEAD: s[HEAD].half()})),
         rf"{HEAD} is torch.float16, expected torch.float32",
     ),
+    "a negative variance": (
+        altered(lambda s: s["0.bn1.running_var"][0].fill_(-1)),
+        r"0\.bn1\.running_var has variances below zero",
+    ),
     "a NaN": (altered(lambda s: s[HEAD][0].fill_(math.nan)), rf"{HEAD} has values that are infinite or not a number"),
 }
 
@@ -364,10 +369,27 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(
     save_model(tmp_path / "model.safetensors", model, {})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert load_model(tmp_path / "model.safetensors", model) == {}
-    save_file(change({name: tensor.clone() for name, tensor in before.items()}), tmp_path / "model.safetensors")
+    changed = change({name: tensor.clone() for name, tensor in before.items()})
+    save_file(changed, tmp_path / "model.safetensors", metadata={"about": "{}"})
     with pytest.raises(UserError, match=reason):
         load_model(tmp_path / "model.safetensors", model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_outputs_that_are_no_numbers_are_not_believed(toy_data: Path, indexed: Path, tmp_path: Path) -> None:
+    """What batch normalisation remembers counts in evaluation alone: training goes well, and validation cannot."""
+    results, file = copy_index(indexed, tmp_path), tmp_path / "weights.safetensors"
+    weights = timm.create_model("resnet10t").state_dict()
+    for name in weights:
+        if name.endswith("running_mean"):
+            weights[name].fill_(-3e38)
+    save_file(weights, file)
+    arguments = flags(toy_data, results, "--weights-files", f"timm:resnet10t={file}")
+    for _ in range(2):
+        done = run_module(TRAINING, *arguments)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "outputs are infinite or not a number for 3 of 3 images (fake/" in done.stderr
+    assert not (seed_folder(results) / "history.csv").exists()
 
 
 def test_a_weights_file_that_would_run_code_is_refused_and_runs_none(
