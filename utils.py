@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import config
@@ -46,6 +47,8 @@ class Stopped(Exception):
 
 def first_line(error: BaseException) -> str:
     """What an error of a library says, on one line; its kind where it says nothing."""
+    if isinstance(error, UnpicklingError):  # where torch explains how to load the file all the same
+        return "it holds something else than tensors and plain values"
     return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
