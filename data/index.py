@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import cached_property
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from data.pixel_cache import PixelCache
 
 CLASSES = ("fake", "real")  # label 0 and label 1: folder names in alphabetical order
+MAX_WAYS = 100  # in which links may lead to a folder
 
 
 @dataclass(frozen=True)
@@ -77,25 +79,27 @@ def list_files(root: Path, class_name: str) -> list[str]:
     Links are followed, but not back to a folder that they lie in.
 
     Raises:
-        UserError: a folder in it cannot be listed.
+        UserError: a folder in it cannot be listed, or can be reached over links in too many ways.
     """
     found: list[tuple[str, list[str]]] = []
-
-    def visit(folder: str, above: tuple[tuple[int, int], ...]) -> None:
-        status = os.stat(folder)
-        here = (status.st_dev, status.st_ino)
-        if here in above:
-            return
+    ways: Counter[tuple[int, int]] = Counter()
+    to_visit = [(str(root / class_name), frozenset[tuple[int, int]]())]  # each with the folders that it lies in
+    while to_visit:  # not a function that calls itself: folders can be nested deeper than calls
+        folder, above = to_visit.pop()
         try:
-            names = os.listdir(folder)
+            status, names = os.stat(folder), os.listdir(folder)
         except OSError as error:
             raise UserError(f"{folder} cannot be listed ({error.strerror}): mend that, or move it away") from None
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            continue
+        ways[here] += 1
+        if ways[here] > MAX_WAYS:  # folders that link to each other can be walked through in every order
+            raise UserError(f"{folder} can be reached over links in more than {MAX_WAYS} ways: remove some of them")
         folders = [name for name in names if os.path.isdir(os.path.join(folder, name))]
         found.append((folder, sorted(set(names) - set(folders))))
-        for name in folders:
-            visit(os.path.join(folder, name), (*above, here))
-
-    visit(str(root / class_name), ())
+        below = above | {here}
+        to_visit += [(os.path.join(folder, name), below) for name in folders]
     return [(Path(folder) / name).relative_to(root).as_posix() for folder, names in sorted(found) for name in names]
 
 

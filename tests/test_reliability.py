@@ -28,7 +28,7 @@ from config import Preset
 from data.data_preprocess import preprocess
 from data.datasets import load_splits
 from data.images import read_image
-from data.index import list_images, read_index
+from data.index import list_files, list_images, read_index
 from data.loaders import build_loader
 from models.build import build_model
 from tests.campaigns import kills, mutated_images
@@ -316,6 +316,41 @@ def test_links_back_to_a_folder_above_are_not_followed_for_ever(tmp_path: Path) 
     (tmp_path / "real" / "again").symlink_to(tmp_path / "real" / "deep")  # a second way, not a loop
     names = [name for name, _ in list_images(tmp_path)]
     assert names == ["fake/deep/a.jpg", "real/again/a.jpg", "real/deep/a.jpg"]
+
+
+def test_folders_that_link_to_each_other_are_a_sentence_and_no_endless_walk(tmp_path: Path) -> None:
+    folders = [tmp_path / "fake" / f"{number:02d}" for number in range(12)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "a.jpg").write_bytes(b"x")
+    for folder in folders[:4]:
+        for other in folders[:4]:
+            (folder / f"to_{other.name}").symlink_to(other)
+    # from a folder to any of the others, in each order: 1 + 3 + 3 * 2 + 3 * 2 * 1 ways from each of four
+    assert len(list_files(tmp_path, "fake")) == 4 * 16 + 8
+    for folder in folders[4:]:
+        for other in folders:
+            (folder / f"to_{other.name}").symlink_to(other)
+    with pytest.raises(UserError, match="can be reached over links in more than 100 ways: remove some of them"):
+        list_files(tmp_path, "fake")
+
+
+def test_folders_nested_deeper_than_calls_can_be_are_listed(tmp_path: Path) -> None:
+    below = "/d" * 400
+    folders = [f"{tmp_path}/fake{below[:end]}" for end in range(0, len(below) + 1, 2)]
+    for folder in folders:
+        os.mkdir(folder)
+    Path(folders[-1], "a.jpg").write_bytes(b"x")
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(300)
+    try:
+        names = list_files(tmp_path, "fake")
+    finally:
+        sys.setrecursionlimit(limit)
+    Path(folders[-1], "a.jpg").unlink()
+    for folder in reversed(folders):  # what pytest clears away with goes by calls
+        os.rmdir(folder)
+    assert names == [f"fake{below}/a.jpg"]
 
 
 def test_pipes_and_devices_are_not_opened(toy_data: Path, tmp_path: Path) -> None:
