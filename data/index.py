@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING
 
 from config import Preset
 from data.images import IMAGE_ENDINGS
-from utils import UserError, as_flags, dataset_folder, read_columns, read_csv, read_json, write_csv
+from utils import (
+    UserError,
+    as_flags,
+    dataset_folder,
+    read_columns,
+    read_csv,
+    read_json,
+    reading,
+    sha256_of,
+    write_csv,
+)
 
 if TYPE_CHECKING:
     from data.pixel_cache import PixelCache
@@ -138,7 +148,7 @@ def read_index(preset: Preset) -> Index:
     """The index of the preset's data set.
 
     Raises:
-        UserError: there is none yet, or it is of another data root.
+        UserError: there is none yet, it is not the one that was written, or it is of another data root.
     """
     path, root = index_path(preset), preset.settings.data_root
     command = shlex.join(["python", "-m", "data.data_preprocess", *as_flags(preset)])
@@ -146,14 +156,20 @@ def read_index(preset: Preset) -> Index:
         raise UserError(f"the data root {root} does not exist: set data_root in config.py, or pass --data-root")
     if not path.exists():
         raise UserError(f"{path} does not exist: run {command} first")
-    indexed_root = read_json(path.with_name("statistics.json"))["data_root"]
-    if Path(indexed_root) != root.absolute():
+    statistics = path.with_name("statistics.json")
+    with reading(statistics, f"run {command}"):
+        facts = read_json(statistics, f"run {command}")
+        indexed_root, digest = Path(facts["data_root"]), facts.get("index_sha256")
+    if indexed_root != root.absolute():
         raise UserError(f"{path} is of {indexed_root}, not of {root.absolute()}: run {command} (or set --data-root)")
+    if digest != sha256_of(path):
+        raise UserError(f"{path} was changed, or was written by an earlier version: run {command}")
     numbers = ("label", "bytes", "width", "height")
-    rows = [
-        ImageRecord(**{name: int(text) if name in numbers else text for name, text in row.items()})
-        for row in read_csv(path)
-    ]
+    with reading(path, f"run {command}"):
+        rows = [
+            ImageRecord(**{name: int(text) if name in numbers else text for name, text in row.items()})
+            for row in read_csv(path)
+        ]
     return Index(root, tuple(rows))
 
 
