@@ -271,10 +271,11 @@ def test_a_broken_study_is_one_sentence_and_stays_as_it_is(preset: Preset, conte
     assert path.read_bytes() == content
 
 
+IMPOSSIBLE = dict.fromkeys(METRICS, 0.5) | {"accuracy": 12345}
 DAMAGED = {
     "glass_vit/seed_100/history.csv": ["epoch\n1\n", "epoch,train_loss\n1\n", "epoch\n" + 200_000 * "1" + "\n"],
     "glass_vit/seed_100/run.json": ["", "{}", "[]", "5", '{"settings": 5}'],
-    "glass_vit/seed_100/metrics.json": ["", "{}", "[]", '{"test": {}}', '{"test": {"accuracy": 12345}}'],
+    "glass_vit/seed_100/metrics.json": ["", "{}", "[]", '{"test": {}}', json.dumps({"test": IMPOSSIBLE})],
     "num_crops/glass_vit/full/costs.csv": ["num_crops\n1\n", "num_crops,peak_memory_mb\n1\n", "a,b\nx,y\n"],
     "num_crops/glass_vit/full/run.json": ["{}", "[]"],
 }
