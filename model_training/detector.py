@@ -157,6 +157,10 @@ class Detector:
             yield size if isinstance(size, UnreadableImage) else self._answer(next(scores), *size)
 
     def _answer(self, scores: Scores, width: int, height: int) -> Prediction:
+        if not np.isfinite(scores.values).all():  # which every comparison with a threshold would call inconclusive
+            raise UserError(
+                f"{self.name} gives outputs that are infinite or not a number: use other weights, or --precision fp32"
+            )
         fake, raw = self.calibration.probabilities(scores.values), expit(scores.values)
         verdict = self.calibration.verdict(float(fake.mean()))
         flips = np.mean([self.calibration.verdict(probability) != verdict for probability in fake])

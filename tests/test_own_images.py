@@ -140,6 +140,19 @@ def test_weights_that_say_nothing_of_their_model_are_refused(results: Path, tmp_
         load_detector(path, device="cpu")
 
 
+def test_outputs_that_are_no_numbers_are_no_answer(results: Path, toy_data: Path, tmp_path: Path) -> None:
+    detector = load_detector(weights(results, "standard_resnet"), device="cpu")
+    state = detector.model.state_dict()
+    for name in state:
+        if name.endswith("running_mean"):
+            state[name].fill_(-3e38)
+    save_model(tmp_path / "w.safetensors", detector.model, read_about(weights(results, "standard_resnet")))
+    flags = ("--weights", tmp_path / "w.safetensors", "--device", "cpu", "--output", tmp_path / "p.csv")
+    done = run_module("model_training.predict", *flags, toy_data)
+    assert done.returncode == 2 and not (tmp_path / "p.csv").exists()
+    assert "error: standard_resnet gives outputs that are infinite or not a number" in done.stderr.splitlines()[-1]
+
+
 # --------------------------------------------------------------------------------------------------- predict
 def test_predict_answers_for_files_folders_patterns_and_lists(results: Path, toy_data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "my photos"
