@@ -12,6 +12,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from training.detection_metrics import DETECTION_METRICS
 from training.progress import EpochRecord
 from training.runtime import CPU_MEMORY, CUDA_MEMORY
 from utils import UserError, as_share, first_difference, first_line, read_csv, read_json, reading
@@ -27,6 +28,13 @@ METRICS = {  # of metrics.json -> heading
     "conf_incorrect": "Confidence, incorrect",
     "overall_conf": "Confidence, all",
     "ece": "ECE",
+}
+CALIBRATED_METRICS = {  # of metrics.json's test_calibrated -> heading
+    **{name: label[0].upper() + label[1:] for name, label in DETECTION_METRICS.items()},
+    "fpr_at_1_threshold": "FPR at the 1% threshold",
+    "fpr_at_5_threshold": "FPR at the 5% threshold",
+    "inconclusive": "Inconclusive",
+    "conclusive_accuracy": "Accuracy of the others",
 }
 MEMORY_KINDS = {
     CUDA_MEMORY: "peak GPU memory",
@@ -52,6 +60,7 @@ class Run:
     facts: Mapping[str, Any]
     history: list[EpochRecord]
     test: Mapping[str, float] | None  # None: not finished; a metric is NaN where it is not defined
+    calibrated: Mapping[str, float] | None = None  # None: not finished, or not calibrated
 
 
 def read_runs(results: Path, seeds: Sequence[int]) -> dict[str, list[Run]]:
@@ -87,16 +96,21 @@ def _read_run(folder: Path) -> Run:
                 values |= {"epoch": int(row["epoch"]), "valid_accuracy": as_share(row["valid_accuracy"])}
                 history.append(EpochRecord(**values))
     test: dict[str, float] | None = None
+    calibrated: dict[str, float] | None = None
     path = folder / "metrics.json"
     if path.exists():
         with reading(path):
-            values = read_json(path)["test"]
+            found = read_json(path)
+            values, values_calibrated = found["test"], found.get("test_calibrated")
             test = {name: NAN if values[name] is None else as_share(values[name]) for name in METRICS}
+            if values_calibrated:
+                calibrated = {name: NAN if value is None else float(value) for name, value in values_calibrated.items()}
+                calibrated = {name: calibrated[name] for name in CALIBRATED_METRICS}
     seed, facts = int(folder.name.removeprefix("seed_")), _read_facts(folder)
     ran = facts["settings"].get("seed", seed)
     if ran != seed:
         raise UserError(f"{folder} holds a run of seed {ran} (run.json), and would count as another: move it away")
-    return Run(folder, seed, facts, history, test)
+    return Run(folder, seed, facts, history, test, calibrated)
 
 
 def _check_comparable(runs: list[Run]) -> None:

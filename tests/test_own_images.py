@@ -119,6 +119,16 @@ def test_the_calibration_in_the_metadata_is_that_of_the_metrics(results: Path) -
     assert weights(results).with_name("reliability.png").exists()
 
 
+def test_the_tables_hold_the_calibrated_metrics_of_all_seeds(results: Path) -> None:
+    succeed("model_training.results_tables", "--preset", "demo", "--results-root", results, "--seeds", "1", "2")
+    rows = {row["model"]: row for row in read_csv(results / "demo" / "tables" / "calibrated_metrics.csv")}
+    of_seeds = [read_json(weights(results, seed=seed).with_name("metrics.json"))["test_calibrated"] for seed in (1, 2)]
+    row = rows["glass_resnet"]
+    assert (row["n"], rows["standard_resnet"]["n"]) == ("2", "1")
+    assert float(row["nll_mean"]) == pytest.approx(np.mean([of_seed["nll"] for of_seed in of_seeds]))
+    assert float(row["auc_std"]) == pytest.approx(100 * np.std([of_seed["auc"] for of_seed in of_seeds], ddof=1))
+
+
 def test_weights_that_say_nothing_of_their_model_are_refused(results: Path, tmp_path: Path) -> None:
     detector, path = load_detector(weights(results), device="cpu"), tmp_path / "w.safetensors"
     about = detector.about
