@@ -363,7 +363,8 @@ def _wanted(name: str, value: Any) -> str | None:
         return "at least 0 and below 0.5"
     if name == "final_valid_fraction" and not 0 < value < 1:
         return "between 0 and 1"
-    if name in ("valid_size", "test_size") and not (value >= 0 if isinstance(value, int) else 0 < value < 1):
+    least = {"valid_size": 1, "test_size": 0}.get(name)  # of held-out groups alone is a test split too
+    if least is not None and not (value >= least if isinstance(value, int) else 0 < value < 1):
         return "a number of images, or a share between 0 and 1"
     if name == "reencode_jpeg" and not 0 <= value <= 100:
         return "a JPEG quality from 1 to 100, or 0"

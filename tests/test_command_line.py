@@ -246,8 +246,8 @@ def test_help_of_every_door_is_its_docstring_and_its_settings(
     assert "--preset" in text and "overriding config.py" in text
 
 
-def test_there_are_22_doors() -> None:
-    assert len(DOORS) == 18 + 4
+def test_there_are_26_doors() -> None:
+    assert len(DOORS) == 18 + 8
 
 
 def test_help_comes_from_the_command_too() -> None:

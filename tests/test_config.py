@@ -556,8 +556,8 @@ def a_presets_name_is_its_folder_and_its_flag(lab: Lab) -> None:
 @shows("Preset.settings", "Preset.experiments")
 def a_door_gets_the_presets_settings_and_its_experiment(lab: Lab) -> None:
     for name, preset in config.PRESETS.items():
-        resolved, (experiment,), _ = parse_command_line("", experiments=["glass_vit"], argv=["--preset", name])
-        assert resolved.settings == preset.settings and experiment == find_experiment(preset, "glass_vit")
+        resolved, (experiment,), _ = parse_command_line("", experiments=["glass_resnet"], argv=["--preset", name])
+        assert resolved.settings == preset.settings and experiment == find_experiment(preset, "glass_resnet")
     assert override(config.DEMO, {"patch_size": 32}, (), ()).settings.patch_size == 32
 
 
