@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
+from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -688,6 +689,9 @@ def keep_freed_memory() -> None:
 
 
 # --------------------------------------------------------------------------------------------------- signals
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
 @dataclass
 class StopRequest:
     """Whether a signal has asked to stop."""
@@ -714,12 +718,26 @@ def stop_signals(wanted: bool = True) -> Iterator[StopRequest]:
             print(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
         request.requested = True
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, ask) for number in _STOP_SIGNALS}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """In the block, SIGTERM and SIGINT wait; processes that are started in it are deaf to them for good.
+
+    Both are sent to all processes of a job, and it is for the first to decide when the others end.
+    """
+    resource_tracker.ensure_running()  # or the first worker starts it, which lets the signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # ----------------------------------------------------------------------------------------------- safe writes
