@@ -31,6 +31,7 @@ from importlib import metadata
 from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
 import config
@@ -47,6 +48,8 @@ class Stopped(Exception):
 
 def first_line(error: BaseException) -> str:
     """What an error of a library says, on one line; its kind where it says nothing."""
+    if isinstance(error, UnpicklingError):  # where torch explains how to load the file all the same
+        return "it holds something else than tensors and plain values"
     return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
@@ -80,6 +83,8 @@ def run_door(
     saved, 130 interrupted, 141 nobody reads the output; a traceback is our own bug.
     """
     extra: dict[str, Any] = {}
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack characters of tables and of file names
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         preset, chosen, extra = parse_command_line(doc, groups, experiments, without, arguments, argv, usage)
         action(preset, *chosen, **extra)
@@ -475,20 +480,16 @@ def check_same_ground(folder: Path, facts: Mapping[str, Any], results: str, unfi
         unfinished: the results are to be added to; then the code and the libraries must be the same too.
 
     Raises:
-        UserError: names the first difference, or says that nothing tells what they were begun under.
+        UserError: names the first difference, or says that run.json does not tell what they were begun under.
     """
     if not (unfinished or (folder / results).exists()):
         return
     remedy = "pass --restart to move that folder aside and begin anew, or choose another --name or --results-root"
-    try:
-        before = read_json(folder / "run.json")
-    except UserError:
-        raise UserError(
-            f"{folder} has no run.json that can be read, and so does not say what it was started with: {remedy}"
-        ) from None
-    difference = first_difference(before, facts)
-    if not difference and unfinished:
-        difference = _other_code(before, facts)
+    with reading(folder / "run.json", remedy):
+        before = read_json(folder / "run.json", remedy)
+        difference = first_difference(before, facts)
+        if not difference and unfinished:
+            difference = _other_code(before, facts)
     if difference:
         raise UserError(f"{folder} was started with {difference}: {remedy}")
 
@@ -616,6 +617,8 @@ def misfit(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
             return f"{name} is {tensor.dtype}, expected {wanted[name].dtype}"
         if tensor.is_floating_point() and not tensor.isfinite().all():
             return f"{name} has values that are infinite or not a number"
+        if name.endswith("running_var") and (tensor < 0).any():  # of batch normalisation, which takes its root
+            return f"{name} has variances below zero"
     return None
 
 
@@ -776,18 +779,26 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; takes the place of `path` if the block ends well.
 
     A reader therefore sees the old file or the whole new one, never a part, whenever this process is killed.
+
+    Raises:
+        UserError: the system does not let it be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.umask(mask := os.umask(0))
         os.chmod(temporary, 0o666 & ~mask)  # as any new file; some libraries make theirs private
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # of a full disk names no file
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}): make room there, or choose another folder"
+        ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -809,12 +820,47 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file that this project wrote."""
+WRITE_ANEW = "move it away and run the command that writes it"
+
+
+@contextmanager
+def reading(path: Path, mend: str = WRITE_ANEW) -> Iterator[None]:
+    """In the block `path`, a small file of this project's, is read and used: its damages become one sentence.
+
+    Raises:
+        UserError: it cannot be read, or does not hold what was used of it; `mend` is what to do.
+    """
     try:
+        yield
+    except (
+        *(OSError, csv.Error, RecursionError),
+        *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+    ) as error:
+        raise UserError(
+            f"{path} does not hold what this project writes there ({type(error).__name__}: {first_line(error)}): {mend}"
+        ) from None
+
+
+def as_share(value: Any) -> float:
+    """`value`, such as an accuracy in one of our files, as a number from 0 to 1.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    number = float(value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"{value} is not between 0 and 1")
+    return number
+
+
+def read_json(path: Path, mend: str = WRITE_ANEW) -> Any:
+    """Read a JSON file that this project wrote.
+
+    Raises:
+        UserError: it cannot be read; `mend` is what to do.
+    """
+    with reading(path, mend):
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete it and run the command that writes it") from None
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

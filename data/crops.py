@@ -48,6 +48,22 @@ def sample_crop_boxes(
     return boxes
 
 
+def tile_boxes(height: int, width: int, patch_size: int, stride: int) -> np.ndarray:
+    """A regular grid of crops that covers the image, its last row and column flush with the border.
+
+    Args:
+        height, width: of the image, in pixels, at least 1.
+        patch_size: P.
+        stride: pixels from one crop to the next, from 1 to P.
+
+    Returns:
+        int64 (N, 4), row by row; each box as `sample_crop_boxes` gives it.
+    """
+    tops, lefts = ([*range(0, last := max(0, side - patch_size), stride), last] for side in (height, width))
+    boxes = [(top, left, min(height, patch_size), min(width, patch_size)) for top in tops for left in lefts]
+    return np.array(boxes, np.int64)
+
+
 def crop_generator(seed: int, image_name: str, epoch: int | None = None) -> torch.Generator:
     """The generator of one image's crops: a function of (seed, epoch, image) in training, of (seed, image) else.
 

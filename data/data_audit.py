@@ -227,7 +227,7 @@ def _match(
     groups = groups_of(np.arange(len(rows)) // 2, [names[row] for row in rows])
     if len(np.unique(groups)) >= MATCHED_PAIRS:
         matched = audit_headers(matrix[rows], labels[rows], groups, seed)
-        print(f"Of one trained on these alone, {verdict(matched)}.")
+        print(f"One trained on these alone: {verdict(matched)}.")
         facts |= _facts(matched)
     else:
         print(f"They are too few to train another on: that takes {MATCHED_PAIRS} pairs.")

@@ -27,7 +27,7 @@ from data.checks import File, check_images
 from data.index import CLASSES, index_path, list_images, write_index
 from data.pixel_cache import PIXELS, VIEWS, Kind
 from data.report import draw_sizes_and_formats, measure, render_table, report_left_out, tables
-from utils import UserError, dataset_folder, run_door, sole_process, write_csv, write_json, write_text
+from utils import UserError, dataset_folder, run_door, sha256_of, sole_process, write_csv, write_json, write_text
 
 KINDS: dict[str | None, tuple[Kind, ...]] = {None: (), "views": (VIEWS,), "pixels": (PIXELS, VIEWS)}
 
@@ -70,7 +70,8 @@ def _preprocess(preset: Preset, files: Sequence[File], cache: str | None) -> Non
     statistics = measure(root, records, [image.sums for image in images])
     (folder / "statistics.json").unlink(missing_ok=True)
     write_index(index_path(preset), records)
-    write_json(folder / "statistics.json", statistics)  # after the index, whose data root it vouches for
+    # After the index, which it vouches for: that it is whole, and of which data root.
+    write_json(folder / "statistics.json", statistics | {"index_sha256": sha256_of(index_path(preset))})
     print(f"Checked {len(files):,} images of {root.absolute()} in {time.perf_counter() - started:.1f} s")
     for kind, pack in packs.items():
         print(f"Pixel cache: {kind} of {pack.images:,} images in {pack.path}")

@@ -232,15 +232,20 @@ def block_noise(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
     return noise
 
 
-def demo_image(seed: int, name: str, index: int) -> Image.Image:
-    """Draws image `index` of class `name` ("fake" or "real"): RGB, 640 to 1000 px a side."""
+def draw_scene(seed: int, name: str, index: int) -> tuple[Array, np.random.Generator]:
+    """The scene (3, height, width) in 0..1 of image `index` of a class, and the generator for what follows it."""
     shape = SHAPES[int(np.random.default_rng([seed, index]).integers(len(SHAPES)))]
     rng = np.random.default_rng([seed, index, CLASSES.index(name)])
     canvas = Canvas(rng, shape)
     SCENES[index % len(SCENES)](canvas)
-    scene, deviation = np.clip(canvas.picture, 0, 1), rng.uniform(2.5, 5)
+    return np.clip(canvas.picture, 0, 1), rng
+
+
+def render(scene: Array, name: str, rng: np.random.Generator) -> Image.Image:
+    """The scene as an image of class `name` ("fake" or "real"), with the decoder's or the sensor's traces: RGB."""
+    deviation = rng.uniform(2.5, 5)
     if name == "fake":
-        height, width = shape
+        _, height, width = scene.shape
         coarse = scene.reshape(3, height // 2, 2, width // 2, 2).mean((2, 4))
         sign = (-1) ** np.add.outer(np.arange(height), np.arange(width)).astype("f4")
         scene = upsample(upsample(coarse, 1), 2)
@@ -251,6 +256,12 @@ def demo_image(seed: int, name: str, index: int) -> Image.Image:
     strength = np.float32(deviation) * (0.6 + 0.6 * np.sqrt(scene))  # shot noise grows with light
     pixels = np.rint(12 + 216 * scene + strength * noise)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+def demo_image(seed: int, name: str, index: int) -> Image.Image:
+    """Draws image `index` of class `name` ("fake" or "real"): RGB, 640 to 1000 px a side."""
+    scene, rng = draw_scene(seed, name, index)
+    return render(scene, name, rng)
 
 
 def encode(image: Image.Image, seed: int, index: int) -> tuple[str, bytes]:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import cached_property
@@ -11,12 +12,23 @@ from typing import TYPE_CHECKING
 
 from config import Preset
 from data.images import IMAGE_ENDINGS
-from utils import UserError, as_flags, dataset_folder, read_columns, read_csv, read_json, write_csv
+from utils import (
+    UserError,
+    as_flags,
+    dataset_folder,
+    read_columns,
+    read_csv,
+    read_json,
+    reading,
+    sha256_of,
+    write_csv,
+)
 
 if TYPE_CHECKING:
     from data.pixel_cache import PixelCache
 
 CLASSES = ("fake", "real")  # label 0 and label 1: folder names in alphabetical order
+MAX_WAYS = 100  # in which links may lead to a folder
 
 
 @dataclass(frozen=True)
@@ -77,25 +89,27 @@ def list_files(root: Path, class_name: str) -> list[str]:
     Links are followed, but not back to a folder that they lie in.
 
     Raises:
-        UserError: a folder in it cannot be listed.
+        UserError: a folder in it cannot be listed, or can be reached over links in too many ways.
     """
     found: list[tuple[str, list[str]]] = []
-
-    def visit(folder: str, above: tuple[tuple[int, int], ...]) -> None:
-        status = os.stat(folder)
-        here = (status.st_dev, status.st_ino)
-        if here in above:
-            return
+    ways: Counter[tuple[int, int]] = Counter()
+    to_visit = [(str(root / class_name), frozenset[tuple[int, int]]())]  # each with the folders that it lies in
+    while to_visit:  # not a function that calls itself: folders can be nested deeper than calls
+        folder, above = to_visit.pop()
         try:
-            names = os.listdir(folder)
+            status, names = os.stat(folder), os.listdir(folder)
         except OSError as error:
             raise UserError(f"{folder} cannot be listed ({error.strerror}): mend that, or move it away") from None
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            continue
+        ways[here] += 1
+        if ways[here] > MAX_WAYS:  # folders that link to each other can be walked through in every order
+            raise UserError(f"{folder} can be reached over links in more than {MAX_WAYS} ways: remove some of them")
         folders = [name for name in names if os.path.isdir(os.path.join(folder, name))]
         found.append((folder, sorted(set(names) - set(folders))))
-        for name in folders:
-            visit(os.path.join(folder, name), (*above, here))
-
-    visit(str(root / class_name), ())
+        below = above | {here}
+        to_visit += [(os.path.join(folder, name), below) for name in folders]
     return [(Path(folder) / name).relative_to(root).as_posix() for folder, names in sorted(found) for name in names]
 
 
@@ -134,7 +148,7 @@ def read_index(preset: Preset) -> Index:
     """The index of the preset's data set.
 
     Raises:
-        UserError: there is none yet, or it is of another data root.
+        UserError: there is none yet, it is not the one that was written, or it is of another data root.
     """
     path, root = index_path(preset), preset.settings.data_root
     command = shlex.join(["python", "-m", "data.data_preprocess", *as_flags(preset)])
@@ -142,14 +156,20 @@ def read_index(preset: Preset) -> Index:
         raise UserError(f"the data root {root} does not exist: set data_root in config.py, or pass --data-root")
     if not path.exists():
         raise UserError(f"{path} does not exist: run {command} first")
-    indexed_root = read_json(path.with_name("statistics.json"))["data_root"]
-    if Path(indexed_root) != root.absolute():
+    statistics = path.with_name("statistics.json")
+    with reading(statistics, f"run {command}"):
+        facts = read_json(statistics, f"run {command}")
+        indexed_root, digest = Path(facts["data_root"]), facts.get("index_sha256")
+    if indexed_root != root.absolute():
         raise UserError(f"{path} is of {indexed_root}, not of {root.absolute()}: run {command} (or set --data-root)")
+    if digest != sha256_of(path):
+        raise UserError(f"{path} was changed, or was written by an earlier version: run {command}")
     numbers = ("label", "bytes", "width", "height")
-    rows = [
-        ImageRecord(**{name: int(text) if name in numbers else text for name, text in row.items()})
-        for row in read_csv(path)
-    ]
+    with reading(path, f"run {command}"):
+        rows = [
+            ImageRecord(**{name: int(text) if name in numbers else text for name, text in row.items()})
+            for row in read_csv(path)
+        ]
     return Index(root, tuple(rows))
 
 

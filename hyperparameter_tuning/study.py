@@ -5,15 +5,19 @@ it suggests values and prunes. A restart rebuilds the judge by going through the
 and its pruner arrive in the very state that they had, and the study goes on as if it had never stopped.
 """
 
+import sqlite3
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import SQLAlchemyError
 
 from config import Experiment, GlassExperiment, Preset
 from data.datasets import Splits, load_splits
@@ -22,7 +26,8 @@ from data.loaders import build_loader
 from hyperparameter_tuning.search_spaces import suggest_experiment
 from models.build import build_model
 from training.checkpoints import Checkpoint
-from training.loop import NonFiniteLoss, build_trainer, fit
+from training.evaluation import NonFiniteLoss
+from training.loop import build_trainer, fit
 from training.progress import EpochRecord
 from training.runtime import OutOfMemory, build_runtime
 from utils import (
@@ -30,6 +35,7 @@ from utils import (
     UserError,
     add_restart,
     check_same_ground,
+    first_line,
     preset_folder,
     replacing,
     resolved,
@@ -78,7 +84,7 @@ def tune(preset: Preset, experiment: Experiment, restart: bool = False) -> None:
     )
     if restart:
         set_aside(preset, folder)
-    with stop_signals() as stop, sole_process(folder):
+    with stop_signals() as stop, sole_process(folder), _study_file(folder / "study.db"):
         _go_on(preset, experiment, folder, facts, index, splits, stop)
 
 
@@ -112,8 +118,24 @@ def _go_on(
     _report(record, experiment)
 
 
+@contextmanager
+def _study_file(path: Path, *damages: type[Exception]) -> Iterator[None]:
+    """What SQLite and Optuna say of a file that is damaged or cannot be written, and `damages`, become a sentence."""
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError, sqlite3.Error, *damages) as error:
+        raise UserError(
+            f"{path} cannot be gone on with ({first_line(error.__cause__ or error)}): make room and let it be written, "
+            f"or, if it is damaged, pass --restart to move it aside and begin anew"
+        ) from None
+
+
 def _open_record(path: Path, name: str) -> optuna.Study:
     """The study in the SQLite file `path`, which is made, whole or not at all, if there is none."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path} has a name that is not UTF-8, as SQLite needs: set another --results-root") from None
 
     def storage(file: Path) -> optuna.storages.RDBStorage:
         return optuna.storages.RDBStorage(str(URL.create("sqlite", database=str(file))))
@@ -123,7 +145,10 @@ def _open_record(path: Path, name: str) -> optuna.Study:
             made = storage(temporary)
             optuna.create_study(study_name=name, storage=made, direction="maximize")
             made.engine.dispose()
-    return optuna.load_study(study_name=name, storage=storage(path))
+    with _study_file(path, KeyError, RuntimeError, TypeError, ValueError):  # of another study, version or content
+        record = optuna.load_study(study_name=name, storage=storage(path))
+        record.get_trials(deepcopy=False)
+    return record
 
 
 def _build_judge(preset: Preset, experiment: Experiment) -> optuna.Study:
@@ -143,6 +168,11 @@ def _build_judge(preset: Preset, experiment: Experiment) -> optuna.Study:
 
 def _replay(judge: optuna.Study, past: FrozenTrial, preset: Preset, experiment: Experiment) -> None:
     """Take the judge through a finished trial: the same draws, reports and pruning questions as when it ran."""
+    if past.state == TrialState.COMPLETE and past.value != max(past.intermediate_values.values(), default=None):
+        raise UserError(
+            f"trial {past.number} of the study {experiment.name} has the value {past.value}, which is not the best of "
+            f"its epochs: the study was edited; pass --restart to move it aside and begin anew"
+        )
     trial = judge.ask()
     suggest_experiment(trial, preset, experiment)
     _check_values(trial, past, experiment)
@@ -188,7 +218,8 @@ def _run_trial(
     start, accuracies = time.perf_counter(), []
 
     def on_epoch(history: list[EpochRecord]) -> None:
-        accuracy, step = history[-1].valid_accuracy, history[-1].epoch - 1  # Hyperband counts from 0
+        step = history[-1].epoch - 1  # Hyperband counts from 0
+        accuracy = reported.get(step, history[-1].valid_accuracy)  # what is recorded is what the judge was told
         accuracies.append(accuracy)
         judged.report(accuracy, step)
         if step not in reported:

@@ -44,12 +44,14 @@ class Scores:
         attention: (T, K); sums to one over the crops.
         effects: (T, K), how much the score falls when a crop is left out and the attention of the others sums to one
             again: what the crop speaks for fake. NaN where it is the only one.
+        alone: (T, K), the score if a crop were the only one.
     """
 
     values: np.ndarray
     boxes: np.ndarray
     attention: np.ndarray
     effects: np.ndarray
+    alone: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,10 @@ class Detector:
             yield size if isinstance(size, UnreadableImage) else self._answer(next(scores), *size)
 
     def _answer(self, scores: Scores, width: int, height: int) -> Prediction:
+        if not np.isfinite(scores.values).all():  # which every comparison with a threshold would call inconclusive
+            raise UserError(
+                f"{self.name} gives outputs that are infinite or not a number: use other weights, or --precision fp32"
+            )
         fake, raw = self.calibration.probabilities(scores.values), expit(scores.values)
         verdict = self.calibration.verdict(float(fake.mean()))
         flips = np.mean([self.calibration.verdict(probability) != verdict for probability in fake])
@@ -175,7 +181,7 @@ class Detector:
         if isinstance(self.experiment, StandardExperiment):
             logits = self._encode(self.model, (picture.standard_view(P) for picture in pictures))
             nothing = np.zeros((1, 0))
-            return [Scores(_scores(row[None]), np.zeros((1, 0, 4), int), nothing, nothing) for row in logits]
+            return [Scores(_scores(row[None]), np.zeros((1, 0, 4), int), nothing, nothing, nothing) for row in logits]
         drawn, global_views = [], []
 
         def crops() -> Iterator[np.ndarray]:
@@ -205,15 +211,17 @@ class Detector:
         return torch.cat(outputs) if outputs else torch.zeros(0)
 
     def _classify(self, global_features: torch.Tensor, crop_features: torch.Tensor, boxes: np.ndarray) -> Scores:
-        """Features (D,) and (T, K, D) of a picture -> its scores, with and without each of its crops."""
-        values, attention, effects = [], [], []
+        """Features (D,) and (T, K, D) of a picture -> its scores with all, without each and with one of its crops."""
+        values, attention, effects, alone = [], [], [], []
         for features in crop_features:
             logits, weights = self.model.classify(global_features[None], features[None])
             without = self.model.classify_without_each(global_features, features)
+            each, _ = self.model.classify(global_features.expand(len(features), -1), features[:, None])
             values.append(_scores(logits))
             attention.append(weights.double().cpu().numpy())
             effects.append(values[-1] - _scores(without))
-        return Scores(np.concatenate(values), boxes, np.concatenate(attention), np.stack(effects))
+            alone.append(_scores(each))
+        return Scores(np.concatenate(values), boxes, np.concatenate(attention), np.stack(effects), np.stack(alone))
 
 
 def _scores(logits: torch.Tensor) -> np.ndarray:

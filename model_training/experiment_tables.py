@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 from scipy import stats
 
 from config import GlassExperiment, Preset, StandardExperiment
-from model_training.read_results import METRICS, NAN, Run, TuningStudy, percents
+from model_training.read_results import CALIBRATED_METRICS, METRICS, NAN, Run, TuningStudy, percents
 from model_training.tables import Row, Table, interval_of, listed, mean_and_std_of, note_of_values, value_of
 from utils import first_difference
 
@@ -57,6 +57,31 @@ def table_of_test_metrics(runs: Mapping[str, Sequence[Run]], expected_seeds: Seq
         columns[heading] = mean_and_std_of(f"{metric}_percent")
     title = "Test metrics in percent, mean ± sample standard deviation over n seeds"
     return Table("test_metrics", title, rows, columns, notes)
+
+
+def table_of_calibrated_metrics(runs: Mapping[str, Sequence[Run]]) -> Table:
+    """A row an experiment that was calibrated: each metric over its seeds."""
+    rows = []
+    for name, of_name in runs.items():
+        calibrated = [run for run in of_name if run.calibrated]
+        if not calibrated:
+            continue
+        row: Row = {"model": name, "n": len(calibrated), "missing": ""}
+        for metric in CALIBRATED_METRICS:
+            scale = 1 if metric == "nll" else 100
+            values = [scale * run.calibrated[metric] for run in calibrated]
+            row[f"{metric}_mean"] = float(np.mean(values))
+            row[f"{metric}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else NAN
+        rows.append(row)
+    columns = {"Model": value_of("model"), "n": value_of("n")}
+    columns |= {heading: mean_and_std_of(metric) for metric, heading in CALIBRATED_METRICS.items()}
+    notes = [
+        "In percent, but the negative log-likelihood (nats); fake is the positive class. Probabilities are calibrated, "
+        "and the thresholds chosen, on the images that chose the checkpoint; accuracy, balanced accuracy and F1 are at "
+        "the threshold that was the best for balanced accuracy there.",
+    ]
+    title = "Calibrated test metrics, mean ± sample standard deviation over n seeds"
+    return Table("calibrated_metrics", title, rows, columns, notes)
 
 
 def _missing_seeds(runs: Sequence[Run], expected: Sequence[int]) -> str:

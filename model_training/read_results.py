@@ -3,8 +3,7 @@
 import math
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from training.detection_metrics import DETECTION_METRICS
 from training.progress import EpochRecord
 from training.runtime import CPU_MEMORY, CUDA_MEMORY
-from utils import UserError, first_difference, read_csv, read_json
+from utils import UserError, as_share, first_difference, first_line, read_csv, read_json, reading
 
 NAN = float("nan")
 METRICS = {  # of metrics.json -> heading
@@ -29,29 +29,24 @@ METRICS = {  # of metrics.json -> heading
     "overall_conf": "Confidence, all",
     "ece": "ECE",
 }
+CALIBRATED_METRICS = {  # of metrics.json's test_calibrated -> heading
+    **{name: label[0].upper() + label[1:] for name, label in DETECTION_METRICS.items()},
+    "fpr_at_1_threshold": "FPR at the 1% threshold",
+    "fpr_at_5_threshold": "FPR at the 5% threshold",
+    "inconclusive": "Inconclusive",
+    "conclusive_accuracy": "Accuracy of the others",
+}
 MEMORY_KINDS = {
     CUDA_MEMORY: "peak GPU memory",
     CPU_MEMORY: "memory kept for the backward pass, CPU",
 }
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Errors of reading `path` become one sentence."""
-    try:
-        yield
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} does not hold what this project writes there ({type(error).__name__}: {error}): "
-            f"move it away and run the command that writes it"
-        ) from None
-
-
 def _read_facts(folder: Path) -> dict[str, Any]:
     """What run.json says, as `utils.run_facts` wrote it; no settings if there is none."""
     path = folder / "run.json"
     facts = read_json(path) if path.exists() else {"settings": {}}
-    with _reading(path):
+    with reading(path):
         return {"dataset_fingerprint": None, **facts, "settings": dict(facts["settings"])}
 
 
@@ -65,14 +60,15 @@ class Run:
     facts: Mapping[str, Any]
     history: list[EpochRecord]
     test: Mapping[str, float] | None  # None: not finished; a metric is NaN where it is not defined
+    calibrated: Mapping[str, float] | None = None  # None: not finished, or not calibrated
 
 
 def read_runs(results: Path, seeds: Sequence[int]) -> dict[str, list[Run]]:
     """Experiment -> its runs of these seeds, in their order; runs that failed before their first epoch are no runs.
 
     Raises:
-        UserError: a file cannot be read, or two finished runs of one experiment differ in a setting or in their data,
-            so that no mean may be taken.
+        UserError: a file cannot be read, a run is of another seed than its folder's, or two finished runs of one
+            experiment differ in a setting or in their data, so that no mean may be taken.
     """
     runs = defaultdict(list)
     for folder in results.glob("*/seed_*"):
@@ -94,18 +90,27 @@ def _read_run(folder: Path) -> Run:
     history: list[EpochRecord] = []
     path = folder / "history.csv"
     if path.exists():
-        with _reading(path):
+        with reading(path):
             for row in read_csv(path):
                 values: dict[str, Any] = {name: float(text) for name, text in row.items()}
-                values["epoch"] = int(row["epoch"])
+                values |= {"epoch": int(row["epoch"]), "valid_accuracy": as_share(row["valid_accuracy"])}
                 history.append(EpochRecord(**values))
     test: dict[str, float] | None = None
+    calibrated: dict[str, float] | None = None
     path = folder / "metrics.json"
     if path.exists():
-        with _reading(path):
-            values = read_json(path)["test"]
-            test = {name: NAN if values[name] is None else float(values[name]) for name in METRICS}
-    return Run(folder, int(folder.name.removeprefix("seed_")), _read_facts(folder), history, test)
+        with reading(path):
+            found = read_json(path)
+            values, values_calibrated = found["test"], found.get("test_calibrated")
+            test = {name: NAN if values[name] is None else as_share(values[name]) for name in METRICS}
+            if values_calibrated:
+                calibrated = {name: NAN if value is None else float(value) for name, value in values_calibrated.items()}
+                calibrated = {name: calibrated[name] for name in CALIBRATED_METRICS}
+    seed, facts = int(folder.name.removeprefix("seed_")), _read_facts(folder)
+    ran = facts["settings"].get("seed", seed)
+    if ran != seed:
+        raise UserError(f"{folder} holds a run of seed {ran} (run.json), and would count as another: move it away")
+    return Run(folder, seed, facts, history, test, calibrated)
 
 
 def _check_comparable(runs: list[Run]) -> None:
@@ -178,9 +183,9 @@ def read_cost_studies(room: Path) -> list[CostStudy]:
 
 def _read_costs(path: Path) -> list[dict[str, float]]:
     rows = []
-    with _reading(path):
+    with reading(path):
         for texts in read_csv(path):
-            row = {name: float(text) if text else NAN for name, text in texts.items()}
+            row = {name: NAN if text == "" else float(text) for name, text in texts.items()}
             if not math.isnan(row["num_crops"]):
                 row["num_crops"] = int(row["num_crops"])
             row["valid_accuracy_percent"] = 100 * row["valid_accuracy"]
@@ -216,23 +221,27 @@ def read_tuning_studies(room: Path) -> dict[str, TuningStudy]:
     """Experiment -> its study; `room` is results/<preset>/tuning."""
     studies = {}
     for path in room.glob("*/study.db"):
-        study = _load_study(path)
-        studies[path.parent.name] = TuningStudy(
-            study, _read_facts(path.parent)["settings"], study.get_trials(deepcopy=False)
-        )
+        study, trials = _load_study(path)
+        studies[path.parent.name] = TuningStudy(study, _read_facts(path.parent)["settings"], trials)
     return studies
 
 
-def _load_study(path: Path) -> optuna.Study:
-    """The study in `path`, a file that is opened for reading only."""
+def _load_study(path: Path) -> tuple[optuna.Study, list[FrozenTrial]]:
+    """The study in `path`, a file that is opened for reading only, and its trials."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     url = f"{path.resolve().as_uri()}?mode=ro"
     try:
         connection = {"creator": lambda: sqlite3.connect(url, uri=True)}
         storage = optuna.storages.RDBStorage("sqlite://", engine_kwargs=connection)
-        return optuna.load_study(study_name=path.parent.name, storage=storage)
-    except (SQLAlchemyError, sqlite3.Error, KeyError, RuntimeError) as error:
+        study = optuna.load_study(study_name=path.parent.name, storage=storage)
+        trials = study.get_trials(deepcopy=False)
+        for trial in trials:
+            epochs = [as_share(value) for value in trial.intermediate_values.values()]
+            if trial.state == TrialState.COMPLETE and trial.value != max(epochs, default=None):
+                raise ValueError(f"trial {trial.number} has the value {trial.value}, not the best of its epochs")
+    except (SQLAlchemyError, sqlite3.Error, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read as the Optuna study {path.parent.name} ({str(error).splitlines()[0]}): "
+            f"{path} cannot be read as the Optuna study {path.parent.name} ({first_line(error)}): "
             f"run its tuning command again, or move the file away"
         ) from None
+    return study, trials

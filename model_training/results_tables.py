@@ -16,7 +16,12 @@ from optuna.trial import TrialState
 from config import Preset
 from model_training import figures
 from model_training.cost_tables import table_of_crop_cost_lines, table_of_crop_costs, table_of_standard_costs
-from model_training.experiment_tables import table_of_differences, table_of_hyperparameters, table_of_test_metrics
+from model_training.experiment_tables import (
+    table_of_calibrated_metrics,
+    table_of_differences,
+    table_of_hyperparameters,
+    table_of_test_metrics,
+)
 from model_training.read_results import (
     METRICS,
     CostStudy,
@@ -57,6 +62,7 @@ def write_tables(preset: Preset) -> None:
     folder = results / "tables"
     tables = [
         table_of_test_metrics(runs, preset.training.seeds),
+        table_of_calibrated_metrics(runs),
         table_of_differences(runs),
         table_of_hyperparameters(preset, studies),
         table_of_crop_costs(crop_costs, preset.num_crops.crop_counts),

@@ -18,8 +18,10 @@ from training.runtime import build_runtime
 from utils import (
     StopRequest,
     add_restart,
+    as_share,
     check_same_ground,
     read_json,
+    reading,
     resolved,
     run_door,
     run_facts,
@@ -76,10 +78,12 @@ def train_and_evaluate(preset: Preset, experiment: Experiment, restart: bool = F
                     stop.leave_if_asked(f"before {experiment.name} seed {seed}")
                     write_json(folder / "run.json", facts)
                     _train_seed(preset, experiment, seed, index, splits, checkpoint, stop)
-            metrics = read_json(folder / "metrics.json")
+            with reading(folder / "metrics.json"):
+                metrics = read_json(folder / "metrics.json")
+                accuracy, best = as_share(metrics["test"]["accuracy"]), int(metrics["best_epoch"])
             print(
-                f"{experiment.name} seed {seed}: test accuracy {metrics['test']['accuracy']:.2%}, checkpoint of epoch "
-                f"{metrics['best_epoch']} of {preset.training.epochs}{' (finished before)' if finished else ''}"
+                f"{experiment.name} seed {seed}: test accuracy {accuracy:.2%}, checkpoint of epoch {best} of "
+                f"{preset.training.epochs}{' (finished before)' if finished else ''}"
             )
 
 

@@ -30,6 +30,7 @@ from utils import (
     library_versions,
     preset_folder,
     read_csv,
+    reading,
     sha256_of,
     sole_process,
     stat_of,
@@ -210,8 +211,9 @@ def _read(path: Path) -> dict[Key, Values]:
     """What was written before; a row that a kill cut short is not there."""
     if not path.exists():
         return {}
-    rows = [tuple(row.values()) for row in read_csv(path)]
-    return {row[:4]: (float(row[4]), float(row[5]), row[6]) for row in rows if None not in row}
+    with reading(path):
+        rows = [tuple(row.values()) for row in read_csv(path)]
+        return {row[:4]: (float(row[4]), float(row[5]), row[6]) for row in rows if None not in row}
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torchvision import models as torchvision_models
+from torchvision.models import WeightsEnum
 
 from config import Settings
 from utils import UserError, first_line, misfit
@@ -100,20 +101,26 @@ def _load_torchvision(name: str, settings: Settings, file: Path | None) -> Backb
             f"set patch_size to 224, or choose a backbone timm:<model>"
         )
     network = build(image_size=settings.patch_size) if name == "vit" else build()
+    if file is None and settings.pretrained:
+        file = _imagenet_file(name, weights)
     if file is not None:
         _load_strictly(network, read_weights(file), name, file)
-    elif settings.pretrained:
+    return Backbone(name, network, width, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _imagenet_file(name: str, weights: WeightsEnum) -> Path:
+    """Where torchvision keeps downloaded weights; downloads them if they are not there."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
+    if not file.is_file():
         try:
-            state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+            weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
         except (OSError, RuntimeError) as error:
-            cache = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
             raise UserError(
                 f"the ImageNet weights of backbone {name} could not be downloaded ({error}): fetch {weights.url} "
-                f"on a machine with internet and put it at {cache}, or name it with --weights-files {name}=FILE "
+                f"on a machine with internet and put it at {file}, or name it with --weights-files {name}=FILE "
                 f"(weights_files in config.py)"
             ) from None
-        network.load_state_dict(state)
-    return Backbone(name, network, width, IMAGENET_MEAN, IMAGENET_STD)
+    return file
 
 
 def _load_timm(name: str, settings: Settings, file: Path | None) -> Backbone:
@@ -164,14 +171,23 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what is no weights file makes the readers raise nearly anything
         reason = first_line(error)
-        raise UserError(f"{file} is not a weights file that can be loaded safely: {reason}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(
+            f"{file} is not a weights file that can be loaded safely ({reason}): fetch it anew, or name another"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(name, str) and _is_plain(state[name]) for name in state):
         raise UserError(f"{file} holds something else than a state dict (name -> tensor): save model.state_dict()")
     return state
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a tensor with its numbers in memory, each of them."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def _load_strictly(network: nn.Module, state: dict[str, torch.Tensor], name: str, file: Path) -> None:
     problem = misfit(state, network.state_dict())
     if problem:
-        raise UserError(f"{file} does not hold the weights of backbone {name}: {problem}")
+        raise UserError(
+            f"{file} does not hold the weights of backbone {name} ({problem}): fetch it anew, or name another"
+        )
     network.load_state_dict(state)

@@ -6,6 +6,7 @@ from torch import nn
 from models.backbones import NUM_CLASSES, Backbone
 
 ATTENTION_WIDTH = 128
+ROWS_AT_A_TIME = 1024  # of a K x K matrix, where the crops are the thousands of tiles of a whole image
 
 
 class GlassModel(nn.Module):
@@ -64,9 +65,13 @@ class GlassModel(nn.Module):
 
         The attention of the other crops sums to one again; with one crop alone the row is NaN.
         """
-        K = len(crop_features)
-        attention_scores = self.attention(crop_features).squeeze(-1).expand(K, K)
-        left_out = torch.eye(K, dtype=torch.bool, device=attention_scores.device)
-        attention_weights = attention_scores.masked_fill(left_out, -torch.inf).softmax(dim=1)  # (K, K)
-        local_features = attention_weights @ crop_features  # (K, D)
-        return self.classifier(torch.cat([global_features.expand(K, -1), local_features], dim=1))
+        K, logits = len(crop_features), []
+        all_crops = torch.arange(K, device=crop_features.device)
+        attention_scores = self.attention(crop_features).squeeze(-1)  # (K,)
+        for crops in all_crops.split(ROWS_AT_A_TIME):
+            left_out = crops[:, None] == all_crops  # (rows, K)
+            attention_weights = attention_scores.expand(len(crops), K).masked_fill(left_out, -torch.inf).softmax(dim=1)
+            local_features = attention_weights @ crop_features  # (rows, D)
+            both = [global_features.expand(len(crops), -1), local_features]
+            logits.append(self.classifier(torch.cat(both, dim=1)))
+        return torch.cat(logits)

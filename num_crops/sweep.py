@@ -9,7 +9,7 @@ from data.index import Index
 from data.loaders import build_loader
 from models.build import build_model
 from training.checkpoints import Checkpoint
-from training.cost import Cost, cost_settings, measure_cost
+from training.cost import Cost, cost_settings, measure_cost, read_costs
 from training.loop import build_trainer
 from training.metrics import fit_line
 from training.runtime import build_runtime
@@ -18,7 +18,6 @@ from utils import (
     add_restart,
     check_same_ground,
     preset_folder,
-    read_csv,
     run_door,
     run_facts,
     seed_everything,
@@ -61,7 +60,7 @@ def sweep(preset: Preset, experiment: GlassExperiment, restart: bool = False) ->
     if restart:
         set_aside(preset, folder)
     with stop_signals() as stop, sole_process(folder):
-        costs = _read_costs(folder / "costs.csv")
+        costs = read_costs(folder / "costs.csv")
         to_do = [num_crops for num_crops in study.crop_counts if num_crops not in costs]
         for num_crops in costs:
             _checkpoint(preset, folder, num_crops).remove()  # a kill may have come between the two
@@ -109,16 +108,3 @@ def _measure(
     train_loader = build_loader(preset, experiment, index, splits.train, training_seed=seed)
     valid_loader = build_loader(preset, experiment, index, splits.valid)
     return measure_cost(trainer, train_loader, valid_loader, preset.num_crops, checkpoint, stop)
-
-
-def _read_costs(path: Path) -> dict[int, Cost]:
-    if not path.exists():
-        return {}
-    return {
-        int(row["num_crops"]): Cost(
-            float(row["peak_memory_mb"]),
-            float(row["epoch_seconds"]),
-            float(row["valid_accuracy"]) if row["valid_accuracy"] else None,
-        )
-        for row in read_csv(path)
-    }

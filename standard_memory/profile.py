@@ -7,14 +7,14 @@ from data.datasets import load_splits
 from data.loaders import build_loader
 from models.build import build_model
 from training.checkpoints import Checkpoint
-from training.cost import Cost, cost_settings, measure_cost
+from training.cost import Cost, cost_settings, measure_cost, read_costs
 from training.loop import build_trainer
 from training.runtime import build_runtime
 from utils import (
     add_restart,
     check_same_ground,
     preset_folder,
-    read_csv,
+    reading,
     run_door,
     run_facts,
     seed_everything,
@@ -69,9 +69,10 @@ def profile(preset: Preset, experiment: StandardExperiment, restart: bool = Fals
             columns = ("num_crops", *(field.name for field in fields(Cost)))
             write_csv(folder / "costs.csv", columns, [("", *astuple(cost))])
             checkpoint.remove()
-    row = read_csv(folder / "costs.csv")[0]
-    accuracy = f", best validation accuracy {float(row['valid_accuracy']):.2%}" if row["valid_accuracy"] else ""
+    with reading(folder / "costs.csv"):
+        cost = read_costs(folder / "costs.csv")[None]
+    accuracy = "" if cost.valid_accuracy is None else f", best validation accuracy {cost.valid_accuracy:.2%}"
     print(
-        f"{experiment.name}: {float(row['peak_memory_mb']):.1f} MB, {float(row['epoch_seconds']):.2f} s an epoch"
+        f"{experiment.name}: {cost.peak_memory_mb:.1f} MB, {cost.epoch_seconds:.2f} s an epoch"
         f"{' (extrapolated)' if study.quick else ''}{accuracy}"
     )

@@ -4,7 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 import config
 from config import NumCrops, Preset, StandardMemory, Training, Tuning
+from utils import read_json, sha256_of, write_json
 
 REPOSITORY = Path(__file__).parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -98,6 +100,20 @@ def copy_index(source: Path, results: Path) -> Path:
     """`results`, made a results root of its own with the index of `source`."""
     shutil.copytree(source / "demo" / "dataset", results / "demo" / "dataset")
     return results
+
+
+@contextmanager
+def edited_index(results: Path, change: Callable[[str], str]) -> Iterator[None]:
+    """In the block, the index under `results` is another, and vouched for as if preprocessing had written it."""
+    index, statistics = (results / "demo" / "dataset" / name for name in ("index.csv", "statistics.json"))
+    before = [(path, path.read_bytes()) for path in (index, statistics)]
+    try:
+        index.write_text(change(index.read_text()))
+        write_json(statistics, read_json(statistics) | {"index_sha256": sha256_of(index)})
+        yield
+    finally:
+        for path, content in before:
+            path.write_bytes(content)
 
 
 @pytest.fixture(scope="session")

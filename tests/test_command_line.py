@@ -23,6 +23,7 @@ from utils import (
     parse_command_line,
     read_csv,
     read_json,
+    reading,
     replacing,
     run_door,
     run_facts,
@@ -274,8 +275,20 @@ def test_json_has_null_for_what_is_not_finite(tmp_path: Path) -> None:
 
 def test_damaged_json_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"settings": ')
-    with pytest.raises(UserError, match=r"run\.json cannot be read .*: delete it"):
+    with pytest.raises(UserError, match=r"run\.json does not hold what .*: move it away"):
         read_json(tmp_path / "run.json")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "5", '{"test": {}}', '{"test": {"n": "x"}}', "[" * 9999, "\udcff"])
+def test_json_of_another_content_is_one_sentence_too(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "metrics.json"
+    write_text(path, content)
+    with (
+        pytest.raises(UserError, match=r"metrics\.json does not hold what .*: run that$") as refusal,
+        reading(path, "run that"),
+    ):
+        float(read_json(path, "run that")["test"]["n"])
+    assert "\n" not in str(refusal.value)
 
 
 def test_csv_keeps_every_digit_and_every_character(tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from PIL import Image, PngImagePlugin
 from sklearn.metrics import roc_auc_score
 
 from data.audit_files import audit_file
-from data.data_audit import groups_of, listed
+from data.data_audit import groups_of
 from data.duplicates import near_duplicates
 from data.header_classifier import FEATURES, auc, audit_headers
 from data.headers import Header, read_header
 from data.images import UnreadableImage, open_image
-from data.index import list_images
+from data.index import list_images, read_list
 from data.matching import match_pairs
 from tests.conftest import run_module
 from utils import UserError, read_csv
@@ -296,17 +296,17 @@ def test_what_is_listed_is_audited_and_shows_no_leak(audited: tuple[Path, Path, 
 
 def test_bad_input_gives_one_sentence(audited: tuple[Path, Path, str], tmp_path: Path) -> None:
     root, _, _ = audited
-    files, table = list_images(root), tmp_path / "list.csv"
+    known, table = [name for name, _ in list_images(root)], tmp_path / "list.csv"
     for text, sentence in (
-        ("path\nfake/nowhere.jpg\n", "names fake/nowhere.jpg, which the data root does not have"),
-        ("file\nfake/fake_00.jpg\n", "has no rows with a column path"),
-        ("path\n", "has no rows"),
+        ("path\nfake/nowhere.jpg\n", "lists fake/nowhere.jpg, which is no image of"),
+        ("file\nfake/fake_00.jpg\n", "has no column path: it has file"),
+        ("path\n", "has a heading and no rows"),
     ):
         table.write_text(text)
         with pytest.raises(UserError, match=sentence):
-            listed(files, table)
+            read_list(str(table), root, known)
     with pytest.raises(UserError, match="cannot be read"):
-        listed(files, tmp_path / "none.csv")
+        read_list(str(tmp_path / "none.csv"), root, known)
     places = ("--data-root", root, "--results-root", tmp_path)
     assert "never written to" in refusal(*places, "--match", root / "out.csv")
     with pytest.raises(UserError, match="4 images in the smaller class are too few"):

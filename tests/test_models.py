@@ -1,6 +1,7 @@
 """The six models are the author's: names, sizes and numbers."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torchvision.models import resnet50
+from torchvision.models import ResNet50_Weights, resnet18, resnet50
 
 import config
 from config import GlassExperiment, StandardExperiment
@@ -160,20 +161,52 @@ class Harmful:
         return (Path.touch, (self.path,))
 
 
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        (lambda folder: {"weight": Harmful(folder / "ran")}, "cannot be loaded safely|not a weights file"),
-        (lambda folder: {"epoch": 3}, "something else than a state dict"),
-        (lambda folder: {"conv1.weight": torch.zeros(1)}, "does not hold the weights of backbone resnet"),
-    ],
-)
-def test_weights_of_another_kind_are_refused_and_never_run(tmp_path: Path, content: object, sentence: str) -> None:
-    torch.save(content(tmp_path), tmp_path / "weights.pth")
-    settings = replace(config.PAPER.settings, weights_files=(f"resnet={tmp_path / 'weights.pth'}",))
+NOT_SAFE = r"is not a weights file that can be loaded safely \((?!.*This file can still be loaded)"
+NOT_PLAIN, NOT_ITS = "something else than a state dict", "does not hold the weights of backbone resnet"
+UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {  # what torch.save is given, in this folder; the sentence
+    "a bomb": (lambda folder: {"weight": Harmful(folder / "ran")}, NOT_SAFE),
+    "a module": (lambda folder: nn.Linear(2, 2), NOT_SAFE),
+    "a number": (lambda folder: {"epoch": 3}, NOT_PLAIN),
+    "a key that is a number": (lambda folder: {0: torch.zeros(1)}, NOT_PLAIN),
+    "keys of two kinds": (lambda folder: {0: torch.zeros(1), "z": torch.zeros(1)}, NOT_PLAIN),
+    "a sparse tensor": (lambda folder: {"conv1.weight": torch.zeros(64, 3, 7, 7).to_sparse()}, NOT_PLAIN),
+    "a tensor without numbers": (lambda folder: {"conv1.weight": torch.zeros(64, 3, 7, 7, device="meta")}, NOT_PLAIN),
+    "too little": (lambda folder: {"conv1.weight": torch.zeros(1)}, NOT_ITS),
+    "another network": (lambda folder: resnet18().state_dict(), NOT_ITS),
+}
+
+
+@pytest.mark.parametrize("content", UNFIT)
+@pytest.mark.parametrize("downloaded", [False, True])
+def test_weights_of_another_kind_are_refused_and_never_run(
+    downloaded: bool, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, sentence = UNFIT[content]
+    settings = settings_with_weights(tmp_path, monkeypatch, downloaded, lambda file: torch.save(make(tmp_path), file))
     with pytest.raises(UserError, match=sentence):
         build_model(resnet_experiment("resnet"), settings)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"<!doctype html><title>404</title>"])
+@pytest.mark.parametrize("downloaded", [False, True])
+def test_a_file_that_holds_no_weights_is_one_sentence(
+    downloaded: bool, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_with_weights(tmp_path, monkeypatch, downloaded, lambda file: file.write_bytes(content))
+    with pytest.raises(UserError, match=NOT_SAFE):
+        build_model(resnet_experiment("resnet"), settings)
+
+
+def settings_with_weights(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, downloaded: bool, write: Callable[[Path], object]
+) -> config.Settings:
+    """Settings with a weights file: the user's own, or where torchvision keeps what it has downloaded."""
+    monkeypatch.setenv("TORCH_HOME", str(folder))
+    file = folder / "hub" / "checkpoints" / Path(ResNet50_Weights.IMAGENET1K_V1.url).name
+    file.parent.mkdir(parents=True)
+    write(file)
+    return config.PAPER.settings if downloaded else replace(config.PAPER.settings, weights_files=(f"resnet={file}",))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,10 @@
 """One's own images: the detector, predict, evaluate and robustness, through the real doors at toy size."""
 
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +17,10 @@ from data.images import read_image
 from data.perturbations import GRID, perturbation
 from data.pictures import Picture, find_images, read_pictures
 from model_training.detector import load_detector
-from tests.conftest import TOY_FLAGS, copy_index, run_module, succeed
+from model_training.predict import predict
+from tests.conftest import ENVIRONMENT, REPOSITORY, TOY_FLAGS, copy_index, run_module, succeed
 from training.checkpoints import read_about, save_model
-from utils import UserError, read_csv, read_json
+from utils import UserError, load_preset, read_csv, read_json
 
 SAME = 1e-5  # logits; what the order of sums may change
 
@@ -25,6 +30,7 @@ def results(toy_data: Path, indexed: Path, tmp_path_factory: pytest.TempPathFact
     """A results root with a GLASS model of two seeds and a standard model of one, a batch of training each."""
     root = copy_index(indexed, tmp_path_factory.mktemp("own") / "results")
     flags = (*TOY_FLAGS, "--data-root", toy_data, "--results-root", root, "--epochs", "1")
+    flags += ("--final-valid-fraction", "0.4")  # enough of both classes to calibrate by
     succeed("model_training.glass_resnet_training", *flags, "--seeds", "1", "2")
     succeed("model_training.standard_resnet_training", *flags, "--seeds", "1")
     return root
@@ -113,6 +119,16 @@ def test_the_calibration_in_the_metadata_is_that_of_the_metrics(results: Path) -
     assert weights(results).with_name("reliability.png").exists()
 
 
+def test_the_tables_hold_the_calibrated_metrics_of_all_seeds(results: Path) -> None:
+    succeed("model_training.results_tables", "--preset", "demo", "--results-root", results, "--seeds", "1", "2")
+    rows = {row["model"]: row for row in read_csv(results / "demo" / "tables" / "calibrated_metrics.csv")}
+    of_seeds = [read_json(weights(results, seed=seed).with_name("metrics.json"))["test_calibrated"] for seed in (1, 2)]
+    row = rows["glass_resnet"]
+    assert (row["n"], rows["standard_resnet"]["n"]) == ("2", "1")
+    assert float(row["nll_mean"]) == pytest.approx(np.mean([of_seed["nll"] for of_seed in of_seeds]))
+    assert float(row["auc_std"]) == pytest.approx(100 * np.std([of_seed["auc"] for of_seed in of_seeds], ddof=1))
+
+
 def test_weights_that_say_nothing_of_their_model_are_refused(results: Path, tmp_path: Path) -> None:
     detector, path = load_detector(weights(results), device="cpu"), tmp_path / "w.safetensors"
     about = detector.about
@@ -132,6 +148,19 @@ def test_weights_that_say_nothing_of_their_model_are_refused(results: Path, tmp_
     path.write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"w\.safetensors is not a weights file of this project"):
         load_detector(path, device="cpu")
+
+
+def test_outputs_that_are_no_numbers_are_no_answer(results: Path, toy_data: Path, tmp_path: Path) -> None:
+    detector = load_detector(weights(results, "standard_resnet"), device="cpu")
+    state = detector.model.state_dict()
+    for name in state:
+        if name.endswith("running_mean"):
+            state[name].fill_(-3e38)
+    save_model(tmp_path / "w.safetensors", detector.model, read_about(weights(results, "standard_resnet")))
+    flags = ("--weights", tmp_path / "w.safetensors", "--device", "cpu", "--output", tmp_path / "p.csv")
+    done = run_module("model_training.predict", *flags, toy_data)
+    assert done.returncode == 2 and not (tmp_path / "p.csv").exists()
+    assert "error: standard_resnet gives outputs that are infinite or not a number" in done.stderr.splitlines()[-1]
 
 
 # --------------------------------------------------------------------------------------------------- predict
@@ -167,20 +196,19 @@ def test_predict_repeats_draws_and_takes_a_band(results: Path, toy_data: Path, t
     assert all(float(row["standard_deviation"]) > 0 and float(row["flips"]) == 0 for row in rows)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["nothing.jpg"], "nothing.jpg does not exist: name files, folders, patterns or FILE.csv:COLUMN"),
-        (["*.nothing"], "*.nothing holds no image file"),
-        (["README.md", "--draws", "0"], "--draws 0: it must be at least 1"),
-        (["README.md", "--band", "0.9", "0.1"], "--band 0.9 0.1: expected two probabilities, the smaller first"),
-        (["README.md", "--chunk-size", "0"], "chunk_size = 0: both must be at least 1"),
-        (["README.md", "--epochs", "3"], "unknown argument --epochs"),
-    ],
-)
-def test_predict_says_what_is_wrong_with_its_arguments(results: Path, arguments: list[str], sentence: str) -> None:
-    done = run_module("model_training.predict", "--weights", weights(results), "--device", "cpu", *arguments)
-    assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
+def test_predict_says_what_is_wrong_with_its_arguments(results: Path) -> None:
+    preset, path = load_preset("demo"), weights(results)
+    for paths, how, sentence in (
+        (["nothing.jpg"], {}, "nothing.jpg does not exist: name files, folders, patterns or FILE.csv:COLUMN"),
+        (["*.nothing"], {}, "*.nothing holds no image file"),
+        (["README.md"], {"draws": 0}, "--draws 0: it must be at least 1"),
+        (["README.md"], {"band": (0.9, 0.1)}, "--band 0.9 0.1: expected two probabilities, the smaller first"),
+        (["README.md"], {"chunk_size": 0}, "chunk_size = 0: both must be at least 1"),
+    ):
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            predict(preset, path, paths, Path("p.csv"), **how)
+    done = run_module("model_training.predict", "--weights", path, "README.md", "--epochs", "3")
+    assert done.returncode == 2 and "unknown argument --epochs" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_file_that_gives_no_image_is_an_answer_of_its_own(tmp_path: Path, toy_data: Path) -> None:
@@ -246,23 +274,26 @@ def test_evaluate_has_a_row_for_all_and_for_each_generator(results: Path, by_gen
         assert (folder / name).stat().st_size > 500
 
 
-def test_an_evaluation_that_was_killed_goes_on_where_it_was(results: Path, by_generator: Path, tmp_path: Path) -> None:
+def test_an_evaluation_that_was_killed_goes_on_where_it_was(results: Path, by_generator: Path) -> None:
     flags = ("--weights", weights(results), "--name", "again")
     evaluation("evaluate", results, by_generator, *flags)
-    table = (results / "demo" / "evaluation" / "again" / "evaluation.csv").read_bytes()
     file = max((results / "demo" / "scores").glob("*.csv"), key=lambda path: path.stat().st_mtime_ns)
     whole = read_csv(file)
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:20]) + lines[20][:25])  # cut within a row
     evaluation("evaluate", results, by_generator, *flags)
-    assert (results / "demo" / "evaluation" / "again" / "evaluation.csv").read_bytes() == table
-    again = {(row["path"], row["perturbation"]): row for row in read_csv(file)}
-    native = [row for row in whole if row["perturbation"] == "native"]
-    assert all(again[row["path"], "native"] == row for row in native) and len(native) == 41
+    again = {row["path"]: row for row in read_csv(file) if row["perturbation"] == "native"}
+    native = {row["path"]: row for row in whole if row["perturbation"] == "native"}
+    assert len(native) == 41 and again.keys() == native.keys()
+    kept = [line.split(",")[0] for line in lines[1:20] if ",native," in line]
+    assert kept and all(again[path] == native[path] for path in kept)
+    for path, row in native.items():  # the others were batched otherwise
+        scores = [float(of["probability_fake"]) for of in (row, again[path])]
+        assert scores[0] == pytest.approx(scores[1], abs=SAME, nan_ok=True)
 
 
-def test_robustness_has_a_row_for_each_perturbation_and_native_is_that_of_evaluate(
-    results: Path, toy_data: Path, tmp_path: Path
+def test_robustness_has_a_row_for_each_perturbation_and_native_is_that_of_the_test(
+    results: Path, toy_data: Path
 ) -> None:
     both = ("--weights", weights(results), weights(results, "standard_resnet"))
     test_split = ("--data-list", weights(results).with_name("predictions.csv"))
@@ -300,3 +331,34 @@ def test_perturbations_do_what_their_names_say() -> None:
     for name in ("jpeg_0", "jpeg_75.5", "jpeg", "rescale_2", "sepia_1"):
         with pytest.raises(UserError, match=f"there is no perturbation {name}"):
             perturbation(name)
+
+
+# ---------------------------------------------------------------------------------------------------- README
+def test_the_commands_of_the_readme_do_what_it_says(results: Path, toy_data: Path, tmp_path: Path) -> None:
+    """Its section on one's own images, as it stands there, in a folder that looks like the one after `make demo`."""
+    section = (REPOSITORY / "README.md").read_text().partition("## On your own images\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    commands, programs = ([text for kind, text in blocks if kind == wanted] for wanted in ("", "python"))
+    assert len(commands) == 5 and len(programs) == 1
+    shutil.copytree(toy_data, tmp_path / "datasets" / "demo")
+    shutil.copy(toy_data / "fake" / "0000.png", tmp_path / "datasets" / "demo" / "fake" / "0001.png")
+    for name in ("glass_resnet", "standard_resnet"):
+        shutil.copytree(weights(results, name).parent, tmp_path / "results" / "demo" / name / "seed_100")
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(
+        ["bash", "-e", "-c", "\n".join(commands)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(read_csv(tmp_path / "predictions.csv")) == 2  # of the last predict: a pattern of two files
+    for written in (
+        *("evaluation/demo/evaluation.md", "evaluation/demo/formats.tex", "robustness/demo/robustness.png"),
+        "dataset/audit/audit.json",
+    ):
+        assert (tmp_path / "results" / "demo" / written).stat().st_size > 100
+    assert "0001.png" in (tmp_path / "evidence" / "index.html").read_text()
+    shutil.copy(toy_data / "fake" / "0000.png", tmp_path / "photo.jpg")
+    code = subprocess.run(
+        [sys.executable, "-c", programs[0]], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert code.returncode == 0 and 0 <= float(code.stdout) <= 1, code.stderr

@@ -5,11 +5,13 @@ import csv
 import io
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from data.images import read_image
 from data.index import ImageRecord, Index, list_images, read_index
 from data.report import moments
 from tests.conftest import start_module, workers_of
-from utils import UserError
+from utils import UserError, write_json, write_text
 
 REPOSITORY = Path(__file__).parents[1]
 RNG = np.random.default_rng(606)
@@ -131,6 +133,41 @@ def test_the_index_lists_every_image_file_in_order(checked: Checked) -> None:
     assert checked.statistics()["fingerprint"] == index.fingerprint
 
 
+def without_rows(text: str) -> str:
+    return "".join(text.splitlines(keepends=True)[:-4])
+
+
+DAMAGES = {  # what happens to a file of the index, and what is said of it
+    "index.csv": [without_rows, lambda text: text[:-30], lambda text: text.replace("PNG", "GIF", 1), lambda text: ""],
+    "statistics.json": [lambda text, new=new: new for new in ("{}", "[]", '{"data_root": 5}', "{", "")],
+}
+
+
+@pytest.mark.parametrize(("file", "damage"), [(file, damage) for file in DAMAGES for damage in DAMAGES[file]])
+def test_a_damaged_index_is_one_sentence_with_the_command_that_mends_it(
+    file: str, damage: Callable[[str], str], checked: Checked, tmp_path: Path
+) -> None:
+    shutil.copytree(checked.dataset, tmp_path / "paper" / "dataset")
+    settings = replace(config.PAPER.settings, data_root=checked.root, results_root=tmp_path)
+    preset, path = replace(config.PAPER, settings=settings), tmp_path / "paper" / "dataset" / file
+    assert read_index(preset) == checked.index()
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as text:
+        write_text(path, damage(text.read()))
+    with pytest.raises(UserError, match=rf"{file} .*: run python -m data\.data_preprocess --preset paper") as refusal:
+        read_index(preset)
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_index_without_its_digest_is_of_an_earlier_version(checked: Checked, tmp_path: Path) -> None:
+    shutil.copytree(checked.dataset, tmp_path / "paper" / "dataset")
+    statistics = checked.statistics()
+    del statistics["index_sha256"]
+    write_json(tmp_path / "paper" / "dataset" / "statistics.json", statistics)
+    settings = replace(config.PAPER.settings, data_root=checked.root, results_root=tmp_path)
+    with pytest.raises(UserError, match=r"by an earlier version: run python -m data\.data_preprocess"):
+        read_index(replace(config.PAPER, settings=settings))
+
+
 def test_mean_and_deviation_are_those_of_the_pixels(checked: Checked) -> None:
     statistics = checked.statistics()
     for label, measured in ((0, statistics["classes"]["fake"]), (1, statistics["classes"]["real"]), (None, statistics)):
@@ -235,6 +272,18 @@ def test_a_results_root_that_cannot_be_made_is_said_before_any_checking(tmp_path
     (tmp_path / "file").write_text("in the way")
     done = door("--data-root", root, "--results-root", tmp_path / "file")
     assert done.returncode == 2 and "--results-root" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_disk_that_is_full_is_one_sentence_that_names_the_file(tmp_path: Path) -> None:
+    root = one_image_a_class(tmp_path / "images")
+    for number in range(20):
+        (root / "real" / f"{number}.jpg").symlink_to("a.jpg")
+    arguments = ("--data-root", root, "--results-root", tmp_path / "results", "--num-workers", 0)
+    done = door(*arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)))
+    index = tmp_path / "results" / "paper" / "dataset" / "index.csv"
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"error: {index} cannot be written (") and "make room" in done.stderr
+    assert list(index.parent.iterdir()) == []
 
 
 def test_memory_that_runs_out_is_not_blamed_on_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,19 +13,24 @@ import time
 import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 
 import config
 from config import Preset
 from data.data_preprocess import preprocess
+from data.datasets import load_splits
 from data.images import read_image
-from data.index import list_images, read_index
+from data.index import list_files, list_images, read_index
+from data.loaders import build_loader
 from models.build import build_model
 from tests.campaigns import kills, mutated_images
 from tests.conftest import (
@@ -38,7 +43,8 @@ from tests.conftest import (
     succeed,
     workers_of,
 )
-from training.checkpoints import load_model, save_model
+from training.checkpoints import Checkpoint, load_model, save_model
+from training.loop import Trainer, build_trainer, fit
 from utils import STOPPED, UserError, find_experiment, read_json, sole_process, stop_signals
 
 TRAINING = "model_training.standard_resnet_training"
@@ -252,7 +258,7 @@ def test_a_stopped_training_does_not_go_on_on_other_ground(stopped: Path, toy_da
     run.unlink()
     done = run_module(TRAINING, *flags(toy_data, stopped, "--label-smoothing", "0.2"))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"{run.parent} has no run.json that can be read" in done.stderr and "pass --restart" in done.stderr
+    assert f"{run} does not hold" in done.stderr and "pass --restart" in done.stderr
 
 
 def test_a_sweep_that_was_stopped_in_its_first_crop_count_does_not_go_on_on_other_ground(
@@ -286,14 +292,82 @@ def test_restart_keeps_what_was_begun_and_begins_anew(
     assert kills.training_state(stopped) == uninterrupted
 
 
-def test_a_damaged_checkpoint_is_named(stopped: Path, toy_data: Path, uninterrupted: kills.State) -> None:
+def edited(change: Callable[[dict], object]) -> Callable[[Path], object]:
+    def edit(path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        change(state)
+        torch.save(state, path)
+
+    return edit
+
+
+def first_moments(state: dict) -> dict[str, torch.Tensor]:
+    return next(iter(state["optimizer"]["state"].values()))
+
+
+DAMAGES = {
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 100),
+    "cut to nothing": lambda path: os.truncate(path, 0),
+    "text": lambda path: path.write_bytes(b"no checkpoint"),
+    "another end": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
+    "a tensor": lambda path: torch.save(torch.zeros(3), path),
+    "a number": lambda path: torch.save(5, path),
+    "no progress": edited(lambda state: state.update(progress={})),
+    "an empty epoch": edited(lambda state: state["progress"].update(history=[{}])),
+    "another optimizer": edited(lambda state: state.update(optimizer=5)),
+    "another shape": edited(lambda state: first_moments(state).update(exp_avg=torch.zeros(2))),
+    "a word for a number": edited(lambda state: state["scheduler"].update(last_epoch="x")),
+    "another learning rate": edited(lambda state: state["optimizer"]["param_groups"][0].update(lr=0.7)),
+    "epochs that were not": edited(lambda state: state["progress"].update(history=state["progress"]["history"] * 40)),
+}
+
+
+@pytest.fixture(scope="module")
+def saved_state(module_preset: Preset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Path]:
+    """A training, and its checkpoint after an epoch."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "standard_resnet" / "seed_1"
+    experiment = replace(find_experiment(module_preset, "standard_resnet"), backbone="timm:test_convnext", batch_size=8)
+    index, splits = load_splits(module_preset)
+    trainer = build_trainer(build_model(experiment, module_preset.settings), experiment, module_preset.settings, 1)
+    loaders = (build_loader(module_preset, experiment, index, rows, 1) for rows in (splits.train, splits.valid))
+    fit(trainer, *loaders, 1, checkpoint=Checkpoint(folder / "checkpoint.pt"))
+    return trainer, folder / "checkpoint.pt"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named(damage: str, saved_state: tuple[Trainer, Path], tmp_path: Path) -> None:
+    trainer, sound = saved_state
+    path = shutil.copytree(sound.parents[1], tmp_path / "standard_resnet") / "seed_1" / "checkpoint.pt"
+    assert len(Checkpoint(path).history()) == Checkpoint(path).load(trainer).epoch == 1
+    DAMAGES[damage](path)
+    for read in (lambda checkpoint: checkpoint.load(trainer), Checkpoint.history):
+        with pytest.raises(UserError, match=r"checkpoint\.pt cannot be gone on from \(it is not what was saved"):
+            read(Checkpoint(path))
+
+
+def test_a_checkpoint_of_another_place_or_model_is_refused(saved_state: tuple[Trainer, Path], tmp_path: Path) -> None:
+    trainer, sound = saved_state
+    for elsewhere in ("seed_1/trial_2.pt", "seed_2/checkpoint.pt"):
+        path = tmp_path / "standard_resnet" / elsewhere
+        path.parent.mkdir(parents=True)
+        shutil.copy(sound, path)
+        with pytest.raises(UserError, match="it is not what was saved there: damaged, edited, copied"):
+            Checkpoint(path).load(trainer)
+    other = replace(trainer, model=nn.Linear(2, 2))
+    with pytest.raises(UserError, match=r"cannot be gone on from .*state_dict"):
+        Checkpoint(sound).load(other)
+
+
+def test_a_training_with_a_damaged_checkpoint_begins_anew_without_it(
+    stopped: Path, toy_data: Path, uninterrupted: kills.State
+) -> None:
     path = seed_folder(stopped) / "checkpoint.pt"
-    for damage in (path.read_bytes()[:-100], b"no checkpoint"):
-        path.write_bytes(damage)
-        done = run_module(TRAINING, *flags(toy_data, stopped))
-        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-        assert f"{path} cannot be gone on from" in done.stderr and "--restart" in done.stderr
-    succeed(TRAINING, *flags(toy_data, stopped, "--restart"))
+    path.write_bytes(path.read_bytes()[:-100])
+    done = run_module(TRAINING, *flags(toy_data, stopped))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert f"{path} cannot be gone on from" in done.stderr and "delete it" in done.stderr and "--restart" in done.stderr
+    path.unlink()
+    succeed(TRAINING, *flags(toy_data, stopped))
     assert kills.training_state(stopped) == uninterrupted
 
 
@@ -306,13 +380,25 @@ class _Bomb:
         return os.mkdir, (str(self.target),)
 
 
-def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(stopped: Path, toy_data: Path) -> None:
-    target = stopped / "the code ran"
-    torch.save({"model": _Bomb(target)}, seed_folder(stopped) / "checkpoint.pt")
-    done = run_module(TRAINING, *flags(toy_data, stopped))
-    assert done.returncode == 2 and "cannot be gone on from" in done.stderr
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(
+    saved_state: tuple[Trainer, Path], tmp_path: Path
+) -> None:
+    path, target = tmp_path / "standard_resnet" / "seed_1" / "checkpoint.pt", tmp_path / "the code ran"
+
+    class Hostile(Checkpoint):
+        """Writes the right digest of the wrong things."""
+
+        def hide(self) -> None:
+            path.parent.mkdir(parents=True)
+            torch.save({"model": _Bomb(target)}, path)
+            with open(path, "r+b") as file:
+                file.write(self._digest(file, path.stat().st_size))
+
+    Hostile(path).hide()
+    with pytest.raises(UserError, match=r"cannot be gone on from \(it holds something else than tensors"):
+        Checkpoint(path).load(saved_state[0])
     assert not target.exists()
-    torch.load(seed_folder(stopped) / "checkpoint.pt", weights_only=False)  # it is no dud
+    torch.load(path, weights_only=False)  # it is no dud
     assert target.exists()
 
 
@@ -325,6 +411,41 @@ def test_links_back_to_a_folder_above_are_not_followed_for_ever(tmp_path: Path) 
     (tmp_path / "real" / "again").symlink_to(tmp_path / "real" / "deep")  # a second way, not a loop
     names = [name for name, _ in list_images(tmp_path)]
     assert names == ["fake/deep/a.jpg", "real/again/a.jpg", "real/deep/a.jpg"]
+
+
+def test_folders_that_link_to_each_other_are_a_sentence_and_no_endless_walk(tmp_path: Path) -> None:
+    folders = [tmp_path / "fake" / f"{number:02d}" for number in range(12)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "a.jpg").write_bytes(b"x")
+    for folder in folders[:4]:
+        for other in folders[:4]:
+            (folder / f"to_{other.name}").symlink_to(other)
+    # from a folder to any of the others, in each order: 1 + 3 + 3 * 2 + 3 * 2 * 1 ways from each of four
+    assert len(list_files(tmp_path, "fake")) == 4 * 16 + 8
+    for folder in folders[4:]:
+        for other in folders:
+            (folder / f"to_{other.name}").symlink_to(other)
+    with pytest.raises(UserError, match="can be reached over links in more than 100 ways: remove some of them"):
+        list_files(tmp_path, "fake")
+
+
+def test_folders_nested_deeper_than_calls_can_be_are_listed(tmp_path: Path) -> None:
+    below = "/d" * 400
+    folders = [f"{tmp_path}/fake{below[:end]}" for end in range(0, len(below) + 1, 2)]
+    for folder in folders:
+        os.mkdir(folder)
+    Path(folders[-1], "a.jpg").write_bytes(b"x")
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(300)
+    try:
+        names = list_files(tmp_path, "fake")
+    finally:
+        sys.setrecursionlimit(limit)
+    Path(folders[-1], "a.jpg").unlink()
+    for folder in reversed(folders):  # what pytest clears away with goes by calls
+        os.rmdir(folder)
+    assert names == [f"fake{below}/a.jpg"]
 
 
 def test_pipes_and_devices_are_not_opened(toy_data: Path, tmp_path: Path) -> None:
@@ -447,6 +568,10 @@ WEIGHTS = {
         altered(lambda s: s.update({HEAD: s[HEAD].half()})),
         rf"{HEAD} is torch.float16, expected torch.float32",
     ),
+    "a negative variance": (
+        altered(lambda s: s["0.bn1.running_var"][0].fill_(-1)),
+        r"0\.bn1\.running_var has variances below zero",
+    ),
     "a NaN": (altered(lambda s: s[HEAD][0].fill_(math.nan)), rf"{HEAD} has values that are infinite or not a number"),
 }
 
@@ -460,10 +585,27 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(
     save_model(tmp_path / "model.safetensors", model, {})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert load_model(tmp_path / "model.safetensors", model) == {}
-    save_file(change({name: tensor.clone() for name, tensor in before.items()}), tmp_path / "model.safetensors")
+    changed = change({name: tensor.clone() for name, tensor in before.items()})
+    save_file(changed, tmp_path / "model.safetensors", metadata={"about": "{}"})
     with pytest.raises(UserError, match=reason):
         load_model(tmp_path / "model.safetensors", model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_outputs_that_are_no_numbers_are_not_believed(toy_data: Path, indexed: Path, tmp_path: Path) -> None:
+    """What batch normalisation remembers counts in evaluation alone: training goes well, and validation cannot."""
+    results, file = copy_index(indexed, tmp_path), tmp_path / "weights.safetensors"
+    weights = timm.create_model("resnet10t").state_dict()
+    for name in weights:
+        if name.endswith("running_mean"):
+            weights[name].fill_(-3e38)
+    save_file(weights, file)
+    arguments = flags(toy_data, results, "--weights-files", f"timm:resnet10t={file}")
+    for _ in range(2):
+        done = run_module(TRAINING, *arguments)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "outputs are infinite or not a number for 3 of 3 images (fake/" in done.stderr
+    assert not (seed_folder(results) / "history.csv").exists()
 
 
 def test_a_weights_file_that_would_run_code_is_refused_and_runs_none(

@@ -1,7 +1,11 @@
 """Result files -> the paper's tables and figures: the numbers are right, and what is missing is named."""
 
+import contextlib
 import csv
 import json
+import os
+import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -272,6 +276,54 @@ def test_a_broken_study_is_one_sentence_and_stays_as_it_is(preset: Preset, conte
     with pytest.raises(UserError, match=r"study\.db cannot be read"):
         write_tables(preset)
     assert path.read_bytes() == content
+
+
+IMPOSSIBLE = dict.fromkeys(METRICS, 0.5) | {"accuracy": 12345}
+DAMAGED = {
+    "glass_vit/seed_100/history.csv": ["epoch\n1\n", "epoch,train_loss\n1\n", "epoch\n" + 200_000 * "1" + "\n"],
+    "glass_vit/seed_100/run.json": ["", "{}", "[]", "5", '{"settings": 5}'],
+    "glass_vit/seed_100/metrics.json": ["", "{}", "[]", '{"test": {}}', json.dumps({"test": IMPOSSIBLE})],
+    "num_crops/glass_vit/full/costs.csv": ["num_crops\n1\n", "num_crops,peak_memory_mb\n1\n", "a,b\nx,y\n"],
+    "num_crops/glass_vit/full/run.json": ["{}", "[]"],
+}
+
+
+@pytest.mark.parametrize(("file", "content"), [(file, content) for file in DAMAGED for content in DAMAGED[file]])
+def test_a_damaged_result_is_one_sentence_that_names_it(preset: Preset, file: str, content: str) -> None:
+    write_run(preset, "glass_vit", 100, 0.9)
+    write_costs(preset, "num_crops", "glass_vit", "full", "cuda_max_memory_allocated", [(1, 2.0, 3.0, 0.9)])
+    write_tables(preset)
+    (home(preset) / file).write_text(content)
+    with pytest.raises(UserError, match=f"{file} does not hold what this project writes there") as refusal:
+        write_tables(preset)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_run_that_was_copied_under_another_seed_does_not_count_twice(preset: Preset) -> None:
+    write_run(preset, "glass_vit", 100, 0.9)
+    shutil.copytree(home(preset) / "glass_vit" / "seed_100", home(preset) / "glass_vit" / "seed_200")
+    with pytest.raises(UserError, match=r"seed_200 holds a run of seed 100 \(run\.json\)"):
+        write_tables(preset)
+
+
+def test_a_trial_that_is_better_than_its_epochs_is_not_believed(preset: Preset) -> None:
+    path = write_study(preset, "glass_vit", [glass_trial(0.8, 1e-3)])
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE trial_values SET value = 0.99")
+    with pytest.raises(UserError, match=r"study\.db cannot be read .*trial 0 has the value 0\.99, not the best"):
+        write_tables(preset)
+
+
+def test_tables_can_be_printed_where_only_ascii_can(preset: Preset) -> None:
+    write_runs(preset, {"glass_vit": GLASS})
+    command = [sys.executable, "-m", "model_training.results_tables", "--preset", "demo"]
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [*command, "--seeds", "100", "200", "300", "--results-root", home(preset).parent],
+        cwd=Path(config.__file__).parent, env=ascii_only, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert r"93.00 \xb1 3.61" in done.stdout
 
 
 def test_fitted_lines_give_back_the_static_cost_and_the_cost_of_a_crop(preset: Preset) -> None:

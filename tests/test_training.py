@@ -17,8 +17,11 @@ from data.datasets import load_splits
 from data.loaders import build_loader
 from model_training.run import train_and_evaluate
 from models.build import build_model
-from tests.conftest import copy_index
+from num_crops.sweep import sweep
+from standard_memory.profile import profile
+from tests.conftest import copy_index, edited_index
 from training.checkpoints import load_model, save_model
+from training.cost import Cost, read_costs
 from training.evaluation import evaluate
 from training.loop import build_trainer, fit
 from training.metrics import compute_metrics
@@ -119,14 +122,61 @@ def test_a_folder_of_other_settings_or_data_is_refused(finished: tuple[Preset, P
     preset, folder = finished
     with pytest.raises(UserError, match=r"label_smoothing = 0\.1, now 0\.2"):
         train(replace(preset, settings=replace(preset.settings, label_smoothing=0.2)), "glass_resnet")
-    index_file = folder.parents[1] / "dataset" / "index.csv"
-    original = index_file.read_text()
+    with (
+        edited_index(folder.parents[2], lambda text: text.replace(".jpg", ".JPG", 1)),
+        pytest.raises(UserError, match=r"dataset_fingerprint = .*, now "),
+    ):
+        train(preset, "glass_resnet")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *(("run.json", content) for content in ("{}", "[]", "5", '{"settings": 5}', "{", "")),
+        *(("metrics.json", content) for content in ("{}", "[]", '{"test": {}}', '{"best_epoch": 1, "test": 5}')),
+        ("metrics.json", '{"best_epoch": 1, "test": {"accuracy": 12345}}'),
+    ],
+)
+def test_a_damaged_file_of_a_finished_run_is_one_sentence(
+    finished: tuple[Preset, Path], file: str, content: str
+) -> None:
+    preset, folder = finished
+    original = (folder / file).read_text()
     try:
-        index_file.write_text(original.replace(".jpg", ".JPG", 1))
-        with pytest.raises(UserError, match=r"dataset_fingerprint = .*, now "):
+        (folder / file).write_text(content)
+        with pytest.raises(UserError, match=rf"seed_7/{file} does not hold what this project writes there"):
             train(preset, "glass_resnet")
     finally:
-        index_file.write_text(original)
+        (folder / file).write_text(original)
+
+
+COSTS = "num_crops,peak_memory_mb,epoch_seconds,valid_accuracy\r\n"
+
+
+@pytest.mark.parametrize("rows", ["x,1,2,0.5", "1,1,2", "1,1,x,0.5", "1,1,2,50", "1,1,2,nan", f"1,{200_000 * '1'},2,"])
+def test_damaged_costs_are_one_sentence(rows: str, tmp_path: Path) -> None:
+    path = tmp_path / "costs.csv"
+    assert read_costs(path) == {}
+    path.write_text(f"{COSTS}4,1,2,0.5\n2,1,2,\n")
+    assert read_costs(path) == {4: Cost(1, 2, 0.5), 2: Cost(1, 2, None)}
+    path.write_text(f"{COSTS}{rows}\n")
+    with pytest.raises(UserError, match=r"costs\.csv does not hold what this project writes there"):
+        read_costs(path)
+
+
+def test_a_sweep_and_a_profile_say_that_their_costs_are_damaged(
+    toy_preset: Callable[..., Preset], indexed: Path, tmp_path: Path
+) -> None:
+    preset = toy_preset(results_root=copy_index(indexed, tmp_path))
+    for measure, room, name in (
+        (sweep, "num_crops", "glass_resnet"),
+        (profile, "standard_memory", "standard_resnet"),
+    ):
+        path = tmp_path / "demo" / room / name / "full" / "costs.csv"
+        measure(preset, find_experiment(preset, name))
+        path.write_text("renamed,peak_memory_mb,epoch_seconds,valid_accuracy\n1,1,2,0.5\n")
+        with pytest.raises(UserError, match=rf"{room}/{name}/full/costs\.csv does not hold what this project writes"):
+            measure(preset, find_experiment(preset, name))
 
 
 def test_a_run_that_failed_before_its_first_epoch_may_be_begun_anew_otherwise(
@@ -143,15 +193,14 @@ def test_an_unreadable_file_keeps_every_other_image_in_its_split(finished: tuple
     preset, folder = finished
     _, whole = load_splits(preset)
     broken = whole.train[3]
-    index_file = folder.parents[1] / "dataset" / "index.csv"
-    original = index_file.read_text()
-    lines = original.splitlines()
-    lines[broken + 1] += "truncated"
-    try:
-        index_file.write_text("\n".join(lines) + "\n")
+
+    def break_one(text: str) -> str:
+        lines = text.splitlines()
+        lines[broken + 1] += "truncated"
+        return "\n".join(lines) + "\n"
+
+    with edited_index(folder.parents[2], break_one):
         _, splits = load_splits(preset)
-    finally:
-        index_file.write_text(original)
     assert splits.train == [row for row in whole.train if row != broken]
     assert (splits.valid, splits.test) == (whole.valid, whole.test)
     assert splits.final_train + splits.final_valid == [

@@ -1,5 +1,9 @@
 """A study suggests what plain Optuna suggests, and an interrupted one what an uninterrupted one does."""
 
+import contextlib
+import resource
+import shutil
+import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -132,6 +136,61 @@ def test_a_study_of_another_search_space_is_refused(
         tune(narrower, find_experiment(preset, NAME))
     with pytest.raises(UserError, match="main_seed = 606, now 607"):
         tune(toy(module_preset, results, 1, main_seed=607), find_experiment(preset, NAME))
+
+
+def copied_study(uninterrupted: Path, results: Path) -> Path:
+    """The study's database, copied with all that it needs to go on."""
+    shutil.copytree(uninterrupted, results)
+    return results / "demo" / "tuning" / NAME / "study.db"
+
+
+def execute(path: Path, statement: str) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute(statement)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "text": lambda path: path.write_bytes(b"no database"),
+    "pages overwritten": lambda path: path.write_bytes(path.read_bytes()[:4096] + b"?" * (path.stat().st_size - 4096)),
+    "of another study": lambda path: execute(path, "UPDATE studies SET study_name = 'other'"),
+    "a table is gone": lambda path: execute(path, "DROP TABLE trial_values"),
+    "a value is no number": lambda path: execute(path, "UPDATE trial_values SET value = 'x'"),
+    "a distribution is none": lambda path: execute(path, "UPDATE trial_params SET distribution_json = '{'"),
+    "a value that no epoch had": lambda path: execute(path, "UPDATE trial_values SET value = 0.99"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_study_is_one_sentence(
+    damage: str, uninterrupted: Path, module_preset: Preset, tmp_path: Path
+) -> None:
+    path = copied_study(uninterrupted, tmp_path / "results")
+    DAMAGES[damage](path)
+    preset = toy(module_preset, tmp_path / "results", 14)
+    with pytest.raises(UserError, match=r"(study\.db cannot be gone on with|the study was edited).*--restart") as said:
+        tune(preset, find_experiment(preset, NAME))
+    assert "\n" not in str(said.value)
+
+
+def test_a_study_that_cannot_be_written_is_one_sentence(
+    uninterrupted: Path, module_preset: Preset, tmp_path: Path
+) -> None:
+    path = copied_study(uninterrupted, tmp_path / "results")
+    preset = toy(module_preset, tmp_path / "results", 15)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, hard))  # as on a disk that is full
+    try:
+        with pytest.raises(UserError, match=r"study\.db cannot be gone on with \(.*sqlite3.*\): make room"):
+            tune(preset, find_experiment(preset, NAME))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_folder_that_sqlite_cannot_name_is_one_sentence(indexed: Path, module_preset: Preset, tmp_path: Path) -> None:
+    results = copy_index(indexed, tmp_path / "\udcff")
+    preset = toy(module_preset, results, 1)
+    with pytest.raises(UserError, match=r"is not UTF-8, as SQLite needs: set another --results-root"):
+        tune(preset, find_experiment(preset, NAME))
 
 
 def test_the_seed_of_a_trial_is_606_and_its_number(uninterrupted: Path, module_preset: Preset) -> None:

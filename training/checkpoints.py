@@ -1,14 +1,15 @@
 """Model weights, and the state from which a training goes on; nothing is ever unpickled."""
 
+import hashlib
 import json
+import os
 import random
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -81,6 +82,9 @@ def _about(file: safe_open) -> dict[str, Any]:
 class Checkpoint:
     """The file from which a training that was stopped or killed goes on, bit for bit on the same machine.
 
+    It ends with a digest of itself and of its place, so that none is gone on from that was damaged, edited or copied
+    from another seed, trial or crop count: most of such states would load and train, to other numbers.
+
     Args:
         path: of the file; it holds the last state, never two.
         every_steps: save within an epoch too, after so many steps; 0: only between epochs.
@@ -108,45 +112,66 @@ class Checkpoint:
                     f"{self.path} cannot be written, {free / 1e6:,.0f} MB are free there: make room, and the same "
                     f"command goes on from what was saved before"
                 ) from None
+            with open(temporary, "r+b") as file:
+                file.write(self._digest(file, temporary.stat().st_size))
 
     def load(self, trainer: "Trainer") -> Progress:
         """Put `trainer` and all random generators into the saved state, if there is one; returns how far it is.
 
         Raises:
-            UserError: the file cannot be read, or is of another model.
+            UserError: the file is not what was saved there, or is of another model.
         """
-        state = self._read()
-        if state is None:
-            return Progress()
-        try:
+        with self._usable():
+            state = self._read()
+            if state is None:
+                return Progress()
             trainer.model.load_state_dict(state["model"])
             trainer.optimizer.load_state_dict(state["optimizer"])
             trainer.scheduler.load_state_dict(state["scheduler"])
             trainer.scaler.load_state_dict(state["scaler"])
             _set_random_states(state["random"])
             return _progress(state)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise self._unusable(error) from None
 
     def history(self) -> list[EpochRecord]:
-        """The epochs that the saved state has behind it; none without one."""
-        state = self._read()
-        return _progress(state).history if state else []
+        """The epochs that the saved state has behind it; none without one.
+
+        Raises:
+            UserError: the file is not what was saved there.
+        """
+        with self._usable():
+            state = self._read()
+            return _progress(state).history if state else []
 
     def remove(self) -> None:
         """The training is finished."""
         self.path.unlink(missing_ok=True)
 
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # what another file holds can go wrong in nearly any way
+            raise UserError(
+                f"{self.path} cannot be gone on from ({first_line(error)}): delete it to begin that seed, trial or "
+                f"crop count anew, or pass --restart to begin all anew"
+            ) from None
+
     def _read(self) -> dict[str, Any] | None:
         if not self.path.exists():
             return None
-        try:
-            return torch.load(self.path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, UnpicklingError, EOFError, ValueError) as error:
-            raise self._unusable(error) from None
+        with open(self.path, "rb") as file:
+            size = max(0, os.fstat(file.fileno()).st_size - hashlib.sha256().digest_size)
+            if self._digest(file, size) != file.read():
+                raise ValueError("it is not what was saved there: damaged, edited, copied, or of an earlier version")
+        return torch.load(self.path, map_location="cpu", weights_only=True)  # which passes over the digest
 
-    def _unusable(self, error: Exception) -> UserError:
-        return UserError(f"{self.path} cannot be gone on from ({first_line(error)}): pass --restart to begin anew")
+    def _digest(self, file: BinaryIO, size: int) -> bytes:
+        """SHA-256 of the first `size` bytes of a file, and of where they belong; leaves it there."""
+        digest = hashlib.sha256(os.fsencode("/".join(self.path.parts[-3:])))
+        while chunk := file.read(min(size, 2**22)):
+            digest.update(chunk)
+            size -= len(chunk)
+        return digest.digest()
 
 
 def _progress(state: Mapping[str, Any]) -> Progress:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from training.checkpoints import Checkpoint
 from training.evaluation import predict_batch
 from training.loop import Trainer, fit
 from training.runtime import Runtime
-from utils import StopRequest, hardware, resolved
+from utils import StopRequest, as_share, hardware, read_csv, reading, resolved
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,25 @@ class Cost:
     peak_memory_mb: float
     epoch_seconds: float
     valid_accuracy: float | None
+
+
+def read_costs(path: Path) -> dict[int | None, Cost]:
+    """What costs.csv says of each number of crops, None for a standard model; nothing if there is no such file.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    if not path.exists():
+        return {}
+    with reading(path):
+        return {
+            int(row["num_crops"]) if row["num_crops"] else None: Cost(
+                float(row["peak_memory_mb"]),
+                float(row["epoch_seconds"]),
+                None if row["valid_accuracy"] == "" else as_share(row["valid_accuracy"]),
+            )
+            for row in read_csv(path)
+        }
 
 
 def cost_settings(

@@ -11,6 +11,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from training.runtime import Runtime
+from utils import UserError
+
+
+class NonFiniteLoss(UserError):
+    """A loss, or the logits that it would be computed from, became infinite or NaN."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,11 @@ def evaluate(
     description: str = "evaluate",
     after_batch: Callable[[], None] = lambda: None,
 ) -> Predictions:
-    """Predict every image of the loader, in its order, in evaluation mode; what `after_batch` raises ends it."""
+    """Predict every image of the loader, in its order, in evaluation mode; what `after_batch` raises ends it.
+
+    Raises:
+        NonFiniteLoss: names the images whose logits are infinite or NaN.
+    """
     model.eval()
     logits, labels = [], []
     for *views, batch_labels in tqdm(loader, desc=description, leave=False, disable=None):
@@ -59,6 +68,14 @@ def evaluate(
         labels.append(batch_labels)
         after_batch()
     all_logits, all_labels = torch.cat(logits).double().cpu(), torch.cat(labels)
+    strange = (~all_logits.isfinite().all(dim=1)).nonzero().flatten().tolist()  # whose argmax would be class 0
+    if strange:
+        names = ", ".join(loader.dataset.names[position] for position in strange[:3])
+        raise NonFiniteLoss(
+            f"the model's outputs are infinite or not a number for {len(strange)} of {len(all_labels)} images "
+            f"({names}{', ...' if len(strange) > 3 else ''}): lower the learning rate, try --precision fp32, and look "
+            f"at the weights that training began from"
+        )
     return Predictions(
         probabilities=all_logits.softmax(dim=1).numpy(),
         scores=(all_logits[:, 0] - all_logits[:, 1]).numpy(),

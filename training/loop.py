@@ -18,15 +18,11 @@ from tqdm import tqdm
 
 from config import Experiment, Settings
 from training.checkpoints import Checkpoint
-from training.evaluation import evaluate, sizes_of
+from training.evaluation import NonFiniteLoss, evaluate, sizes_of
 from training.optimizer import build_optimizer
 from training.progress import EpochRecord, Progress
 from training.runtime import MemoryMeter, Runtime, build_runtime
 from utils import Stopped, StopRequest, UserError
-
-
-class NonFiniteLoss(UserError):
-    """The training loss became infinite or NaN."""
 
 
 @dataclass
@@ -150,7 +146,7 @@ def fit(
 
     Raises:
         Stopped: `stop` asked for it.
-        UserError: the loss is not finite, or the device has no memory left.
+        UserError: a loss is not finite, or the device has no memory left.
     """
     progress = checkpoint.load(trainer) if checkpoint else Progress()
     stop = stop or StopRequest()

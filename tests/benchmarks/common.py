@@ -208,6 +208,7 @@ def run(
     measure: Callable[[argparse.Namespace, Path], list[Table]],
     repeats: int = 5,
     num_crops: int = 10,
+    write: Callable[[Path, argparse.Namespace], None] = lambda root, _: write_images(root),
     **options: int,
 ) -> None:
     """Read the command line, measure, print the tables and write them to the files that were asked for.
@@ -215,12 +216,13 @@ def run(
     Args:
         doc: the benchmark's docstring, shown by `--help`.
         measure: called with the options, whose `data_root` is a folder now, and with a scratch folder.
+        write: makes that folder, where none is given.
         options: the benchmark's own whole numbers, by name, with their defaults.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--data-root", type=Path, help="holds fake/ and real/; default: 12 synthetic images")
+    parser.add_argument("--data-root", type=Path, help="holds fake/ and real/; default: synthetic images")
     for name, default in (dict(repeats=repeats, num_crops=num_crops) | options).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
     for ending in ("json", "markdown"):
@@ -230,7 +232,7 @@ def run(
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:  # TMPDIR says where; cold needs a disk
             if arguments.data_root is None:
                 arguments.data_root = Path(folder, "images")
-                write_images(arguments.data_root)
+                write(arguments.data_root, arguments)
             facts = _facts(arguments.data_root)
             tables = measure(arguments, Path(folder))
     except UserError as error:

@@ -1,0 +1,254 @@
+"""A prediction -> a picture that shows what it rests on, drawn with Pillow; knows no file.
+
+Vermillion is what speaks for fake, blue what speaks for real, and every colour has its sign beside it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+from data.pictures import Picture
+from model_training.detector import Prediction
+from model_training.effect_map import EffectMap, spread
+from model_training.figures import BLUE, GREY, VERMILLION
+from model_training.tables import show
+
+INK, PAPER, FAINT = "#222222", "white", "#e4e4e4"
+GAP, LINE = 16, 22  # pixels between parts, and from one line of text to the next
+LARGEST, MAP_LARGEST, SMALLEST = 900, 500, 300  # sides of an image as it is shown
+SHOWN_CROPS, CAPTION_WIDTH = 4, 190
+ROUNDING = 0.0005  # smaller effects are shown as 0
+BADGE = (24, 18)
+FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
+PLAIN, BOLD = (ImageFont.truetype(FONTS / name, 13) for name in ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf"))
+
+
+# ---------------------------------------------------------------------------------------------------- pictures
+def draw_evidence(picture: Picture, prediction: Prediction) -> Image.Image:
+    """The image with its crops outlined and numbered, the most telling ones at native size, and all in a table.
+
+    Number 1 has the largest effect. Of several draws the first is shown.
+    """
+    scores = prediction.scores
+    boxes, attention, alone = scores.boxes[0], scores.attention[0], scores.alone[0]
+    effects = np.where(np.abs(scores.effects[0]) < ROUNDING, 0, scores.effects[0])
+    order = np.lexsort((-attention, -np.abs(effects)))  # NaN, of a crop alone, last
+    boxes, attention, effects, alone = boxes[order], attention[order], effects[order], alone[order]
+    parts = [_outlined(picture, boxes, effects)]
+    if len(boxes):
+        crops = [_native_crop(picture, i + 1, boxes[i], effects[i]) for i in range(min(len(boxes), SHOWN_CROPS))]
+        rows = [_beside(crops[i : i + 2]) for i in range(0, len(crops), 2)]
+        parts.append(_below([*rows, _table(attention, alone, effects)]))
+    return _page([_headline(prediction), *_notes(prediction)], parts)
+
+
+def draw_map(picture: Picture, found: EffectMap) -> Image.Image:
+    """The image, and over it in grey the scores of single tiles and the map of effects, each with its scale."""
+    N, (whole, _) = len(found.boxes), _shown(picture.image, MAP_LARGEST)
+    if N == 1:
+        return _page(
+            [f"Map: the image is one tile, with no other to compare it with; score {found.score:+.2f}"], [whole]
+        )
+    alone = spread(found.alone, found.boxes, picture.image.height, picture.image.width)
+    lines = [
+        f"Map: {N:,} tiles over the whole image; with all of them as crops, the score is {found.score:+.2f}",
+        "Alone: the score if a tile were the only crop. N x effect: without a tile the score falls by 1 / N of this; "
+        "tiles are compared with each other, and the sum is about 0.",
+    ]
+    parts = [_titled("the image", whole)]
+    for title, ends, values in (
+        ("score of each tile alone", ("fake", "real"), alone),
+        (f"N x effect on the score, N = {N:,}", ("to fake", "to real"), found.pixels),
+    ):
+        largest = max(float(np.abs(values).max()), ROUNDING)
+        small = Image.fromarray(values).resize(whole.size, Image.Resampling.BOX)
+        parts.append(_titled(title, _overlay(whole, np.asarray(small) / largest)))
+        parts.append(_titled("", _colour_bar(largest, ends, max(SMALLEST, whole.height))))
+    return _page(lines, parts)
+
+
+# ------------------------------------------------------------------------------------------------------ layout
+def _page(lines: Sequence[str], parts: Sequence[Image.Image]) -> Image.Image:
+    """Lines of text, the first one bold, and below them the parts side by side."""
+    body = _beside(parts)
+    width = max([body.width, *(int(BOLD.getlength(line)) for line in lines)])
+    page = _blank(width + 2 * GAP, body.height + len(lines) * LINE + 3 * GAP)
+    draw = ImageDraw.Draw(page)
+    for i, line in enumerate(lines):
+        draw.text((GAP, GAP + i * LINE), line, INK, PLAIN if i else BOLD)
+    page.paste(body, (GAP, 2 * GAP + len(lines) * LINE))
+    return page
+
+
+def _beside(parts: Sequence[Image.Image]) -> Image.Image:
+    joined = _blank(sum(part.width + GAP for part in parts) - GAP, max(part.height for part in parts))
+    left = 0
+    for part in parts:
+        joined.paste(part, (left, 0))
+        left += part.width + GAP
+    return joined
+
+
+def _below(parts: Sequence[Image.Image]) -> Image.Image:
+    joined = _blank(max(part.width for part in parts), sum(part.height + GAP for part in parts) - GAP)
+    top = 0
+    for part in parts:
+        joined.paste(part, (0, top))
+        top += part.height + GAP
+    return joined
+
+
+def _titled(title: str, image: Image.Image) -> Image.Image:
+    titled = _blank(max(image.width, int(BOLD.getlength(title))), image.height + LINE)
+    ImageDraw.Draw(titled).text((0, 0), title, INK, BOLD)
+    titled.paste(image, (0, LINE))
+    return titled
+
+
+def _blank(width: int, height: int) -> Image.Image:
+    return Image.new("RGB", (width, height), PAPER)
+
+
+# ----------------------------------------------------------------------------------------------- what is shown
+def _headline(prediction: Prediction) -> str:
+    deviation, draws = prediction.standard_deviation, len(prediction.scores.values)
+    over_draws = f" ± {deviation:.3f} over {draws} draws" if draws > 1 else ""
+    return f"P(fake) {prediction.probability_fake:.3f}{over_draws}: {prediction.verdict}"
+
+
+def _notes(prediction: Prediction) -> list[str]:
+    K = prediction.scores.attention.shape[1]
+    first = " of the first draw, which is shown" if len(prediction.scores.values) > 1 else ""
+    score = f"score {prediction.scores.values[0]:+.2f}{first} (logit of fake minus logit of real)"
+    size = f"{prediction.width} x {prediction.height} pixels"
+    crops = (
+        f"{K} crops" if K > 1 else "1 crop" if K else "the model looks at the whole image, resized, and has no crops"
+    )
+    return [f"{size}; {crops}; {score}"]
+
+
+def _shown(image: Image.Image, largest: int) -> tuple[Image.Image, float]:
+    """The image shrunk to `largest` pixels a side, or a tiny one enlarged by a whole factor; and its scale."""
+    side = max(image.size)
+    scale = largest / side if side > largest else max(1, SMALLEST // side)
+    size = tuple(max(1, round(scale * length)) for length in image.size)
+    method = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
+    return image.resize(size, method, reducing_gap=2.0 if scale < 1 else None), scale
+
+
+def _outlined(picture: Picture, boxes: np.ndarray, effects: np.ndarray) -> Image.Image:
+    """The whole image with outlines and their numbers."""
+    whole, scale = _shown(picture.image, LARGEST)
+    canvas = _blank(max(whole.width, SMALLEST), max(whole.height, SMALLEST))
+    canvas.paste(whole)
+    draw = ImageDraw.Draw(canvas)
+    tops, lefts, heights, widths = boxes.T
+    outlines = np.rint(scale * np.stack([lefts, tops, lefts + widths, tops + heights], 1)).astype(int)
+    taken = outlines[:0]
+    for (left, top, right, bottom), effect in zip(outlines.tolist(), effects, strict=True):
+        draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline=PAPER)
+        draw.rectangle((left - 1, top - 1, right, bottom), outline=_colour(effect), width=3)
+        if min(right - left, bottom - top) > 8:
+            draw.rectangle((left + 2, top + 2, right - 3, bottom - 3), outline=PAPER)
+    for number, (outline, effect) in enumerate(zip(outlines, effects, strict=True), 1):
+        place = _free_place(outline, outlines, taken, canvas.size)
+        _badge(draw, *place, number, effect)
+        taken = np.concatenate([taken, [[*place, place[0] + BADGE[0], place[1] + BADGE[1]]]])
+    return canvas
+
+
+def _free_place(outline: np.ndarray, others: np.ndarray, badges: np.ndarray, size: tuple[int, int]) -> list[int]:
+    """Where a number goes: at its outline, on no other number, and on no line of an outline if that can be had."""
+    (left, top, right, bottom), (wide, tall) = outline.tolist(), BADGE
+    columns = [*range(left - 2, right, 2), *range(left - 4, left - wide, -2)]
+    rows = (top - 2 - tall, top + 3, bottom + 2, bottom - 3 - tall)  # above, below, inside
+    places = np.clip([(x, y) for y in rows for x in columns], 0, np.subtract(size, BADGE))
+    ends = places + BADGE
+
+    def overlaps(boxes: np.ndarray) -> np.ndarray:
+        apart = (ends[:, None] <= boxes[:, :2]) | (places[:, None] >= boxes[:, 2:])  # (places, boxes, 2)
+        return ~apart.any(-1)
+
+    inside = (places[:, None] >= others[:, :2] + 3) & (ends[:, None] <= others[:, 2:] - 3)
+    on_line = (overlaps(others + np.array([-2, -2, 2, 2])) & ~inside.all(-1)).sum(1)
+    return places[(1000 * overlaps(badges).sum(1) + on_line).argmin()].tolist()
+
+
+def _badge(draw: ImageDraw.ImageDraw, left: int, top: int, number: int, effect: float) -> None:
+    middle = (left + BADGE[0] / 2, top + BADGE[1] / 2)
+    draw.rectangle((left, top, left + BADGE[0] - 1, top + BADGE[1] - 1), _colour(effect), PAPER)
+    draw.text(middle, str(number), PAPER, BOLD, anchor="mm")
+
+
+def _native_crop(picture: Picture, number: int, box: np.ndarray, effect: float) -> Image.Image:
+    """The pixels of a crop as they are, under its number and effect."""
+    top, left, height, width = box.tolist()
+    crop = picture.image.crop((left, top, left + width, top + height))
+    card = _blank(max(width + 2, CAPTION_WIDTH), height + LINE + 4)
+    draw = ImageDraw.Draw(card)
+    _badge(draw, 0, 0, number, effect)
+    draw.text((BADGE[0] + 8, 1), f"effect {show(float(effect), '+.3f')}, 1:1", INK, PLAIN)
+    draw.rectangle((0, LINE, width + 1, LINE + height + 1), outline=_colour(effect))
+    card.paste(crop, (1, LINE + 1))
+    return card
+
+
+def _table(attention: np.ndarray, alone: np.ndarray, effects: np.ndarray) -> Image.Image:
+    """A line a crop: number, attention, score alone, effect, and that as a bar to the left (real) or right (fake)."""
+    ends, middle, reach = (100, 160, 220), 310, 85
+    table = _blank(middle + reach + 5, (len(effects) + 3) * LINE)
+    draw = ImageDraw.Draw(table)
+    for end, heading in zip(ends, ("attention", "alone", "effect"), strict=True):
+        draw.text((end, 0), heading, INK, BOLD, anchor="ra")
+    draw.text((middle - 6, 0), "◂ to real", BLUE, BOLD, anchor="ra")
+    draw.text((middle + 6, 0), "to fake ▸", VERMILLION, BOLD)
+    largest = np.nanmax(np.abs(effects), initial=0) or 1
+    for i, (weight, score, effect) in enumerate(zip(attention, alone, effects, strict=True), 1):
+        y = i * LINE
+        draw.line((0, y - 3, table.width, y - 3), FAINT)
+        _badge(draw, 0, y, i, effect)
+        cells = (f"{weight:.1%}", f"{score:+.2f}", show(float(effect), "+.3f"))
+        for end, cell in zip(ends, cells, strict=True):
+            draw.text((end, y), cell, INK, PLAIN, anchor="ra")
+        if effect == effect:
+            left, right = sorted((middle, middle + reach * effect / largest))
+            draw.rectangle((left, y + 2, right, y + 14), _colour(effect))
+    below = (len(effects) + 1) * LINE
+    draw.line((middle, LINE, middle, below), GREY)
+    draw.text((0, below + 4), "alone: the score if the crop were the only one", GREY, PLAIN)
+    draw.text((0, below + LINE), "effect: how much the score falls without the crop", GREY, PLAIN)
+    return table
+
+
+def _colour(effect: float) -> str:
+    return VERMILLION if effect > 0 else BLUE if effect < 0 else GREY
+
+
+def _overlay(image: Image.Image, share: np.ndarray) -> Image.Image:
+    return Image.fromarray(_tinted(np.asarray(image.convert("L"), np.float32)[..., None].repeat(3, 2), share))
+
+
+def _tinted(grey: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Grey levels (H, W, 3) under the colour of effects (H, W), from -1 to 1 of the largest; nothing at 0."""
+    colours = np.array([ImageColor.getrgb(BLUE), ImageColor.getrgb(VERMILLION)], np.float32)[(share > 0).astype(int)]
+    opacity = 0.85 * np.abs(share)[..., None] ** 0.75
+    return np.rint(grey + opacity * (colours - grey)).astype(np.uint8)
+
+
+def _colour_bar(largest: float, ends: Sequence[str], height: int) -> Image.Image:
+    """The colours on mid grey, from +largest on top to -largest; `ends` are what is above and below it."""
+    bar = _blank(90, height)
+    draw = ImageDraw.Draw(bar)
+    top, bottom = LINE, height - LINE
+    shares = np.linspace(1, -1, bottom - top, dtype=np.float32)[:, None].repeat(24, 1)
+    bar.paste(Image.fromarray(_tinted(np.full((*shares.shape, 3), 160, np.float32), shares)), (0, top))
+    for share in (1, 0.5, 0, -0.5, -1):
+        y = top + (1 - share) / 2 * (bottom - top - 1)
+        draw.line((24, y, 30, y), INK)
+        draw.text((36, y), f"{share * largest:+.2g}" if share else "0", INK, PLAIN, anchor="lm")
+    draw.text((0, 0), ends[0], VERMILLION, BOLD)
+    draw.text((0, height - 17), ends[1], BLUE, BOLD)
+    return bar
