@@ -28,10 +28,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
+from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
 import config
 from config import Experiment, GlassExperiment, Preset, Settings, StandardExperiment
@@ -81,31 +82,42 @@ def run_door(
     Exit codes: 0 done, 2 a `UserError` (one sentence on stderr), 75 stopped by a signal with the training's state
     saved, 130 interrupted, 141 nobody reads the output; a traceback is our own bug.
     """
+    extra: dict[str, Any] = {}
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack characters of tables and of file names
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         preset, chosen, extra = parse_command_line(doc, groups, experiments, without, arguments, argv, usage)
         action(preset, *chosen, **extra)
+        sys.stdout.flush()  # here, where an error of it still counts
     except UserError as error:
-        print(f"error: {str(error).rpartition('utils.UserError: ')[2].strip()}", file=sys.stderr)  # or a worker's
-        sys.exit(2)
+        _leave(2, f"error: {str(error).rpartition('utils.UserError: ')[2].strip()}")  # or a worker's
     except Stopped as saved:
-        print(f"stopped: {saved}; the same command goes on from there", file=sys.stderr)
-        sys.exit(STOPPED)
+        _leave(STOPPED, f"stopped: {saved}; the same command{_without(extra)} goes on from there")
     except KeyboardInterrupt:
-        print(
-            "interrupted: give the same command again; finished seeds, trials, crop counts and cached images are kept, "
-            "an unfinished one goes on from what was saved last",
-            file=sys.stderr,
+        _leave(
+            130,
+            f"interrupted: give the same command{_without(extra)} again; finished seeds, trials, crop counts and "
+            f"cached images are kept, an unfinished one goes on from what was saved last",
         )
-        sys.exit(130)
     except BrokenPipeError:  # the reader of our output is gone, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        _leave(141)
     except OSError as error:  # a read-only folder, a full disk, a name that is too long
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0)
+        _leave(2, f"error: {error}")
+    _leave(0)
+
+
+def _without(extra: Mapping[str, Any]) -> str:
+    return " without --restart" if extra.get("restart") else ""  # which would begin anew again
+
+
+def _leave(code: int, words: str = "") -> NoReturn:
+    """Exit with `code`, `words` on stderr, even if nobody reads any more: Ctrl-C in `... | tee` ends both."""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, words and f"{words}\n")):
+        try:
+            print(text, end="", file=stream, flush=True)
+        except OSError:  # what is left to write is for nobody; Python would exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -469,20 +481,18 @@ def check_same_ground(folder: Path, facts: Mapping[str, Any], results: str, unfi
         unfinished: the results are to be added to; then the code and the libraries must be the same too.
 
     Raises:
-        UserError: names the first difference.
+        UserError: names the first difference, or says that run.json does not tell what they were begun under.
     """
-    if not (unfinished or (folder / results).exists()) or not (folder / "run.json").exists():
+    if not (unfinished or (folder / results).exists()):
         return
-    with reading(folder / "run.json"):
-        before = read_json(folder / "run.json")
+    remedy = "pass --restart to move that folder aside and begin anew, or choose another --name or --results-root"
+    with reading(folder / "run.json", remedy):
+        before = read_json(folder / "run.json", remedy)
         difference = first_difference(before, facts)
         if not difference and unfinished:
             difference = _other_code(before, facts)
     if difference:
-        raise UserError(
-            f"{folder} was started with {difference}: pass --restart to move that folder aside and begin anew, or "
-            f"choose another --name or --results-root"
-        )
+        raise UserError(f"{folder} was started with {difference}: {remedy}")
 
 
 def _other_code(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
@@ -535,7 +545,7 @@ def set_aside(preset: Preset, folder: Path) -> None:
         aside = next(path for path in names if not path.exists())
         aside.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(aside)
-        (aside / "lock").unlink()
+        (aside / "lock").unlink()  # ours; the folder's next one may be another's already
     print(f"kept aside: {aside}", flush=True)
 
 
@@ -565,8 +575,7 @@ def sole_process(folder: Path) -> Iterator[None]:
         except OSError as error:
             lock.close()
             raise UserError(f"{folder} is where files cannot be locked ({error.strerror}): choose another") from None
-        status = stat_of(path)
-        if status and os.path.samestat(os.fstat(lock.fileno()), status):
+        if _is_open_as(lock, path):
             break
         lock.close()  # its last holder has just removed it
     with lock:
@@ -578,7 +587,13 @@ def sole_process(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            if _is_open_as(lock, path):  # `set_aside` has moved it, and another process may have made its own
+                path.unlink()
+
+
+def _is_open_as(file: TextIO, path: Path) -> bool:
+    status = stat_of(path)
+    return status is not None and os.path.samestat(os.fstat(file.fileno()), status)
 
 
 def stat_of(path: Path) -> os.stat_result | None:
@@ -697,22 +712,35 @@ def keep_freed_memory() -> None:
 
 
 # --------------------------------------------------------------------------------------------------- signals
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
 @dataclass
 class StopRequest:
     """Whether a signal has asked to stop."""
 
     requested: bool = False
 
+    def leave_if_asked(self, saved: str) -> None:
+        """Where all that is needed to go on is saved; `saved` says what that is, or where the work was left.
+
+        Raises:
+            Stopped: a signal has asked for it.
+        """
+        if self.requested:
+            raise Stopped(saved)
+
 
 @contextmanager
-def stop_signals(wanted: bool = True) -> Iterator[StopRequest]:
+def stop_signals() -> Iterator[StopRequest]:
     """In the block, SIGTERM and SIGINT only ask to stop; a second SIGINT is a `KeyboardInterrupt`.
 
-    Clusters send SIGTERM some time before they kill. Only the main thread can listen; elsewhere, and unless `wanted`,
-    nothing changes.
+    Clusters send SIGTERM some time before they kill. A command holds one block around all its work, so that there is
+    no moment between two trainings at which a signal is lost. Only the main thread can listen; elsewhere nothing
+    changes.
     """
     request = StopRequest()
-    if not wanted or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield request
         return
 
@@ -720,15 +748,30 @@ def stop_signals(wanted: bool = True) -> Iterator[StopRequest]:
         if request.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not request.requested:
-            print(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
-        request.requested = True
+            request.requested = True
+            with suppress(OSError, RuntimeError):  # nobody reads it, or the signal came within another print
+                print(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, ask) for number in _STOP_SIGNALS}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """In the block, SIGTERM and SIGINT wait; processes that are started in it are deaf to them for good.
+
+    Both are sent to all processes of a job, and it is for the first to decide when the others end.
+    """
+    resource_tracker.ensure_running()  # or the first worker starts it, which lets the signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # ----------------------------------------------------------------------------------------------- safe writes

@@ -21,7 +21,15 @@ from data.images import UnreadableImage, decode, open_image, pixels_of
 from data.index import ImageRecord
 from data.perturbations import jpeg
 from data.pixel_cache import NOWHERE, VIEWS, CheckedImage, Entry, Kind, Slot, strips, write_parts, writing
-from utils import UserError, keep_freed_memory, leave_with_parent, loading_processes, sha256_of, worker_context
+from utils import (
+    UserError,
+    keep_freed_memory,
+    leave_with_parent,
+    loading_processes,
+    sha256_of,
+    signals_held,
+    worker_context,
+)
 
 LARGE_PIXELS = 32_000_000  # larger images are decoded one at a time, so that memory does not grow with the workers
 File = tuple[str, int]  # path relative to the data root, with forward slashes; label
@@ -82,10 +90,9 @@ def in_processes(
         return
     context = worker_context(*modules)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (context.Lock(),))
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is ours to handle
     try:
-        futures = [pool.submit(work, *task) for task in tasks]  # pool.map can hang when a worker is killed
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        with signals_held():  # here its processes start
+            futures = [pool.submit(work, *task) for task in tasks]  # pool.map can hang when a worker is killed
         for future in futures:
             yield future.result()
     except BrokenProcessPool:
@@ -104,6 +111,7 @@ _large_images: AbstractContextManager = nullcontext()  # a lock that all workers
 def _start_worker(lock: AbstractContextManager) -> None:
     global _large_images
     _large_images = lock
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # by which the pool ends them when one was killed
     keep_freed_memory()
     leave_with_parent()
 

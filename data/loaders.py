@@ -1,7 +1,9 @@
 """The only `DataLoader` call."""
 
-import signal
+import atexit
+import multiprocessing
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -16,6 +18,7 @@ from utils import (
     keep_freed_memory,
     leave_with_parent,
     loading_processes,
+    signals_held,
     worker_context,
 )
 
@@ -58,7 +61,9 @@ class ImageLoader(DataLoader):
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         try:
-            yield from super().__iter__()
+            with signals_held() if self.num_workers else nullcontext():  # here its processes start
+                batches = super().__iter__()
+            yield from batches
         except (EOFError, ConnectionError, FileNotFoundError, RuntimeError) as error:
             # What it had handed over is gone with it (the first three), or it was missed.
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
@@ -117,7 +122,12 @@ def _as_it_is(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the processes are the parallelism
-    for name in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a job; the parent decides when to leave
-        signal.signal(name, signal.SIG_IGN)
     keep_freed_memory()
     leave_with_parent()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Those that an error left behind; multiprocessing would send them SIGTERM, to which they are deaf, and wait."""
+    for process in multiprocessing.active_children():
+        process.kill()

@@ -31,6 +31,7 @@ from training.loop import build_trainer, fit
 from training.progress import EpochRecord
 from training.runtime import OutOfMemory, build_runtime
 from utils import (
+    StopRequest,
     UserError,
     add_restart,
     check_same_ground,
@@ -43,6 +44,7 @@ from utils import (
     seed_everything,
     set_aside,
     sole_process,
+    stop_signals,
     write_json,
 )
 
@@ -67,6 +69,7 @@ def tune(preset: Preset, experiment: Experiment, restart: bool = False) -> None:
 
     Raises:
         UserError: no index, no weights, a study that was started under other settings, or one that is in use.
+        Stopped: a signal asked for it.
     """
     index, splits = load_splits(preset)
     folder = preset_folder(preset) / "tuning" / experiment.name
@@ -81,12 +84,18 @@ def tune(preset: Preset, experiment: Experiment, restart: bool = False) -> None:
     )
     if restart:
         set_aside(preset, folder)
-    with sole_process(folder), _study_file(folder / "study.db"):
-        _go_on(preset, experiment, folder, facts, index, splits)
+    with stop_signals() as stop, sole_process(folder), _study_file(folder / "study.db"):
+        _go_on(preset, experiment, folder, facts, index, splits, stop)
 
 
 def _go_on(
-    preset: Preset, experiment: Experiment, folder: Path, facts: dict[str, Any], index: Index, splits: Splits
+    preset: Preset,
+    experiment: Experiment,
+    folder: Path,
+    facts: dict[str, Any],
+    index: Index,
+    splits: Splits,
+    stop: StopRequest,
 ) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -94,15 +103,18 @@ def _go_on(
     glass = isinstance(experiment, GlassExperiment)
     wanted = preset.tuning.glass_trials if glass else preset.tuning.standard_trials
     finished = [trial for trial in record.trials if trial.state in FINISHED]
-    if finished or _checkpoints(folder):
+    for trial in finished:
+        _checkpoint(preset, folder, trial.number).remove()  # a kill may have come between the two
+    if record.trials:  # even one that has reported nothing: its values are recorded already
         check_same_ground(folder, facts, results="study.db", unfinished=len(finished) < wanted)
     write_json(folder / "run.json", facts)
     judge = _build_judge(preset, experiment)
     for past in finished:
         _replay(judge, past, preset, experiment)
     print(f"{experiment.name}: {len(finished)} of {wanted} trials are finished")
-    for _ in range(len(finished), wanted):
-        _run_trial(judge, record, preset, experiment, index, splits, folder)
+    for number in range(len(finished), wanted):
+        stop.leave_if_asked(f"before trial {number} of {experiment.name}")
+        _run_trial(judge, record, preset, experiment, index, splits, folder, stop)
     _report(record, experiment)
 
 
@@ -163,19 +175,23 @@ def _replay(judge: optuna.Study, past: FrozenTrial, preset: Preset, experiment: 
         )
     trial = judge.ask()
     suggest_experiment(trial, preset, experiment)
-    if trial.params != past.params:
-        raise UserError(
-            f"trial {past.number} of the study {experiment.name} has values that these search spaces, seed and Optuna "
-            f"{optuna.__version__} do not suggest: restore them, or choose another --results-root or --name"
-        )
+    _check_values(trial, past, experiment)
     for epoch, accuracy in sorted(past.intermediate_values.items()):
         trial.report(accuracy, epoch)
         trial.should_prune()
     judge.tell(trial, past.value if past.state == TrialState.COMPLETE else None, state=past.state)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("trial_*.pt"))
+def _check_values(judged: optuna.Trial, recorded: optuna.Trial | FrozenTrial, experiment: Experiment) -> None:
+    if judged.params != recorded.params:
+        raise UserError(
+            f"trial {recorded.number} of the study {experiment.name} has values that these search spaces, seed and "
+            f"Optuna {optuna.__version__} do not suggest: restore them, or choose another --results-root or --name"
+        )
+
+
+def _checkpoint(preset: Preset, folder: Path, number: int) -> Checkpoint:
+    return Checkpoint(folder / f"trial_{number}.pt", preset.settings.checkpoint_every)
 
 
 def _run_trial(
@@ -186,6 +202,7 @@ def _run_trial(
     index: Index,
     splits: Splits,
     folder: Path,
+    stop: StopRequest,
 ) -> None:
     judged = judge.ask()
     suggested = suggest_experiment(judged, preset, experiment)
@@ -195,11 +212,9 @@ def _run_trial(
             f"the study {experiment.name} holds trials that another process began: wait for it, or set another --name"
         )
     suggest_experiment(recorded, preset, experiment)
+    _check_values(judged, recorded, experiment)
     reported = record.trials[recorded.number].intermediate_values  # by an earlier process that was killed
-    checkpoint = Checkpoint(folder / f"trial_{judged.number}.pt", preset.settings.checkpoint_every)
-    for path in _checkpoints(folder):
-        if path != checkpoint.path:  # of a trial that was told and not yet cleared away
-            path.unlink()
+    checkpoint = _checkpoint(preset, folder, judged.number)
     start, accuracies = time.perf_counter(), []
 
     def on_epoch(history: list[EpochRecord]) -> None:
@@ -218,7 +233,7 @@ def _run_trial(
         for epochs in range(1, len(past) + 1):
             on_epoch(past[:epochs])
         seed = preset.settings.main_seed + judged.number
-        _train(preset, suggested, seed, index, splits, on_epoch, checkpoint)
+        _train(preset, suggested, seed, index, splits, on_epoch, checkpoint, stop)
         value, state = max(accuracies), TrialState.COMPLETE
     except optuna.TrialPruned:
         state = TrialState.PRUNED
@@ -253,13 +268,14 @@ def _train(
     splits: Splits,
     on_epoch: Callable[[list[EpochRecord]], None],
     checkpoint: Checkpoint,
+    stop: StopRequest,
 ) -> None:
     seed_everything(seed)
     model = build_model(experiment, preset.settings)
     trainer = build_trainer(model, experiment, preset.settings, preset.tuning.epochs)
     train_loader = build_loader(preset, experiment, index, splits.train, training_seed=seed)
     valid_loader = build_loader(preset, experiment, index, splits.valid)
-    fit(trainer, train_loader, valid_loader, preset.tuning.epochs, on_epoch, checkpoint)
+    fit(trainer, train_loader, valid_loader, preset.tuning.epochs, on_epoch, checkpoint, stop)
 
 
 def _report(record: optuna.Study, experiment: Experiment) -> None:

@@ -115,6 +115,11 @@ def _read_run(folder: Path) -> Run:
 
 def _check_comparable(runs: list[Run]) -> None:
     finished = [run for run in runs if run.test]
+    for run in finished:
+        if not run.facts["settings"]:
+            raise UserError(
+                f"{run.folder} has no run.json to say what it was run with: move that folder away and run it again"
+            )
     for run in finished[1:]:
         difference = first_difference(finished[0].facts, run.facts, ignore=("seed",))
         if difference:

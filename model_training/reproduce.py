@@ -19,7 +19,7 @@ import config
 from config import Preset
 from data.demo_dataset import MARKER
 from data.index import index_path, list_images, read_index
-from utils import STOPPED, Stopped, UserError, as_flags, run_door, stop_signals
+from utils import STOPPED, Stopped, StopRequest, UserError, as_flags, run_door, stop_signals
 
 STAGES = {
     "tuning": "hyperparameter_tuning.{family}_{backbone}_tuning",
@@ -35,25 +35,32 @@ def reproduce(preset: Preset, all_doors: bool) -> None:
 
     Raises:
         UserError: the data are not to be had, a door is not known, or doors failed.
+        Stopped: a signal asked for it.
     """
+    with stop_signals() as stop:
+        _reproduce(preset, all_doors, stop)
+
+
+def _reproduce(preset: Preset, all_doors: bool, stop: StopRequest) -> None:
     if all_doors:
         preset = replace(preset, reproduce=replace(preset.reproduce, **_everything()))
     doors = _doors(preset)
     root = preset.settings.data_root
     if preset.reproduce.demo_data and (not root.exists() or (root / MARKER).exists()):
-        _run("data.data_download", "--demo", str(root))  # completes what an interruption left
+        _run(stop, "data.data_download", "--demo", str(root))  # completes what an interruption left
     if not index_path(preset).exists() or len(read_index(preset).records) != len(list_images(root)):
-        _run("data.data_preprocess", *as_flags(preset))
+        _run(stop, "data.data_preprocess", *as_flags(preset))
     failed = []
     for number, (stage, door) in enumerate(doors, 1):
         print(f"\n[{number}/{len(doors)}] python -m {door}", flush=True)
         try:
-            _run(door, *as_flags(preset, (stage,)))
+            _run(stop, door, *as_flags(preset, (stage,)))
         except UserError:
             failed.append(door)
     print(flush=True)
     if len(failed) < len(doors):
-        _run("model_training.results_tables", *as_flags(preset, ("reproduce", "tuning", "training", "num_crops")))
+        rooms = ("reproduce", "tuning", "training", "num_crops")
+        _run(stop, "model_training.results_tables", *as_flags(preset, rooms))
     if failed:
         raise UserError(f"{len(failed)} of {len(doors)} doors failed, each with its reason above: {', '.join(failed)}")
     if preset.reproduce.closing_words:
@@ -81,17 +88,17 @@ def _doors(preset: Preset) -> list[tuple[str, str]]:
     return doors
 
 
-def _run(door: str, *arguments: str) -> None:
+def _run(stop: StopRequest, door: str, *arguments: str) -> None:
     start = time.perf_counter()
-    with stop_signals() as stop:  # a door that is asked to stop saves its state, which takes it a step
-        process = subprocess.Popen([sys.executable, "-m", door, *arguments])
-        passed_on = False
-        while process.poll() is None:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(0.5)
-            if stop.requested and not passed_on:  # Ctrl-C has reached the door already; a scheduler's signal may not
-                process.terminate()
-                passed_on = True
+    stop.leave_if_asked(f"before python -m {door}")
+    process = subprocess.Popen([sys.executable, "-m", door, *arguments])
+    passed_on = False
+    while process.poll() is None:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        if stop.requested and not passed_on:  # Ctrl-C has reached the door already; a scheduler's signal may not
+            process.terminate()  # it saves its state, which takes it a step
+            passed_on = True
     if stop.requested or process.returncode == STOPPED:
         raise Stopped(f"python -m {door} ended with exit code {process.returncode}")
     if process.returncode == 130:

@@ -16,6 +16,7 @@ from training.metrics import compute_metrics
 from training.progress import EpochRecord, best_epoch
 from training.runtime import build_runtime
 from utils import (
+    StopRequest,
     add_restart,
     as_share,
     check_same_ground,
@@ -28,11 +29,10 @@ from utils import (
     seed_everything,
     set_aside,
     sole_process,
+    stop_signals,
     write_csv,
     write_json,
 )
-
-CHECKPOINT = "checkpoint.pt"
 
 
 def main(name: str, doc: str) -> None:
@@ -52,6 +52,7 @@ def train_and_evaluate(preset: Preset, experiment: Experiment, restart: bool = F
 
     Raises:
         UserError: no index, no weights, a folder that was started under other settings, or one that is in use.
+        Stopped: a signal asked for it.
     """
     index, splits = load_splits(preset)
     runtime = build_runtime(preset.settings)
@@ -59,28 +60,42 @@ def train_and_evaluate(preset: Preset, experiment: Experiment, restart: bool = F
         f"{experiment.name}: {len(splits.final_train)} images to train, {len(splits.final_valid)} to choose the "
         f"checkpoint, {len(splits.test)} to test"
     )
-    for seed in preset.training.seeds:
-        folder = run_folder(preset, experiment.name, seed)
-        if restart:
-            set_aside(preset, folder)
-        values = resolved(preset.settings, preset.training, experiment) | {"seed": seed} | runtime.facts()
-        facts = run_facts(values, index.fingerprint)
-        with sole_process(folder):
-            check_same_ground(folder, facts, results="history.csv", unfinished=(folder / CHECKPOINT).exists())
-            finished = (folder / "metrics.json").exists()
-            if not finished:
-                write_json(folder / "run.json", facts)
-                _train_seed(preset, experiment, seed, index, splits)
-        with reading(folder / "metrics.json"):
-            metrics = read_json(folder / "metrics.json")
-            accuracy, best = as_share(metrics["test"]["accuracy"]), int(metrics["best_epoch"])
-        print(
-            f"{experiment.name} seed {seed}: test accuracy {accuracy:.2%}, checkpoint of epoch {best} of "
-            f"{preset.training.epochs}{' (finished before)' if finished else ''}"
-        )
+    with stop_signals() as stop:
+        if restart:  # all, before the first is begun: what is stopped goes on without it
+            for seed in preset.training.seeds:
+                set_aside(preset, run_folder(preset, experiment.name, seed))
+        for seed in preset.training.seeds:
+            folder = run_folder(preset, experiment.name, seed)
+            values = resolved(preset.settings, preset.training, experiment) | {"seed": seed} | runtime.facts()
+            facts = run_facts(values, index.fingerprint)
+            checkpoint = Checkpoint(folder / "checkpoint.pt", preset.settings.checkpoint_every)
+            with sole_process(folder):
+                finished = (folder / "metrics.json").exists()
+                if finished:
+                    checkpoint.remove()  # a kill may have come between the two
+                check_same_ground(folder, facts, results="history.csv", unfinished=checkpoint.path.exists())
+                if not finished:
+                    stop.leave_if_asked(f"before {experiment.name} seed {seed}")
+                    write_json(folder / "run.json", facts)
+                    _train_seed(preset, experiment, seed, index, splits, checkpoint, stop)
+            with reading(folder / "metrics.json"):
+                metrics = read_json(folder / "metrics.json")
+                accuracy, best = as_share(metrics["test"]["accuracy"]), int(metrics["best_epoch"])
+            print(
+                f"{experiment.name} seed {seed}: test accuracy {accuracy:.2%}, checkpoint of epoch {best} of "
+                f"{preset.training.epochs}{' (finished before)' if finished else ''}"
+            )
 
 
-def _train_seed(preset: Preset, experiment: Experiment, seed: int, index: Index, splits: Splits) -> None:
+def _train_seed(
+    preset: Preset,
+    experiment: Experiment,
+    seed: int,
+    index: Index,
+    splits: Splits,
+    checkpoint: Checkpoint,
+    stop: StopRequest,
+) -> None:
     settings, folder = preset.settings, run_folder(preset, experiment.name, seed)
     seed_everything(seed)
     model = build_model(experiment, settings)
@@ -96,14 +111,16 @@ def _train_seed(preset: Preset, experiment: Experiment, seed: int, index: Index,
         if best_epoch(history) is history[-1]:
             save_model(folder / "model.safetensors", model, about | {"epoch": history[-1].epoch})
 
-    checkpoint = Checkpoint(folder / CHECKPOINT, settings.checkpoint_every)
-    history = fit(trainer, train_loader, valid_loader, preset.training.epochs, on_epoch, checkpoint)
+    def after_batch() -> None:
+        stop.leave_if_asked(f"{checkpoint.path} holds the finished training")
+
+    history = fit(trainer, train_loader, valid_loader, preset.training.epochs, on_epoch, checkpoint, stop)
     best = best_epoch(history)
     load_model(folder / "model.safetensors", model)
-    valid = evaluate(model, valid_loader, trainer.runtime, "calibrate")
+    valid = evaluate(model, valid_loader, trainer.runtime, "calibrate", after_batch)
     calibration = calibrate(valid.scores, valid.labels, preset.training.band_error)
     about |= {"epoch": best.epoch, "calibration": calibration and calibration.as_json()}
-    predictions = evaluate(model, test_loader, trainer.runtime, "test")
+    predictions = evaluate(model, test_loader, trainer.runtime, "test", after_batch)
     save_model(folder / "model.safetensors", model, about)
 
     title = f"{experiment.name}, seed {seed}"

@@ -1,6 +1,7 @@
 """Cost and accuracy of GLASS against the number of crops K, for one backbone. SPEC, Experiments 3."""
 
 from dataclasses import astuple, replace
+from pathlib import Path
 
 from config import GlassExperiment, Preset
 from data.datasets import Splits, load_splits
@@ -13,6 +14,7 @@ from training.loop import build_trainer
 from training.metrics import fit_line
 from training.runtime import build_runtime
 from utils import (
+    StopRequest,
     add_restart,
     check_same_ground,
     preset_folder,
@@ -21,6 +23,7 @@ from utils import (
     seed_everything,
     set_aside,
     sole_process,
+    stop_signals,
     write_csv,
     write_json,
 )
@@ -44,6 +47,7 @@ def sweep(preset: Preset, experiment: GlassExperiment, restart: bool = False) ->
 
     Raises:
         UserError: no index, no weights, a folder that was started under other settings, or one that is in use.
+        Stopped: a signal asked for it.
     """
     study, settings = preset.num_crops, preset.settings
     index, splits = load_splits(preset)
@@ -55,15 +59,20 @@ def sweep(preset: Preset, experiment: GlassExperiment, restart: bool = False) ->
     facts = run_facts(values, index.fingerprint) | {"memory_kind": runtime.memory_kind}
     if restart:
         set_aside(preset, folder)
-    with sole_process(folder):
+    with stop_signals() as stop, sole_process(folder):
         costs = read_costs(folder / "costs.csv")
         to_do = [num_crops for num_crops in study.crop_counts if num_crops not in costs]
-        check_same_ground(folder, facts, results="costs.csv", unfinished=bool(to_do) and bool(costs))
+        for num_crops in costs:
+            _checkpoint(preset, folder, num_crops).remove()  # a kill may have come between the two
+        begun = bool(costs) or any(_checkpoint(preset, folder, num_crops).path.exists() for num_crops in to_do)
+        check_same_ground(folder, facts, results="costs.csv", unfinished=bool(to_do) and begun)
         write_json(folder / "run.json", facts)
         for num_crops in study.crop_counts:
             if num_crops in to_do:
-                checkpoint = Checkpoint(folder / f"checkpoint_{num_crops}.pt", settings.checkpoint_every)
-                costs[num_crops] = _measure(preset, replace(experiment, num_crops=num_crops), index, splits, checkpoint)
+                stop.leave_if_asked(f"before {experiment.name} with K = {num_crops}")
+                checkpoint = _checkpoint(preset, folder, num_crops)
+                with_k = replace(experiment, num_crops=num_crops)
+                costs[num_crops] = _measure(preset, with_k, index, splits, checkpoint, stop)
                 rows = [(k, *astuple(cost)) for k, cost in sorted(costs.items())]
                 write_csv(folder / "costs.csv", COLUMNS, rows)
                 checkpoint.remove()
@@ -80,11 +89,22 @@ def sweep(preset: Preset, experiment: GlassExperiment, restart: bool = False) ->
         print(f"{quantity} = {intercept:.2f} {unit} + {slope:.2f} {unit} per crop, R squared {r_squared:.5f}")
 
 
-def _measure(preset: Preset, experiment: GlassExperiment, index: Index, splits: Splits, checkpoint: Checkpoint) -> Cost:
+def _checkpoint(preset: Preset, folder: Path, num_crops: int) -> Checkpoint:
+    return Checkpoint(folder / f"checkpoint_{num_crops}.pt", preset.settings.checkpoint_every)
+
+
+def _measure(
+    preset: Preset,
+    experiment: GlassExperiment,
+    index: Index,
+    splits: Splits,
+    checkpoint: Checkpoint,
+    stop: StopRequest,
+) -> Cost:
     settings, seed = preset.settings, preset.settings.main_seed
     seed_everything(seed)
     model = build_model(experiment, settings)
     trainer = build_trainer(model, experiment, settings, preset.num_crops.epochs)
     train_loader = build_loader(preset, experiment, index, splits.train, training_seed=seed)
     valid_loader = build_loader(preset, experiment, index, splits.valid)
-    return measure_cost(trainer, train_loader, valid_loader, preset.num_crops, checkpoint)
+    return measure_cost(trainer, train_loader, valid_loader, preset.num_crops, checkpoint, stop)

@@ -20,6 +20,7 @@ from utils import (
     seed_everything,
     set_aside,
     sole_process,
+    stop_signals,
     write_csv,
     write_json,
 )
@@ -40,6 +41,7 @@ def profile(preset: Preset, experiment: StandardExperiment, restart: bool = Fals
 
     Raises:
         UserError: no index, no weights, a folder that was started under other settings, or one that is in use.
+        Stopped: a signal asked for it.
     """
     study, settings, seed = preset.standard_memory, preset.settings, preset.settings.main_seed
     index, splits = load_splits(preset)
@@ -51,16 +53,19 @@ def profile(preset: Preset, experiment: StandardExperiment, restart: bool = Fals
     if restart:
         set_aside(preset, folder)
     checkpoint = Checkpoint(folder / "checkpoint.pt", settings.checkpoint_every)
-    with sole_process(folder):
+    with stop_signals() as stop, sole_process(folder):
+        finished = (folder / "costs.csv").exists()
+        if finished:
+            checkpoint.remove()  # a kill may have come between the two
         check_same_ground(folder, facts, results="costs.csv", unfinished=checkpoint.path.exists())
-        if not (folder / "costs.csv").exists():
+        if not finished:
             seed_everything(seed)
             model = build_model(experiment, settings)
             trainer = build_trainer(model, experiment, settings, study.epochs)
             train_loader = build_loader(preset, experiment, index, splits.train, training_seed=seed)
             valid_loader = build_loader(preset, experiment, index, splits.valid)
             write_json(folder / "run.json", facts)
-            cost = measure_cost(trainer, train_loader, valid_loader, study, checkpoint)
+            cost = measure_cost(trainer, train_loader, valid_loader, study, checkpoint, stop)
             columns = ("num_crops", *(field.name for field in fields(Cost)))
             write_csv(folder / "costs.csv", columns, [("", *astuple(cost))])
             checkpoint.remove()

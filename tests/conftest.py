@@ -63,13 +63,14 @@ def start_module(module: str, *arguments: str | Path) -> subprocess.Popen:
     )  # fmt: skip
 
 
+def children_of(parent: int) -> list[int]:
+    """Process numbers of a process's children (Linux)."""
+    return [int(n) for file in Path(f"/proc/{parent}/task").glob("*/children") for n in file.read_text().split()]
+
+
 def workers_of(process: subprocess.Popen) -> list[int]:
     """Process numbers of a command's workers (Linux): the children of its child that forks them."""
-
-    def children(parent: int) -> list[int]:
-        return [int(n) for file in Path(f"/proc/{parent}/task").glob("*/children") for n in file.read_text().split()]
-
-    return [worker for child in children(process.pid) for worker in children(child)]
+    return [worker for child in children_of(process.pid) for worker in children_of(child)]
 
 
 def succeed(module: str, *arguments: str | Path, timeout: float = 300) -> str:

@@ -12,6 +12,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,12 +33,22 @@ from data.index import list_files, list_images, read_index
 from data.loaders import build_loader
 from models.build import build_model
 from tests.campaigns import kills, mutated_images
-from tests.conftest import REPOSITORY, TOY_FLAGS, copy_index, run_module, start_module, succeed, workers_of
+from tests.conftest import (
+    REPOSITORY,
+    TOY_FLAGS,
+    children_of,
+    copy_index,
+    run_module,
+    start_module,
+    succeed,
+    workers_of,
+)
 from training.checkpoints import Checkpoint, load_model, save_model
 from training.loop import Trainer, build_trainer, fit
 from utils import STOPPED, UserError, find_experiment, read_json, sole_process, stop_signals
 
 TRAINING = "model_training.standard_resnet_training"
+linux = pytest.mark.skipif(sys.platform != "linux", reason="finds child processes in /proc")
 
 
 def flags(toy_data: Path, results: Path, *more: str) -> list[str | Path]:
@@ -80,14 +91,19 @@ def wait_for(there: Callable[[], bool], process: subprocess.Popen) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize(("name", "workers"), [("SIGTERM", "0"), ("SIGINT", "1")])
+@pytest.mark.parametrize(
+    ("name", "workers"), [("SIGTERM", 0), *(pytest.param(name, 1, marks=linux) for name in ("SIGTERM", "SIGINT"))]
+)
 def test_a_signal_to_all_of_a_jobs_processes_saves_and_leaves_with_its_own_code(
-    name: str, workers: str, toy_data: Path, indexed: Path, tmp_path: Path, uninterrupted: kills.State
+    name: str, workers: int, toy_data: Path, indexed: Path, tmp_path: Path, uninterrupted: kills.State
 ) -> None:
     results = copy_index(indexed, tmp_path)
-    arguments = flags(toy_data, results, "--num-workers", workers)
+    arguments = flags(toy_data, results, "--num-workers", str(workers))
     process = start_module(TRAINING, *arguments)
-    wait_for((seed_folder(results) / "checkpoint.pt").exists, process)
+    if workers:  # while they start: a resource tracker is there, and a server that has yet to import what they need
+        wait_for(lambda: len(children_of(process.pid)) == 2, process)
+    else:
+        wait_for((seed_folder(results) / "checkpoint.pt").exists, process)
     os.killpg(process.pid, getattr(signal, name))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == STOPPED, errors
@@ -97,7 +113,51 @@ def test_a_signal_to_all_of_a_jobs_processes_saves_and_leaves_with_its_own_code(
     assert kills.training_state(results) == uninterrupted
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker process in /proc")
+@pytest.mark.parametrize("moment", ["the last epoch ends", "the test is over"])
+def test_a_signal_between_two_trainings_is_not_lost(
+    moment: str, toy_data: Path, indexed: Path, tmp_path: Path, uninterrupted: kills.State
+) -> None:
+    results = copy_index(indexed, tmp_path)
+    process = start_module(TRAINING, *flags(toy_data, results, "--seeds", "1", "2"))
+    history, predictions = (seed_folder(results) / name for name in ("history.csv", "predictions.csv"))
+    if moment == "the last epoch ends":
+        wait_for(lambda: history.exists() and history.read_text().count("\n") == 4, process)
+    else:
+        wait_for(predictions.exists, process)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == STOPPED and errors.count("\n") == 2, errors
+    second = seed_folder(results).with_name("seed_2")
+    assert not (second / "history.csv").exists() and not list(results.rglob("lock"))
+    shutil.rmtree(second, ignore_errors=True)
+    succeed(TRAINING, *flags(toy_data, results))
+    assert kills.training_state(results) == uninterrupted
+
+
+def test_an_interrupt_that_ends_the_reader_of_the_output_too_still_saves(
+    toy_data: Path, indexed: Path, tmp_path: Path
+) -> None:
+    results = copy_index(indexed, tmp_path)
+    process = start_module(TRAINING, *flags(toy_data, results, "--epochs", "50"))
+    checkpoint = seed_folder(results) / "checkpoint.pt"
+    wait_for(checkpoint.exists, process)
+    process.stdout.close()  # as Ctrl-C does in `... 2>&1 | tee log`
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == STOPPED and checkpoint.exists()
+
+
+def test_a_data_error_in_a_loading_process_ends_the_command(toy_data: Path, tmp_path: Path) -> None:
+    data, results = shutil.copytree(toy_data, tmp_path / "data"), tmp_path / "results"
+    succeed("data.data_preprocess", *TOY_FLAGS, "--data-root", data, "--results-root", results)
+    for image in (data / "real").iterdir():
+        image.unlink()
+    done = run_module(TRAINING, *flags(data, results, "--num-workers", "1"), timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "is not what it was when the index was made" in done.stderr
+
+
+@linux
 def test_a_killed_loading_process_becomes_a_sentence_and_the_training_goes_on(
     toy_data: Path, indexed: Path, tmp_path: Path, uninterrupted: kills.State
 ) -> None:
@@ -155,6 +215,17 @@ def test_a_lock_and_half_files_of_a_process_that_died_do_not_block(tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_was_moved_takes_no_other_process_its_lock(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with ExitStack() as first:
+        first.enter_context(sole_process(folder))
+        folder.rename(tmp_path / "aside")
+        with sole_process(folder):
+            first.close()
+            with pytest.raises(UserError, match="is in use by"), sole_process(folder):
+                pass
+
+
 @pytest.fixture
 def stopped(toy_data: Path, indexed: Path, tmp_path: Path) -> Path:
     """A results root with a training that was stopped after its first epoch."""
@@ -184,16 +255,40 @@ def test_a_stopped_training_does_not_go_on_on_other_ground(stopped: Path, toy_da
         run.write_text(original)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert difference in done.stderr and "pass --restart" in done.stderr
+    run.unlink()
+    done = run_module(TRAINING, *flags(toy_data, stopped, "--label-smoothing", "0.2"))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"{run} does not hold" in done.stderr and "pass --restart" in done.stderr
+
+
+def test_a_sweep_that_was_stopped_in_its_first_crop_count_does_not_go_on_on_other_ground(
+    toy_data: Path, indexed: Path, tmp_path: Path
+) -> None:
+    results, door = copy_index(indexed, tmp_path), "num_crops.num_crops_resnet"
+    arguments = [*TOY_FLAGS, "--data-root", toy_data, "--results-root", results, "--no-quick", "--crop-counts", "1"]
+    process = start_module(door, *arguments, "--epochs", "50")
+    wait_for((results / "demo" / "num_crops" / "glass_resnet" / "full" / "checkpoint_1.pt").exists, process)
+    process.terminate()
+    process.communicate()
+    assert process.returncode == STOPPED
+    done = run_module(door, *arguments, "--epochs", "50", "--label-smoothing", "0.3")
+    assert done.returncode == 2 and "label_smoothing = 0.1, now 0.3: pass --restart" in done.stderr
 
 
 def test_restart_keeps_what_was_begun_and_begins_anew(
     stopped: Path, toy_data: Path, uninterrupted: kills.State
 ) -> None:
     before = {path.name: path.read_bytes() for path in seed_folder(stopped).iterdir()}
-    said = succeed(TRAINING, *flags(toy_data, stopped, "--restart"))
+    process = start_module(TRAINING, *flags(toy_data, stopped, "--restart"))
     kept = stopped / "demo" / "before" / "standard_resnet" / "seed_1_1"
+    wait_for(lambda: kept.exists() and (seed_folder(stopped) / "checkpoint.pt").exists(), process)
+    process.terminate()
+    said, errors = process.communicate()
+    assert process.returncode == STOPPED and "the same command without --restart goes on from there" in errors
     assert f"kept aside: {kept}" in said
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    succeed(TRAINING, *flags(toy_data, stopped))
+    assert list(kept.parent.iterdir()) == [kept]
     assert kills.training_state(stopped) == uninterrupted
 
 

@@ -200,6 +200,13 @@ def test_seeds_of_different_settings_or_data_are_not_averaged(preset: Preset, fa
     assert "seed_100" in str(refusal.value) and "seed_200" in str(refusal.value)
 
 
+def test_a_run_that_does_not_say_what_it_was_run_with_is_refused(preset: Preset) -> None:
+    write_runs(preset, {"glass_vit": {100: 0.9, 200: 0.8}})
+    (home(preset) / "glass_vit" / "seed_200" / "run.json").unlink()
+    with pytest.raises(UserError, match=r"seed_200 has no run\.json to say what it was run with"):
+        write_tables(preset)
+
+
 def test_seeds_on_different_devices_are_averaged(preset: Preset) -> None:
     write_run(preset, "glass_vit", 100, 0.9)
     write_run(preset, "glass_vit", 200, 0.9, settings={"device": "cuda", "num_workers": 3, "seeds": [200]})

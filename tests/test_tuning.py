@@ -1,13 +1,9 @@
 """A study suggests what plain Optuna suggests, and an interrupted one what an uninterrupted one does."""
 
 import contextlib
-import os
 import resource
 import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +20,7 @@ from data.loaders import build_loader
 from hyperparameter_tuning.search_spaces import suggest_experiment
 from hyperparameter_tuning.study import tune
 from models.build import build_model
-from tests.conftest import ENVIRONMENT, REPOSITORY, TOY_FLAGS, copy_index
+from tests.conftest import TOY_FLAGS, copy_index, run_module, start_module, succeed
 from training.loop import build_trainer, fit
 from utils import UserError, find_experiment, seed_everything
 
@@ -34,6 +30,16 @@ NAME = "standard_vit"
 def load(results: Path, name: str = NAME) -> optuna.Study:
     path = results / "demo" / "tuning" / name / "study.db"
     return optuna.load_study(study_name=name, storage=f"sqlite:///{path}")
+
+
+def trials_of(results: Path) -> list[FrozenTrial]:
+    """Of a study that another process may be making."""
+    if not (results / "demo" / "tuning" / NAME / "study.db").exists():
+        return []
+    try:
+        return load(results).trials
+    except optuna.exceptions.StorageInternalError:  # the other writes just now
+        return []
 
 
 def essence(trial: FrozenTrial) -> tuple:
@@ -97,27 +103,25 @@ def test_a_killed_trial_is_run_again_with_the_same_values(
 ) -> None:
     results = copy_index(indexed, tmp_path)
     command = [
-        *(sys.executable, "-m", f"hyperparameter_tuning.{NAME}_tuning", *TOY_FLAGS, "--epochs", "3"),
+        *(f"hyperparameter_tuning.{NAME}_tuning", *TOY_FLAGS, "--epochs", "3"),
         *("--standard-trials", "4", "--min-resource", "1", "--max-resource", "3", "--reduction-factor", "2"),
         *("--data-root", str(toy_data), "--results-root", str(results)),
     ]
-    environment = os.environ | ENVIRONMENT
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL)
-    database = results / "demo" / "tuning" / NAME / "study.db"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:  # until the second trial has reported an epoch and not ended
-        time.sleep(0.02)
-        if database.exists() and database.stat().st_size:
-            try:
-                last = load(results).trials[1]
-            except (IndexError, KeyError, RuntimeError, optuna.exceptions.StorageInternalError):
-                continue  # still being created
-            if last.intermediate_values:
-                break
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert load(results).trials[-1].state == TrialState.RUNNING
-    subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, check=True)
+
+    def kill_when(begun: Callable[[list[FrozenTrial]], bool]) -> None:
+        process = start_module(*command)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not ((trials := trials_of(results)) and begun(trials)):
+            time.sleep(0.02)
+        process.kill()
+        process.communicate()
+        assert load(results).trials[-1].state == TrialState.RUNNING
+
+    kill_when(lambda trials: True)  # before it has reported anything, and yet with values that are recorded
+    done = run_module(*command, "--main-seed", "7")
+    assert done.returncode == 2 and "main_seed = 606, now 7: pass --restart" in done.stderr
+    kill_when(lambda trials: len(trials) == 2 and bool(trials[1].intermediate_values))
+    succeed(*command)
     assert list(map(essence, load(results).trials)) == list(map(essence, load(uninterrupted).trials[:4]))
 
 

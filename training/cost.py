@@ -16,7 +16,7 @@ from training.checkpoints import Checkpoint
 from training.evaluation import predict_batch
 from training.loop import Trainer, fit
 from training.runtime import Runtime
-from utils import as_share, hardware, read_csv, reading, resolved
+from utils import StopRequest, as_share, hardware, read_csv, reading, resolved
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,18 @@ def measure_cost(
     valid_loader: DataLoader,
     study: NumCrops | StandardMemory,
     checkpoint: Checkpoint,
+    stop: StopRequest,
 ) -> Cost:
     """Train and measure: all `study.epochs`, going on from `checkpoint`, or a few steps in quick mode, extrapolated.
 
     Full mode takes the maximum memory and the mean seconds over epochs, first epoch included, as the paper does.
+
+    Raises:
+        Stopped: `stop` asked for it; of a quick measurement nothing is saved.
     """
     if study.quick:
-        return _measure_steps(trainer, train_loader, valid_loader, study.warmup_steps, study.measured_steps)
-    history = fit(trainer, train_loader, valid_loader, study.epochs, checkpoint=checkpoint)
+        return _measure_steps(trainer, train_loader, valid_loader, study.warmup_steps, study.measured_steps, stop)
+    history = fit(trainer, train_loader, valid_loader, study.epochs, checkpoint=checkpoint, stop=stop)
     return Cost(
         peak_memory_mb=max(record.peak_memory_mb for record in history),
         epoch_seconds=sum(record.epoch_seconds for record in history) / len(history),
@@ -87,12 +91,17 @@ def measure_cost(
 
 
 def _measure_steps(
-    trainer: Trainer, train_loader: DataLoader, valid_loader: DataLoader, warmup: int, measured: int
+    trainer: Trainer,
+    train_loader: DataLoader,
+    valid_loader: DataLoader,
+    warmup: int,
+    measured: int,
+    stop: StopRequest,
 ) -> Cost:
     runtime = trainer.runtime
 
     def mean_seconds(loader: DataLoader, step: Callable[[Sequence[torch.Tensor], torch.Tensor], object]) -> float:
-        batches = _repeated(loader)
+        batches = _repeated(loader, stop)
         # Batches that workers have ready when the clock starts would hide what loading costs.
         in_flight = loader.num_workers * (loader.prefetch_factor or 0)
         for *views, labels in islice(batches, max(warmup, in_flight)):
@@ -117,7 +126,9 @@ def _measure_steps(
     return Cost(memory.peak_mb, epoch_seconds, None)
 
 
-def _repeated(loader: DataLoader) -> Iterator[Sequence[torch.Tensor]]:
+def _repeated(loader: DataLoader, stop: StopRequest) -> Iterator[Sequence[torch.Tensor]]:
     for epoch in count():
         loader.sampler.set_epoch(epoch)
-        yield from loader
+        for batch in loader:
+            stop.leave_if_asked("in a quick measurement, which is made anew")
+            yield batch

@@ -22,7 +22,7 @@ from training.evaluation import NonFiniteLoss, evaluate, sizes_of
 from training.optimizer import build_optimizer
 from training.progress import EpochRecord, Progress
 from training.runtime import MemoryMeter, Runtime, build_runtime
-from utils import Stopped, StopRequest, UserError, stop_signals
+from utils import Stopped, StopRequest, UserError
 
 
 @dataclass
@@ -130,40 +130,42 @@ def fit(
     epochs: int,
     on_epoch: Callable[[list[EpochRecord]], None] = lambda history: None,
     checkpoint: Checkpoint | None = None,
+    stop: StopRequest | None = None,
 ) -> list[EpochRecord]:
     """Train for `epochs` epochs, validating after each.
 
-    With a checkpoint, training goes on from where it is, and is saved there after every epoch. SIGTERM and SIGINT then
-    end it at the next step, saved; a second SIGINT ends it at once.
+    With a checkpoint, training goes on from where it is, and is saved there after every epoch.
 
     Args:
         on_epoch: called after each epoch, and before it is saved, with the history so far; what it raises ends the
             training.
+        stop: looked at after each step, and at the end; the training is then saved, for which it needs a checkpoint.
 
     Returns:
         The history, one record an epoch.
 
     Raises:
-        Stopped: a signal asked for it.
+        Stopped: `stop` asked for it.
         UserError: a loss is not finite, or the device has no memory left.
     """
     progress = checkpoint.load(trainer) if checkpoint else Progress()
-    with stop_signals(wanted=checkpoint is not None) as stop:
-        watch = _Watch(trainer, train_loader, progress, checkpoint, stop)
-        while progress.epoch < epochs:
-            description = f"epoch {progress.epoch + 1}/{epochs}"
-            with trainer.runtime.track_memory() as memory:
-                watch.begin_epoch(memory)
-                trainer.train_epoch(train_loader, progress, watch.after_step, description)
-                valid = evaluate(
-                    trainer.model, valid_loader, trainer.runtime, f"{description} validate", watch.leave_if_asked
-                )
-                trainer.scheduler.step()
-                watch.note()
-            progress.finish_epoch(valid.loss, valid.accuracy)
-            on_epoch(progress.history)
-            if checkpoint:
-                checkpoint.save(trainer, progress)
+    stop = stop or StopRequest()
+    watch = _Watch(trainer, train_loader, progress, checkpoint, stop)
+    while progress.epoch < epochs:
+        description = f"epoch {progress.epoch + 1}/{epochs}"
+        with trainer.runtime.track_memory() as memory:
+            watch.begin_epoch(memory)
+            trainer.train_epoch(train_loader, progress, watch.after_step, description)
+            valid = evaluate(
+                trainer.model, valid_loader, trainer.runtime, f"{description} validate", watch.leave_if_asked
+            )
+            trainer.scheduler.step()
+            watch.note()
+        progress.finish_epoch(valid.loss, valid.accuracy)
+        on_epoch(progress.history)
+        if checkpoint:
+            checkpoint.save(trainer, progress)
+            stop.leave_if_asked(f"saved {checkpoint.path} after epoch {progress.epoch}")
     return progress.history
 
 
