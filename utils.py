@@ -96,8 +96,8 @@ def run_door(
     except KeyboardInterrupt:
         _leave(
             130,
-            f"interrupted: give the same command{_without(extra)} again; finished seeds, trials, crop counts and "
-            f"cached images are kept, an unfinished one goes on from what was saved last",
+            f"interrupted: give the same command{_without(extra)} again; finished seeds, trials, crop counts, scores "
+            f"and cached images are kept, an unfinished one goes on from what was saved last",
         )
     except BrokenPipeError:  # the reader of our output is gone, as in `... | head`
         _leave(141)
@@ -390,7 +390,18 @@ def _wanted(name: str, value: Any) -> str | None:
         return "BACKBONE=FILE"
     if name == "name" and value in (*_ROOMS, "dataset", "tables", "before", "scores", "evaluation", "robustness"):
         return "no name of a folder that has another use there"
-    if name == "name" and (not value or value.startswith(".") or not all(c.isalnum() or c in "_-." for c in value)):
+    if name == "name":
+        return wanted_name(value)
+    if name in ("num_crops", "crop_counts") and value > 1024:
+        return "at most 1024"
+    if name == "patch_size" and value > 4096:
+        return "at most 4096"
+    return None
+
+
+def wanted_name(name: str) -> str | None:
+    """What a folder's name should have been, or None if it is one."""
+    if not name or name.startswith(".") or not all(c.isalnum() or c in "_-." for c in name):
         return "a folder name of letters, digits, '_', '-' and '.'"
     return None
 
@@ -880,6 +891,21 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV file that this project wrote, as column -> text."""
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def check_output(path: Path, columns: Sequence[str]) -> None:
+    """Refuse to write a table over a file that is not such a table.
+
+    Raises:
+        UserError: there is another file.
+    """
+    if not (path.exists() or path.is_symlink()):
+        return
+    heading = csv_line(columns).encode()
+    with suppress(OSError), open(path, "rb") as file:
+        if file.readline(2 * len(heading)).rstrip() == heading:
+            return
+    raise UserError(f"{path} is there already, and is not a table that this command wrote: name another file")
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:

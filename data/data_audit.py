@@ -48,9 +48,10 @@ from data.headers import Header
 from data.index import CLASSES, ImageRecord, Index, list_images, read_list
 from data.matching import CALIPER, match_pairs
 from data.report import render_table, report_left_out
-from utils import UserError, dataset_folder, run_door, sole_process, write_csv, write_json, write_text
+from utils import UserError, check_output, dataset_folder, run_door, sole_process, write_csv, write_json, write_text
 
 MATCHED_PAIRS = 15  # to train a classifier on; of fewer it learns the opposite of what it is tested on
+MATCH_COLUMNS = ("path", "label")
 QUALITY_BAND = 5  # JPEG qualities that are matched with each other: 0 to 4, 5 to 9 and so on
 
 
@@ -76,6 +77,8 @@ def audit(
             raise UserError(f"{path} is inside the data root {root}, which is never written to: choose another place")
     if not 0 <= near_bits < HASH_BITS // 2:
         raise UserError(f"--near-bits {near_bits}: expected 0 to {HASH_BITS // 2 - 1}, of {HASH_BITS}")
+    if match:
+        check_output(match, MATCH_COLUMNS)
     if caliper < 0:
         raise UserError(f"--caliper {caliper}: it must be at least 0")
     files = list_images(root)
@@ -219,7 +222,7 @@ def _match(
             f"raise --caliper above {caliper:g}, or add images"
         )
     rows = pairs.ravel()
-    write_csv(path, ["path", "label"], [[files[row].path, files[row].label] for row in rows])
+    write_csv(path, MATCH_COLUMNS, [[files[row].path, files[row].label] for row in rows])
     print(f"\nMatched: {len(pairs):,} fake and {len(pairs):,} real images of {len(files):,}, listed in {path}")
     auc = float(roc_auc_score(labels[rows] == 0, headers.fake_scores[rows]))
     print(f"The classifier trained on all has AUC {auc:.2f} on these, instead of {headers.all.auc:.2f}.")

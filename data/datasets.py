@@ -77,6 +77,8 @@ def split_index(index: Index, settings: Settings) -> tuple[Index, Splits]:
         final_train, final_valid = final_split(train, valid, settings.final_valid_fraction, seed)
     else:
         groups = groups_of([record.path for record in index.records], settings.group_by)
+        if len(set(groups)) == len(groups):
+            raise UserError(f"group_by = {settings.group_by} makes every image of {index.root} a group of its own")
         index = replace(index, groups=tuple(groups))
         train, valid, test = group_split_indices(labels, groups, held_out(groups, settings.hold_out), *sizes, seed)
         final_train, final_valid = final_group_split(train, valid, labels, groups, settings.final_valid_fraction, seed)

@@ -83,6 +83,8 @@ def read_pictures(
     """
 
     def read(source: Source) -> Picture:
+        if not isinstance(source, str | Path | Image.Image):
+            raise TypeError(f"{type(source).__name__} is no image: pass a path or a PIL image")
         image = decode(source) if isinstance(source, Image.Image) else read_image(source, max_pixels)
         return Picture(image, _key(image))
 
@@ -153,6 +155,21 @@ def find_images(arguments: Sequence[str]) -> list[str]:
     return list(found)
 
 
+def other_files(arguments: Sequence[str]) -> list[str]:
+    """Files in the folders that a user names, but hidden ones, that `find_images` takes for no images."""
+    found = []
+    for argument in arguments:
+        if Path(argument).is_dir():
+            folder = Path(argument).absolute()
+            names = (Path(name) for name in list_files(folder.parent, folder.name))
+            found += [
+                str(name)
+                for name in names
+                if not name.name.lower().endswith(IMAGE_ENDINGS) and not name.name.startswith(".")
+            ]
+    return found
+
+
 def _find(argument: str) -> Iterator[str]:
     path, (table, _, column) = Path(argument), argument.rpartition(":")
     if path.is_dir():
@@ -160,6 +177,8 @@ def _find(argument: str) -> Iterator[str]:
         for name in list_files(folder.parent, folder.name):
             if name.lower().endswith(IMAGE_ENDINGS):
                 yield str(path / Path(name).relative_to(folder.name))
+    elif argument.lower().endswith(".csv"):
+        raise UserError(f"{argument} is a list: name its column of paths too, as {argument}:COLUMN")
     elif path.exists():
         yield argument
     elif table.lower().endswith(".csv") and Path(table).exists():

@@ -10,7 +10,7 @@ The same picture gives the same answer on every run, whatever it is called and w
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class Prediction:
         probability_fake: calibrated; mean over the draws.
         verdict: fake, real or inconclusive.
         standard_deviation: of the calibrated probability over the draws; NaN for one draw.
-        flips: share of the draws whose own verdict is another.
+        flips: share of the draws whose own verdict is another; NaN for one draw.
         raw_probability_fake: as the paper's metrics have it, not calibrated; mean over the draws.
         width, height: of the picture, in pixels.
         scores: all there is.
@@ -82,10 +82,10 @@ class Prediction:
 class Detector:
     """A model with all that its answers depend on; see `load_detector`."""
 
-    model: nn.Module
+    model: nn.Module = field(repr=False)
     experiment: Experiment
-    settings: Settings
-    about: dict[str, Any]
+    settings: Settings = field(repr=False)
+    about: dict[str, Any] = field(repr=False)
     calibration: Calibration
     runtime: Runtime
     batch_size: int = BATCH_SIZE
@@ -163,8 +163,9 @@ class Detector:
             )
         fake, raw = self.calibration.probabilities(scores.values), expit(scores.values)
         verdict = self.calibration.verdict(float(fake.mean()))
-        flips = np.mean([self.calibration.verdict(probability) != verdict for probability in fake])
-        deviation = float(fake.std(ddof=1)) if len(fake) > 1 else float("nan")
+        several = len(fake) > 1
+        flips = np.mean([self.calibration.verdict(one) != verdict for one in fake]) if several else float("nan")
+        deviation = float(fake.std(ddof=1)) if several else float("nan")
         return Prediction(
             float(fake.mean()), verdict, deviation, float(flips), float(raw.mean()), width, height, scores
         )
@@ -260,7 +261,7 @@ def load_detector(
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         calibration = Calibration(**about["calibration"]) if about.get("calibration") else UNCALIBRATED
         settings = checked(replace(Settings(), **values))
-    except (KeyError, TypeError, AttributeError, UserError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
         raise UserError(f"{path} does not say how its model is built ({error}): train it anew") from None
     settings = replace(
         settings, device=device, precision=precision, max_image_pixels=max_image_pixels,

@@ -24,7 +24,7 @@ from model_training.predict import add_weights
 from model_training.scores import ScoredData, ScoredModel, score_data
 from model_training.tables import Row, Table, show, value_of
 from training.detection_metrics import DETECTION_METRICS, bootstrap_intervals, detection_metrics
-from utils import preset_folder, run_door, settings_without
+from utils import UserError, preset_folder, run_door, settings_without, wanted_name
 
 ALL = "all"
 
@@ -48,6 +48,8 @@ def evaluate_weights(
     Raises:
         UserError: weights or images that cannot be used.
     """
+    if name is not None and wanted_name(name):
+        raise UserError(f"--name {name}: it must be {wanted_name(name)}")
     kinds = ["native", *([f"jpeg_{format_matched}"] if format_matched is not None else [])]
     data = score_data(preset, weights, kinds, draws, **how)
     folder = preset_folder(preset) / "evaluation" / (name or preset.settings.data_root.resolve().name)
@@ -152,7 +154,8 @@ def _table_of_formats(rows: list[Row], kinds: Sequence[str], notes: list[str]) -
 def _notes(data: ScoredData) -> list[str]:
     notes = [
         "In percent, but for the negative log-likelihood (nats); [95% bootstrap interval over images]; fake is the "
-        "positive class."
+        "positive class. An interval without width says that none of these images was taken wrongly (or all), not that "
+        "none could be."
     ]
     for name, models in data.by_name.items():
         seeds = ", ".join(str(model.seed) for model in models)

@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from config import Preset
 from data.images import UnreadableImage
-from data.pictures import find_images
+from data.pictures import find_images, other_files
 from model_training.detector import BATCH_SIZE, CHUNK_SIZE, Detector, Prediction, load_detector
 from model_training.evidence import write_evidence
-from utils import UserError, run_door, settings_without, write_csv
+from utils import UserError, check_output, run_door, settings_without, write_csv
 
 COLUMNS = (
     "path", "probability_fake", "verdict", "standard_deviation", "flips", "raw_probability_fake", "width", "height",
@@ -66,9 +66,14 @@ def predict(
     """
     if draws < 1:
         raise UserError(f"--draws {draws}: it must be at least 1")
+    check_output(output, COLUMNS)
     if evidence_map and not evidence:
         raise UserError("--evidence-map draws into the folder of --evidence DIR: name one")
     settings, images = preset.settings, find_images(paths)
+    passed_over = other_files(paths)
+    if passed_over:
+        endings = ", ".join(sorted({Path(name).suffix or "without an ending" for name in passed_over})[:5])
+        print(f"Left out, in folders: {len(passed_over):,} files of other kinds ({endings}); name them to try them")
     detector = load_detector(weights, settings.device, precision, settings.max_image_pixels, batch_size, chunk_size)
     if band:
         detector = with_band(detector, *band)
@@ -112,9 +117,9 @@ def render(found: Answers, draws: int) -> str:
     rows = [names]
     for path, answer in list(found.items())[:SHOWN]:
         if isinstance(answer, UnreadableImage):
-            rows.append([path, "", "no image", *([""] * (len(names) - 3))])
+            rows.append([one_line(path), "", "no image", *([""] * (len(names) - 3))])
             continue
-        rows.append([path, f"{answer.probability_fake:.3f}", answer.verdict])
+        rows.append([one_line(path), f"{answer.probability_fake:.3f}", answer.verdict])
         if draws > 1:
             rows[-1] += [f"{answer.standard_deviation:.3f}", f"{answer.flips:.0%}"]
     widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
@@ -132,8 +137,13 @@ def report_unreadable(found: Answers) -> None:
     if unreadable:
         print(f"\n{len(unreadable):,} of {len(found):,} files gave no image:", file=sys.stderr)
         for path, reason in unreadable.items():
-            print(f"  {path}: {reason}", file=sys.stderr)
+            print(f"  {one_line(path)}: {reason}", file=sys.stderr)
         sys.exit(1)
+
+
+def one_line(path: str) -> str:
+    """A path as a terminal can show it: line ends, tabs and escape codes spelt out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in path)
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ from model_training.predict import add_weights
 from model_training.scores import score_data
 from model_training.tables import Row, Table, value_of
 from training.detection_metrics import DETECTION_METRICS
-from utils import preset_folder, run_door, settings_without
+from utils import UserError, preset_folder, run_door, settings_without, wanted_name
 
 SHOWN = ("auc", "balanced_accuracy")
 
@@ -47,6 +47,8 @@ def measure_robustness(
     Raises:
         UserError: weights, images or perturbations that cannot be used.
     """
+    if name is not None and wanted_name(name):
+        raise UserError(f"--name {name}: it must be {wanted_name(name)}")
     kinds = list(dict.fromkeys(["native", *perturbations]))
     data = score_data(preset, weights, kinds, **how)
     labels, rows = data.images.labels, []

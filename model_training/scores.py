@@ -1,8 +1,8 @@
 """What trained models say of a labelled data set, kept in files, so that nothing is computed twice.
 
 `results/<preset>/scores/<model>_<key>.csv` has a row for each image and perturbation, written as it is computed. The
-key is of all that the numbers depend on but the images: weights, draws, precision, code and libraries. An image whose
-size or time of modification has changed is computed anew.
+key is of all that the numbers depend on but the images: data root, weights, draws, precision, code and libraries. An
+image whose size or time of modification has changed is computed anew.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from data.index import list_images, read_list
 from data.perturbations import perturbation
 from model_training.detector import Detector, Prediction, load_detector
 from training.calibration import Calibration
+from training.checkpoints import read_about
 from utils import (
     UserError,
     code_version,
@@ -134,6 +135,7 @@ def score_data(
     if draws < 1:
         raise UserError(f"--draws {draws}: it must be at least 1")
     images, scored, unreadable = labelled_images(preset), [], {}
+    _check_weights(weights)
     for path in weights:
         settings = preset.settings
         detector = load_detector(path, settings.device, max_image_pixels=settings.max_image_pixels, **how)
@@ -157,6 +159,18 @@ def score_data(
     return ScoredData(images.only(readable), models, unreadable)
 
 
+def _check_weights(weights: Sequence[Path]) -> None:
+    """Refuse what would count as another seed and is none."""
+    seen: dict[object, Path] = {}
+    for path in weights:
+        about = read_about(path)
+        name = (about.get("experiment") or {}).get("name") if isinstance(about.get("experiment"), dict) else None
+        for key in (sha256_of(path), (name, about.get("seed"))):
+            if key in seen:
+                raise UserError(f"{seen[key]} and {path} are the same model and seed: name each once")
+            seen[key] = path
+
+
 def _warn_of_training_images(preset: Preset, detector: Detector, path: Path) -> None:
     trained_on = detector.about["settings"].get("data_root", "")
     if Path(trained_on).absolute() == preset.settings.data_root.absolute() and not preset.settings.data_list:
@@ -176,7 +190,8 @@ def _scores_of(
 ) -> dict[tuple[str, str], Values]:
     """(perturbation, path) -> what the detector says."""
     folder = preset_folder(preset) / "scores"
-    facts = [sha256_of(weights), draws, detector.runtime.precision, code_version(), library_versions()]
+    root = str(images.root.resolve())
+    facts = [root, sha256_of(weights), draws, detector.runtime.precision, code_version(), library_versions()]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     path = folder / f"{detector.name}_{key}.csv"
     states = {name: stat_of(images.root / name) for name in images.paths}

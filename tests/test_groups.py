@@ -76,6 +76,8 @@ def test_what_a_group_is(tmp_path: Path) -> None:
 def test_hold_out_without_groups_and_lists_of_other_images_are_refused(
     toy_preset: Callable[..., Preset], tmp_path: Path
 ) -> None:
+    with pytest.raises(UserError, match=r"group_by = folder makes every image of .* a group of its own"):
+        load_splits(toy_preset(group_by="folder"))
     with pytest.raises(UserError, match="hold_out names groups, and group_by is none"):
         load_splits(toy_preset(hold_out=("a",)))
     (tmp_path / "list.csv").write_text("path\nfake/0000.png\nfake/none.png\n")

@@ -5,11 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from data.crops import crop_generator, sample_crop_boxes
@@ -18,6 +21,7 @@ from data.perturbations import GRID, perturbation
 from data.pictures import Picture, find_images, read_pictures
 from model_training.detector import load_detector
 from model_training.predict import predict
+from model_training.scores import score_data
 from tests.conftest import ENVIRONMENT, REPOSITORY, TOY_FLAGS, copy_index, run_module, succeed
 from training.checkpoints import read_about, save_model
 from utils import UserError, load_preset, read_csv, read_json
@@ -129,6 +133,13 @@ def test_the_tables_hold_the_calibrated_metrics_of_all_seeds(results: Path) -> N
     assert float(row["auc_std"]) == pytest.approx(100 * np.std([of_seed["auc"] for of_seed in of_seeds], ddof=1))
 
 
+CALIBRATIONS = (  # that none can be
+    *({"temperature": value} for value in (-1.0, 0.0, float("nan"), "x")),
+    {"real_below": 0.9, "fake_from": 0.1},
+    {"balanced": 7.0},
+)
+
+
 def test_weights_that_say_nothing_of_their_model_are_refused(results: Path, tmp_path: Path) -> None:
     detector, path = load_detector(weights(results), device="cpu"), tmp_path / "w.safetensors"
     about = detector.about
@@ -138,12 +149,20 @@ def test_weights_that_say_nothing_of_their_model_are_refused(results: Path, tmp_
         about | {"experiment": about["experiment"] | {"x": 1}},
         about | {"settings": about["settings"] | {"patch_size": "32"}},
         about | {"calibration": {"temperature": 1}},
+        *(about | {"calibration": about["calibration"] | change} for change in CALIBRATIONS),
+        about | {"experiment": about["experiment"] | {"num_crops": 10**9}},
+        about | {"settings": about["settings"] | {"patch_size": 20_000}},
     ):
         save_model(path, detector.model, broken)
         with pytest.raises(UserError, match=r"w\.safetensors does not say how its model is built"):
             load_detector(path, device="cpu")
     save_model(path, detector.model, about | {"experiment": about["experiment"] | {"backbone": "timm:resnet18"}})
     with pytest.raises(UserError, match=r"w\.safetensors does not fit this model: "):
+        load_detector(path, device="cpu")
+    with safe_open(weights(results), framework="pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    save_file(state, path, metadata={"about": "[" * 100_000 + "]" * 100_000})
+    with pytest.raises(UserError, match=r"w\.safetensors is not a weights file of this project"):
         load_detector(path, device="cpu")
     path.write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"w\.safetensors is not a weights file of this project"):
@@ -175,6 +194,7 @@ def test_predict_answers_for_files_folders_patterns_and_lists(results: Path, toy
     done = run_module("model_training.predict", *flags, folder, f"{folder}/*.txt", f"{tmp_path}/list.csv:image")
     assert done.returncode == 1, done.stderr
     assert "1 of 5 files gave no image" in done.stderr and "broken.jpg: " in done.stderr
+    assert "Left out, in folders: 1 files of other kinds (.txt)" in done.stdout
     rows = {Path(row["path"]).name: row for row in read_csv(tmp_path / "p.csv")}
     assert list(rows) == ["b.png", "broken.jpg", "d.png", "é 1.png", "c.txt"]
     detector = load_detector(weights(results), device="cpu")
@@ -196,7 +216,7 @@ def test_predict_repeats_draws_and_takes_a_band(results: Path, toy_data: Path, t
     assert all(float(row["standard_deviation"]) > 0 and float(row["flips"]) == 0 for row in rows)
 
 
-def test_predict_says_what_is_wrong_with_its_arguments(results: Path) -> None:
+def test_predict_says_what_is_wrong_with_its_arguments(results: Path, tmp_path: Path) -> None:
     preset, path = load_preset("demo"), weights(results)
     for paths, how, sentence in (
         (["nothing.jpg"], {}, "nothing.jpg does not exist: name files, folders, patterns or FILE.csv:COLUMN"),
@@ -204,9 +224,11 @@ def test_predict_says_what_is_wrong_with_its_arguments(results: Path) -> None:
         (["README.md"], {"draws": 0}, "--draws 0: it must be at least 1"),
         (["README.md"], {"band": (0.9, 0.1)}, "--band 0.9 0.1: expected two probabilities, the smaller first"),
         (["README.md"], {"chunk_size": 0}, "chunk_size = 0: both must be at least 1"),
+        (["README.md"], {"output": Path("README.md")}, "README.md is there already, and is not a table that this"),
+        (["a.csv"], {}, "a.csv is a list: name its column of paths too, as a.csv:COLUMN"),
     ):
         with pytest.raises(UserError, match=re.escape(sentence)):
-            predict(preset, path, paths, Path("p.csv"), **how)
+            predict(preset, path, paths, **({"output": tmp_path / "p.csv"} | how))
     done = run_module("model_training.predict", "--weights", path, "README.md", "--epochs", "3")
     assert done.returncode == 2 and "unknown argument --epochs" in done.stderr and done.stderr.count("\n") == 1
 
@@ -290,6 +312,31 @@ def test_an_evaluation_that_was_killed_goes_on_where_it_was(results: Path, by_ge
     for path, row in native.items():  # the others were batched otherwise
         scores = [float(of["probability_fake"]) for of in (row, again[path])]
         assert scores[0] == pytest.approx(scores[1], abs=SAME, nan_ok=True)
+
+
+def test_scores_of_one_data_set_are_not_taken_for_anothers(results: Path, toy_data: Path, tmp_path: Path) -> None:
+    aucs = []
+    for turned in (False, True):  # the same names, sizes and times of modification
+        root = tmp_path / str(turned)
+        for name, other in (("fake", "real"), ("real", "fake")):
+            (root / name).mkdir(parents=True)
+            for number in range(8):
+                source = toy_data / (other if turned else name) / f"{2 * number:04d}.png"
+                path = root / name / f"{number}.bmp"
+                Image.open(source).resize((48, 48)).save(path)
+                os.utime(path, (1.6e9, 1.6e9))
+        evaluation("evaluate", results, root, "--weights", weights(results), "--name", str(turned))
+        table = results / "demo" / "evaluation" / str(turned) / "evaluation.csv"
+        aucs.append(float(read_csv(table)[0]["auc_mean"]))
+    assert aucs[0] == pytest.approx(1 - aucs[1], abs=1e-6) and aucs[0] != aucs[1]
+
+
+def test_weights_that_are_named_twice_are_refused(results: Path, toy_data: Path, tmp_path: Path) -> None:
+    shutil.copy(weights(results), tmp_path / "copy.safetensors")
+    preset = load_preset("demo")
+    preset = replace(preset, settings=replace(preset.settings, data_root=toy_data, results_root=results))
+    with pytest.raises(UserError, match="are the same model and seed: name each once"):
+        score_data(preset, [weights(results), tmp_path / "copy.safetensors"])
 
 
 def test_robustness_has_a_row_for_each_perturbation_and_native_is_that_of_the_test(

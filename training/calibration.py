@@ -42,6 +42,14 @@ class Calibration:
     fake_images: int
     real_images: int
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no calibration is, as a file may say it."""
+        numbers = (self.temperature, self.balanced, self.fpr_1, self.fpr_5, self.real_below, self.fake_from)
+        if not all(isinstance(number, int | float) and 0 <= number < 1e6 for number in numbers):
+            raise ValueError(f"its calibration holds {numbers}")
+        if self.temperature <= 0 or max(numbers[1:]) > 1.001 or self.real_below > self.fake_from:
+            raise ValueError(f"its calibration holds {numbers}")
+
     def probabilities(self, scores: np.ndarray) -> np.ndarray:
         """Calibrated probabilities of fake."""
         return expit(np.asarray(scores, np.float64) / self.temperature)

@@ -72,7 +72,10 @@ def _opened(path: Path) -> Iterator[safe_open]:
 
 
 def _about(file: safe_open) -> dict[str, Any]:
-    about = json.loads((file.metadata() or {}).get("about", "null"))
+    try:
+        about = json.loads((file.metadata() or {}).get("about", "null"))
+    except RecursionError:
+        about = None
     if not isinstance(about, dict):
         raise ValueError("its metadata says nothing of the model")
     return about
