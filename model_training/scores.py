@@ -66,7 +66,7 @@ class LabelledImages:
 def labelled_images(preset: Preset) -> LabelledImages:
     """The images of the preset's data root, or those that its data_list names.
 
-    Sources are the folders below fake/ and real/, unless `group_by` says otherwise.
+    Sources are the folders below fake/ and real/, unless `group_by` names a CSV.
 
     Raises:
         UserError: no such folders, or a class without an image.
@@ -79,7 +79,7 @@ def labelled_images(preset: Preset) -> LabelledImages:
     paths, labels = [path for path, _ in listed], np.array([label for _, label in listed])
     if len(set(labels.tolist())) < 2:
         raise UserError(f"{settings.data_list or settings.data_root} has images of one class only: both are needed")
-    kind = "folder" if settings.group_by == "none" else settings.group_by
+    kind = "folder" if settings.group_by in ("none", "stem") else settings.group_by  # pairs are no sources
     groups = groups_of(paths, kind)
     return LabelledImages(settings.data_root, paths, labels, ["" if group in paths else group for group in groups])
 
