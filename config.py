@@ -3,15 +3,54 @@
 `Settings` is what all runs share; the four classes after it belong to the four kinds of experiment; then come
 the experiments themselves with their tuned values, the search spaces, and the presets that put all of it
 together. Any field can also be set for one run on the command line, by its name: `--data-root DIR --epochs 2`.
-What wins, last to first: this file's defaults, the preset, the command line.
+The command line wins over the preset, and the preset over the defaults of this file.
 
-"SPEC" numbers are the paper's (arXiv 2601.00141): change them and you run another protocol.
+A field is a setting, a flag and its `--help` line (the comment beside it), a check (its type), and part of what a run
+is compared by when it is resumed (unless it is marked `Free`). The defaults are the paper's (arXiv 2601.00141): change
+them and you run another protocol.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, Field
+
+# ------------------------------------------------------------------------------------------- types of values
+T = TypeVar("T")
+NO_EFFECT = "no effect on a result's numbers"
+Free = Annotated[T, NO_EFFECT]  # where and how fast, not what: runs that differ only here are resumed and compared
+
+Count = Annotated[int, Field(ge=1)]
+Number = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Crops = Annotated[int, Field(ge=1, le=1024)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Rate = Annotated[float, Field(ge=0, le=1)]  # a learning rate
+Decay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, lt=1)]  # of dropout
+GigaBytes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Quality = Annotated[int, Field(ge=0, le=100)]  # of a JPEG
+
+
+def must_be(test: Callable[[Any], bool], what: str) -> AfterValidator:
+    """A check that says what a value must be."""
+
+    def check(value: Any) -> Any:
+        if not test(value):
+            raise ValueError(f"it must be {what}")
+        return value
+
+    return AfterValidator(check)
+
+
+EACH_ONCE = must_be(lambda values: len(values) == len(set(values)) > 0, "one or more values, each once")
+Seeds = Annotated[tuple[Seed, ...], EACH_ONCE]
+CropCounts = Annotated[tuple[Crops, ...], EACH_ONCE]
+Name = Annotated[str, must_be(re.compile(r"[\w-][\w.-]*").fullmatch, "a folder name of letters, digits, _ - and .")]
+WeightsFiles = tuple[Annotated[str, must_be(re.compile("[^=]+=.+").fullmatch, "BACKBONE=FILE")], ...]
 
 
 # ------------------------------------------------------------------------------------------------- all runs
@@ -20,102 +59,102 @@ class Settings:
     """What every run shares, whatever its model and its experiment."""
 
     # --- Where things lie
-    data_root: Path = Path("datasets/ai-generated-images-vs-real-images/test")  # holds fake/ and real/
-    results_root: Path = Path("results")  # everything that is written goes under results_root/<preset>/
-    kaggle_dataset: str = "tristanzhang32/ai-generated-images-vs-real-images"  # what data_download fetches
+    data_root: Free[Path] = Path("datasets/ai-generated-images-vs-real-images/test")  # holds fake/ and real/
+    results_root: Free[Path] = Path("results")  # everything that is written goes under results_root/<preset>/
+    kaggle_dataset: Free[str] = "tristanzhang32/ai-generated-images-vs-real-images"  # what data_download fetches
 
     # --- Data
-    max_image_pixels: int = 200_000_000  # larger images are refused before they are decoded
-    patch_size: int = 224  # side of the global view and of each crop, in pixels
-    main_seed: int = 606  # the split, evaluation crops, tuning and both cost studies
-    valid_size: int | float = 1800  # images (int) or share of the data set (float)
-    test_size: int | float = 1800
-    final_valid_fraction: float = 0.05  # share of train + valid that chooses the checkpoint in final training
+    max_image_pixels: Free[Count] = 200_000_000  # larger images are refused before they are decoded
+    patch_size: Annotated[int, Field(ge=1, le=4096)] = 224  # side of the global view and of each crop, in pixels
+    main_seed: Seed = 606  # the split, evaluation crops, tuning and both cost studies
+    valid_size: Count | Share = 1800  # validation images, as a number or as a share of the data set
+    test_size: Number | Share = 1800  # test images, likewise
+    final_valid_fraction: Share = 0.05  # share of train + validation that final training validates on
 
-    # --- Beyond the paper: which images, and what must not be torn apart
-    data_list: str = ""  # a CSV with a column path: use these images only (data.data_audit --match writes one)
+    # --- Beyond the paper: which images, and which of them stay together
+    data_list: Free[str] = ""  # a CSV with a column path: use these images only (data.data_audit --match writes one)
     group_by: str = "none"  # groups that a split keeps whole: stem (file name: pairs), folder, or FILE.csv:COLUMN
     hold_out: tuple[str, ...] = ()  # groups, as "camera_*", that only the test split gets; test_size adds to them
-    reencode_jpeg: int = 0  # quality at which every image is first saved as JPEG, in memory; 0: as it is
+    reencode_jpeg: Quality = 0  # save each image as JPEG of this quality first, in memory; 0: do not
 
     # --- Views
-    exact_resize: bool = False  # GLASS's global view resized in float32, not in 8 bits (one grey level apart at most)
+    exact_resize: bool = False  # resize GLASS's global view in float32, not in 8 bits (one grey level apart at most)
 
     # --- Pixel cache: python -m data.data_preprocess --cache decodes every image once and for all
-    use_cache: bool = True  # False: decode the files in every epoch, even where there is a cache
-    cache_root: Path = Path("cache")  # on a fast local disk; it may hold the caches of many data sets
-    cache_limit_gb: float | Literal["disk"] = "disk"  # of one data set; disk: as much as is free
+    use_cache: Free[bool] = True  # False: decode the files in every epoch, even where there is a cache
+    cache_root: Free[Path] = Path("cache")  # on a fast local disk; it may hold the caches of many data sets
+    cache_limit_gb: Free[GigaBytes | Literal["disk"]] = "disk"  # of one data set; disk: as much as is free
 
     # --- Backbones: a name is vit, convnext, resnet (the paper's, from torchvision) or timm:<model>
     pretrained: bool = True  # False: random weights
-    weights_files: tuple[str, ...] = ()  # local weights instead of a download: "vit=FILE", "timm:<model>=FILE"
+    weights_files: Free[WeightsFiles] = ()  # local weights instead of a download: "vit=FILE", "timm:<model>=FILE"
 
     # --- Optimisation
-    label_smoothing: float = 0.1
-    eta_min: float = 1e-6  # learning rate at the end of the cosine schedule
-    checkpoint_every: int = 0  # steps; 0: the state is saved after every epoch, and when a signal asks to stop
+    label_smoothing: Probability = 0.1  # of the training loss
+    eta_min: Rate = 1e-6  # learning rate at the end of the cosine schedule
+    checkpoint_every: Free[Number] = 0  # steps; 0: save the state after every epoch, and when a signal asks to stop
 
     # --- Hardware
-    device: str = "auto"  # auto: CUDA where there is one; or cpu, cuda, cuda:1
+    device: Free[str] = "auto"  # auto: CUDA where there is one; or cpu, cuda, cuda:1
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"  # of the forward pass on CUDA; the CPU computes in fp32
     compile: bool = True  # torch.compile, on CUDA
     channels_last: bool = True  # memory layout of convolutional backbones
     deterministic: bool = True  # the same numbers on every run on the same machine
     matmul_precision: Literal["highest", "high", "medium"] = "high"  # of float32 products; high is TF32
-    num_workers: int | Literal["auto"] = "auto"  # processes that load images; auto: by the cores, see utils
+    num_workers: Free[Number | Literal["auto"]] = "auto"  # processes that load images; auto: by the number of cores
 
 
-# ------------------------------------------------------------------------------------ one class an experiment room
+# ----------------------------------------------------------------------------- one class for each experiment package
 @dataclass(frozen=True)
 class Tuning:
     """hyperparameter_tuning: one Optuna study per model."""
 
-    epochs: int = 25
-    glass_trials: int = 100
-    standard_trials: int = 50
-    min_resource: int = 5  # Hyperband; it counts epochs from 0, so that a trial is first judged after epoch 6
-    max_resource: int = 25
-    reduction_factor: int = 3
+    epochs: Count = 25  # of a trial
+    glass_trials: Free[Count] = 100  # trials of a GLASS model's study
+    standard_trials: Free[Count] = 50  # trials of a standard model's study
+    min_resource: Count = 5  # Hyperband; it counts epochs from 0, so that a trial is first compared after epoch 6
+    max_resource: Count = 25  # Hyperband
+    reduction_factor: Annotated[int, Field(ge=2)] = 3  # Hyperband
 
 
 @dataclass(frozen=True)
 class Training:
     """model_training: final training and evaluation."""
 
-    epochs: int = 50
-    seeds: tuple[int, ...] = (100, 200, 300, 400, 500)
-    band_error: float = 0.05  # of the validation images: share of each class on the wrong side of "inconclusive"
+    epochs: Count = 50  # of each seed
+    seeds: Free[Seeds] = (100, 200, 300, 400, 500)  # one training each
+    band_error: Annotated[float, Field(ge=0, lt=0.5)] = 0.05  # share of each class on the wrong side of "inconclusive"
 
 
 @dataclass(frozen=True)
-class NumCrops:
+class CostSettings:
+    """What both kinds of cost study share."""
+
+    epochs: Count = 25  # of each training
+    batch_size: Count = 32  # images
+    quick: bool = False  # a few steps instead of whole epochs; epoch time is then extrapolated
+    warmup_steps: Number = 3  # quick mode: steps before the clock starts
+    measured_steps: Count = 10  # quick mode: steps on the clock
+
+
+@dataclass(frozen=True)
+class NumCrops(CostSettings):
     """num_crops: memory, time and accuracy against the number of crops K."""
 
-    epochs: int = 25
-    batch_size: int = 32
-    crop_counts: tuple[int, ...] = tuple(range(1, 17))
-    quick: bool = False  # a few steps for each K instead of `epochs`; epoch time is then extrapolated
-    warmup_steps: int = 3  # quick mode: steps before the clock starts
-    measured_steps: int = 10  # quick mode: steps on the clock
+    crop_counts: Free[CropCounts] = tuple(range(1, 17))  # the values of K
 
 
 @dataclass(frozen=True)
-class StandardMemory:
+class StandardMemory(CostSettings):
     """standard_memory: memory, time and accuracy of the standard models."""
-
-    epochs: int = 25
-    batch_size: int = 32
-    quick: bool = False
-    warmup_steps: int = 3
-    measured_steps: int = 10
 
 
 @dataclass(frozen=True)
 class Reproduce:
-    """model_training.reproduce: which doors it opens, in this order, before it writes the tables."""
+    """model_training.reproduce: which commands it runs, in this order, before it writes the tables."""
 
-    stages: tuple[str, ...] = ("tuning", "training", "num_crops", "standard_memory")
-    experiments: tuple[str, ...] = (
+    stages: tuple[str, ...] = ("tuning", "training", "num_crops", "standard_memory")  # in this order
+    experiments: tuple[str, ...] = (  # whose commands each stage runs
         "standard_vit", "standard_convnext", "standard_resnet", "glass_vit", "glass_convnext", "glass_resnet",
     )  # fmt: skip
     demo_data: bool = False  # first write the procedural demo images to data_root, if that does not exist
@@ -127,33 +166,33 @@ class Reproduce:
 class GlassExperiment:
     """A GLASS model and its hyperparameters; `name` is its run folder and its row in the tables."""
 
-    name: str
-    backbone: str
-    batch_size: int
-    dropout_rate: float
-    lr_global: float
-    lr_local: float
-    lr_atten_class: float
-    wd_global: float
-    wd_local: float
-    num_crops: int
+    name: Name  # run folder, and row in the tables
+    backbone: str  # vit, convnext, resnet or timm:<model>
+    batch_size: Count  # images
+    dropout_rate: Probability  # in attention and classifier
+    lr_global: Rate  # learning rate of the global view's backbone
+    lr_local: Rate  # learning rate of the crops' backbone
+    lr_atten_class: Rate  # learning rate of attention and classifier
+    wd_global: Decay  # weight decay of the global view's backbone
+    wd_local: Decay  # weight decay of the crops' backbone
+    num_crops: Crops  # K
 
 
 @dataclass(frozen=True)
 class StandardExperiment:
     """A standard transfer-learning model and its hyperparameters."""
 
-    name: str
-    backbone: str
-    batch_size: int
-    dropout_rate: float
-    lr: float
-    weight_decay: float
+    name: Name  # run folder, and row in the tables
+    backbone: str  # vit, convnext, resnet or timm:<model>
+    batch_size: Count  # images
+    dropout_rate: Probability  # before the last layer
+    lr: Rate  # learning rate
+    weight_decay: Decay  # of all parameters
 
 
 Experiment = GlassExperiment | StandardExperiment
 
-# The tuned values of SPEC.
+# The paper's tuned values.
 PAPER_EXPERIMENTS = (
     GlassExperiment(
         name="glass_vit", backbone="vit", batch_size=64, dropout_rate=0.3,
@@ -190,8 +229,8 @@ PAPER_EXPERIMENTS = (
 class LogUniform:
     """A positive real number, uniform in its logarithm."""
 
-    low: float
-    high: float
+    low: Annotated[float, Field(gt=0)]
+    high: Annotated[float, Field(gt=0)]
 
 
 SearchSpace = Mapping[str, tuple | LogUniform]  # a tuple is a choice between its values
@@ -218,59 +257,40 @@ PAPER_STANDARD_SPACE: SearchSpace = {
 # -------------------------------------------------------------------------------------------------- presets
 @dataclass(frozen=True)
 class Preset:
-    """A whole protocol: what `--preset NAME` selects."""
+    """A whole protocol: what `--preset NAME` selects; the paper's where nothing else is said."""
 
     name: str
-    settings: Settings
-    tuning: Tuning
-    training: Training
-    num_crops: NumCrops
-    standard_memory: StandardMemory
-    reproduce: Reproduce
-    experiments: tuple[Experiment, ...]
-    glass_space: SearchSpace
-    standard_space: SearchSpace
+    settings: Settings = Settings()
+    tuning: Tuning = Tuning()
+    training: Training = Training()
+    num_crops: NumCrops = NumCrops()
+    standard_memory: StandardMemory = StandardMemory()
+    reproduce: Reproduce = Reproduce()
+    experiments: tuple[Experiment, ...] = PAPER_EXPERIMENTS
+    glass_space: SearchSpace = field(default_factory=lambda: PAPER_GLASS_SPACE)
+    standard_space: SearchSpace = field(default_factory=lambda: PAPER_STANDARD_SPACE)
 
 
-PAPER = Preset(
-    name="paper",
-    settings=Settings(),
-    tuning=Tuning(),
-    training=Training(),
-    num_crops=NumCrops(),
-    standard_memory=StandardMemory(),
-    reproduce=Reproduce(),
-    experiments=PAPER_EXPERIMENTS,
-    glass_space=PAPER_GLASS_SPACE,
-    standard_space=PAPER_STANDARD_SPACE,
-)
+PAPER = Preset("paper")
 
 # The same protocol in minutes on two CPU cores: procedural images, small backbones from scratch, small patches.
 # A plain ViT learns too slowly from 300 images; MobileViT, transformers between convolutions, stands in for it.
+DEMO_BACKBONES = (  # each with its learning rate
+    ("vit", "timm:mobilevit_xxs", 2e-3),
+    ("convnext", "timm:convnext_atto", 5e-4),
+    ("resnet", "timm:resnet10t", 1e-3),
+)
 DEMO_EXPERIMENTS = (
-    GlassExperiment(
-        name="glass_vit", backbone="timm:mobilevit_xxs", batch_size=8, dropout_rate=0.1, lr_global=2e-3,
-        lr_local=2e-3, lr_atten_class=1e-3, wd_global=1e-2, wd_local=1e-2, num_crops=4,
+    *(
+        GlassExperiment(
+            f"glass_{name}", backbone, batch_size=8, dropout_rate=0.1, lr_global=lr, lr_local=lr, lr_atten_class=1e-3,
+            wd_global=1e-2, wd_local=1e-2, num_crops=4,
+        )
+        for name, backbone, lr in DEMO_BACKBONES
     ),
-    GlassExperiment(
-        name="glass_convnext", backbone="timm:convnext_atto", batch_size=8, dropout_rate=0.1, lr_global=5e-4,
-        lr_local=5e-4, lr_atten_class=1e-3, wd_global=1e-2, wd_local=1e-2, num_crops=4,
-    ),
-    GlassExperiment(
-        name="glass_resnet", backbone="timm:resnet10t", batch_size=8, dropout_rate=0.1, lr_global=1e-3,
-        lr_local=1e-3, lr_atten_class=1e-3, wd_global=1e-2, wd_local=1e-2, num_crops=4,
-    ),
-    StandardExperiment(
-        name="standard_vit", backbone="timm:mobilevit_xxs", batch_size=8, dropout_rate=0.1, lr=2e-3,
-        weight_decay=1e-2,
-    ),
-    StandardExperiment(
-        name="standard_convnext", backbone="timm:convnext_atto", batch_size=8, dropout_rate=0.1, lr=5e-4,
-        weight_decay=1e-2,
-    ),
-    StandardExperiment(
-        name="standard_resnet", backbone="timm:resnet10t", batch_size=8, dropout_rate=0.1, lr=1e-3,
-        weight_decay=1e-2,
+    *(
+        StandardExperiment(f"standard_{name}", backbone, batch_size=8, dropout_rate=0.1, lr=lr, weight_decay=1e-2)
+        for name, backbone, lr in DEMO_BACKBONES
     ),
 )  # fmt: skip
 DEMO = Preset(
