@@ -1,9 +1,9 @@
-"""Which parts of an image become local crops: image size and generator -> boxes, pure. SPEC, Views."""
+"""Which parts of an image become local crops: image size and generator -> boxes, pure. docs/method.md, Views."""
+
+import hashlib
 
 import numpy as np
 import torch
-
-from utils import derived_seed
 
 MAX_GRID = 8  # cells a side at most
 
@@ -64,13 +64,19 @@ def tile_boxes(height: int, width: int, patch_size: int, stride: int) -> np.ndar
     return np.array(boxes, np.int64)
 
 
-def crop_generator(seed: int, image_name: str, epoch: int | None = None) -> torch.Generator:
-    """The generator of one image's crops: a function of (seed, epoch, image) in training, of (seed, image) else.
-
-    So crops do not depend on the number of workers, on the batch size or on a restart.
+def crop_generator(seed: int, key: str, number: int = 0) -> torch.Generator:
+    """The generator of one image's crops, which do not depend on the number of workers, the batch size or a restart.
 
     Args:
-        image_name: path of the image relative to the data root, with forward slashes.
-        epoch: None in evaluation.
+        key: of the image: its path below the data root in training, `data.images.pixel_key` in evaluation and
+            prediction, which a file keeps under any name.
+        number: the epoch in training, else the draw; evaluation looks at draw 0, prediction can average over several.
     """
-    return torch.Generator().manual_seed(derived_seed(seed, image_name, "all" if epoch is None else epoch))
+    return torch.Generator().manual_seed(derived_seed(seed, key, number))
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A 63-bit seed that is a function of `parts` alone, the same on every machine."""
+    text = "\0".join(f"{type(part).__name__}:{part}" for part in parts)
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,57 +1,43 @@
 """Demonstration data: procedural "photographs", and such scenes after an upsampling decoder.
 
-Real: a scene (power-law texture, gradients, shapes with sharp and soft edges, several materials)
-drawn at native resolution, plus sensor noise that is independent from pixel to pixel.
-Fake: a scene from the same distribution brought to half resolution and upsampled by two with
-fixed, learned-looking kernels, one for even and one for odd pixels. Its noise has the same
-strength but is also made on the half-resolution grid: each drawn value fills a 2 x 2 block.
+Real: a scene (power-law texture, gradients, shapes with sharp and soft edges, several materials) drawn at native
+resolution, plus sensor noise that is independent from pixel to pixel. Fake: a scene from the same distribution brought
+to half resolution and upsampled by two with fixed kernels like learned ones, one for even and one for odd pixels. Its
+noise has the same strength but is also made on the half-resolution grid: each drawn value fills a 2 x 2 block.
 
-Why the classes agree when resized and differ natively: the low spatial frequencies of scene and
-noise are distributed alike in both classes. What differs (missing fine detail, the checkerboard of
-the upsampling, the lean of the noise) lies near and above half the Nyquist frequency, and an
-antialiased resize to 224 x 224 or less removes it. A native crop keeps it. Scene kind, size, file
-format, JPEG quality and chroma subsampling are the same for the fake and the real image with the
-same number, so they cannot tell the class.
-
-This shows the mechanism in small. It is no evidence on the images of real generators.
+What differs (missing fine detail, the checkerboard of the upsampling, the correlation of the noise) lies near and above
+half the Nyquist frequency: an antialiased resize to 224 x 224 or less removes it, a native crop keeps it. Scene kind,
+size, file format, JPEG quality and chroma subsampling are the same for the fake and the real image with the same
+number. This shows the mechanism in small; it is no evidence on the images of real generators.
 """
 
 import colorsys
 import io
 import json
 import math
-import multiprocessing
-import os
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
-from utils import UserError
+from data.preparation.checks import Workers, in_processes
+from data.records import CLASSES
+from utils import UserError, replacing, write_text
 
 Array = NDArray[np.float32]
-CLASSES = ("fake", "real")
 MARKER = ".demo_dataset.json"
-SHAPES = (  # height, width in pixels
-    *((640, 640), (640, 720), (720, 640), (704, 704)),
-    *((640, 800), (800, 640), (640, 1000), (1000, 640)),
-)
+SHAPES = ((640, 640), (640, 720), (720, 640), (704, 704), (640, 800), (800, 640), (640, 1000), (1000, 640))  # H, W
 PNG_EVERY = 7  # images; the others are JPEG
 JPEG_QUALITIES = (92, 94, 96)
 SUBSAMPLINGS = ("4:4:4", "4:2:0")
 PNG_BITS, JPEG_BITS = 19, 8  # a pixel: more than an image needs
 
-# The decoder: weights of four neighbours on the coarse grid for the even and for the odd pixels,
-# how much brighter and darker it makes neighbouring pixels (a checkerboard, as overlapping
-# transposed convolutions leave it), and the strength of the horizontal, vertical and diagonal
-# differences in the noise of a 2 x 2 block (1, 1, 1 would be white noise; the squares sum to 3,
-# so the variance is the same).
-EVEN_TAPS = (-0.07, 0.27, 0.91, -0.11)
-ODD_TAPS = (-0.10, 0.89, 0.28, -0.07)
-CHECKERBOARD = 0.055
+# The decoder: weights of four neighbours on the coarse grid for even and for odd pixels.
+EVEN_TAPS, ODD_TAPS = (-0.07, 0.27, 0.91, -0.11), (-0.10, 0.89, 0.28, -0.07)
+CHECKERBOARD = 0.055  # between neighbouring pixels, as overlapping transposed convolutions leave it
+# Horizontal, vertical and diagonal differences in the noise of a 2 x 2 block; the squares sum to 3, as of white noise.
 BLOCK_NOISE = (0.65, 0.65, 1.47)
 
 
@@ -92,32 +78,24 @@ class Canvas:
         rng, kind = self.rng, self.rng.integers(6)
         angle, step = rng.uniform(0, math.pi), math.tau / rng.uniform(14, 60)  # radians per px
         along = step * math.cos(angle) * self.x + step * math.sin(angle) * self.y
-        if kind == 0:
-            mix = 0.5 + 0.12 * self.field(2)
-        elif kind == 1:
-            mix = 0.5 + 0.22 * self.field(0)
-        elif kind == 2:
-            mix = 1 / (1 + np.exp(-4 * self.field(1)))
-        elif kind == 3:
-            mix = np.abs(np.sin(along / 4 + 2 * self.field(2))) ** 0.5
-        elif kind == 4:
-            mix = 0.5 + 0.3 * np.sin(along + 1.5 * self.field(2)) + 0.1 * self.field(0)
-        else:
-            across = step * math.cos(angle) * self.y - step * math.sin(angle) * self.x
-            mix = 0.5 + 0.2 * np.sin(along) * np.sin(2 * across) + 0.08 * self.field(0)
+        across = step * math.cos(angle) * self.y - step * math.sin(angle) * self.x
+        mixes = (
+            lambda: 0.5 + 0.12 * self.field(2),
+            lambda: 0.5 + 0.22 * self.field(0),
+            lambda: 1 / (1 + np.exp(-4 * self.field(1))),
+            lambda: np.abs(np.sin(along / 4 + 2 * self.field(2))) ** 0.5,
+            lambda: 0.5 + 0.3 * np.sin(along + 1.5 * self.field(2)) + 0.1 * self.field(0),
+            lambda: 0.5 + 0.2 * np.sin(along) * np.sin(2 * across) + 0.08 * self.field(0),
+        )
+        mix = mixes[kind]()
         light = colour(rng, self.hue + rng.choice([0, 0, 0.08, 0.5]), value)
         dark = light * rng.uniform(0.35, 0.75)
         return dark + np.clip(mix, 0, 1) * (light - dark)
 
     def paint(self, surface: Array, distance: Array, soft: float = 1.2) -> None:
-        """Lays the surface where the signed distance (pixels) is negative; edge `soft` px wide."""
+        """Lay the surface where the signed distance (pixels) is negative; edge `soft` px wide."""
         mask = np.clip(0.5 - distance / float(soft), 0, 1)
         self.picture += mask * (surface - self.picture)
-
-    def ridge(self, level: float, height: float) -> Array:
-        """Signed distance (pixels) to the ground under a rough horizon at a share of the height."""
-        profile = self.field(2)[int(self.rng.integers(self.shape[0]))]
-        return (level - height * profile)[None] * self.shape[0] - self.y
 
     def box(self, x: float, y: float, half_w: float, half_h: float, angle: float = 0.0) -> Array:
         """Signed distance (pixels) to a rectangle given by centre, half sides and angle."""
@@ -139,8 +117,9 @@ def landscape(canvas: Canvas) -> None:
     for i in range(count):
         haze = 0.6 * (1 - i / (count - 1)) ** 1.5
         surface = (1 - haze) * canvas.material((0.3, 0.8)) + haze * bottom
-        level = 0.4 + 0.5 * i / count
-        canvas.paint(surface, canvas.ridge(level, rng.uniform(0.01, 0.06)), rng.choice([1.2, 4]))
+        level, roughness = 0.4 + 0.5 * i / count, rng.uniform(0.01, 0.06)  # of the horizon, in shares of the height
+        horizon = level - roughness * canvas.field(2)[int(rng.integers(height))]
+        canvas.paint(surface, horizon * height - canvas.y, rng.choice([1.2, 4]))
 
 
 def still_life(canvas: Canvas) -> None:
@@ -211,7 +190,7 @@ SCENES = (landscape, still_life, fields_from_above, street)
 
 
 def upsample(coarse: Array, axis: int) -> Array:
-    """Doubles one axis of a (3, height, width) array with the decoder's kernels, edges repeated."""
+    """Double one axis of a (3, height, width) array with the decoder's kernels, edges repeated."""
     coarse = np.moveaxis(coarse, axis, 0)
     padded, size = np.concatenate([coarse[:1]] * 2 + [coarse] + [coarse[-1:]] * 2), len(coarse)
     fine = np.zeros((2 * size, *coarse.shape[1:]), dtype="f4")
@@ -236,8 +215,7 @@ def draw_scene(seed: int, name: str, index: int) -> tuple[Array, np.random.Gener
     """The scene (3, height, width) in 0..1 of image `index` of a class, and the generator for what follows it."""
     shape = SHAPES[int(np.random.default_rng([seed, index]).integers(len(SHAPES)))]
     rng = np.random.default_rng([seed, index, CLASSES.index(name)])
-    canvas = Canvas(rng, shape)
-    SCENES[index % len(SCENES)](canvas)
+    SCENES[index % len(SCENES)](canvas := Canvas(rng, shape))
     return np.clip(canvas.picture, 0, 1), rng
 
 
@@ -258,12 +236,6 @@ def render(scene: Array, name: str, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
-def demo_image(seed: int, name: str, index: int) -> Image.Image:
-    """Draws image `index` of class `name` ("fake" or "real"): RGB, 640 to 1000 px a side."""
-    scene, rng = draw_scene(seed, name, index)
-    return render(scene, name, rng)
-
-
 def encode(image: Image.Image, seed: int, index: int) -> tuple[str, bytes]:
     """The file suffix and the bytes of an image, by rules that know the index but not the class.
 
@@ -271,67 +243,37 @@ def encode(image: Image.Image, seed: int, index: int) -> tuple[str, bytes]:
     end of the picture, which decoders do not look at, make all sizes the index's.
     """
     rng, buffer = np.random.default_rng([seed, index, len(CLASSES)]), io.BytesIO()
-    png = index % PNG_EVERY == 0
-    if png:
+    if index % PNG_EVERY == 0:
+        suffix, bits = ".png", PNG_BITS
         image.save(buffer, "PNG", compress_level=4)
     else:
+        suffix, bits = ".jpg", JPEG_BITS
         quality, subsampling = int(rng.choice(JPEG_QUALITIES)), str(rng.choice(SUBSAMPLINGS))
         image.save(buffer, "JPEG", quality=quality, subsampling=subsampling)
-    bits_per_pixel = (PNG_BITS if png else JPEG_BITS) * rng.uniform(1, 1.1)
-    content = buffer.getvalue()
-    padded = content.ljust(int(image.width * image.height * bits_per_pixel / 8), b"\0")
-    return (".png" if png else ".jpg"), padded
+    size = int(image.width * image.height * bits * rng.uniform(1, 1.1) / 8)
+    return suffix, buffer.getvalue().ljust(size, b"\0")
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Writes the content under a temporary name in the same folder and renames it to the path."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def write_image(class_name: str, index: int, root: Path, seed: int) -> None:
+    """Make image `index` of a class as root/<class>/<index>.jpg or .png."""
+    scene, rng = draw_scene(seed, class_name, index)
+    suffix, content = encode(render(scene, class_name, rng), seed, index)
+    with replacing(root / class_name / f"{index:04d}{suffix}") as temporary:
+        temporary.write_bytes(content)
 
 
-def write_image(task: tuple[str, int], root: Path, seed: int) -> None:
-    """Makes image `index` of a class as root/<class>/<index>.jpg or .png, task = (class, index)."""
-    name, index = task
-    suffix, content = encode(demo_image(seed, name, index), seed, index)
-    write_file(root / name / f"{index:04d}{suffix}", content)
+def write_demo_dataset(root: Path, images_per_class: int = 200, seed: int = 606, num_workers: Workers = "auto") -> None:
+    """Make root/fake and root/real with `images_per_class` images each, or those of them that are missing.
 
-
-def write_demo_dataset(
-    root: Path,
-    images_per_class: int = 200,
-    seed: int = 606,
-    workers: int = 2,
-) -> None:
-    """Makes root/fake and root/real with `images_per_class` images each (0001.jpg, 0002.png, ...).
-
-    The pixels depend on the seed and the versions of numpy and Pillow, not on the number of worker
-    processes. A complete data set is left as it is; in an interrupted one the missing images are
-    made. More than one worker starts processes by "spawn": call it from a guarded main module.
-
-    Raises:
-        UserError: the root holds something else, or a demo data set of another seed or size.
+    The pixels depend on the seed and the versions of numpy and Pillow, not on the number of worker processes. Raises
+    UserError if the root holds something else, or a demo data set of another seed or size.
     """
     settings = json.dumps({"demo_dataset": 2, "seed": seed, "images_per_class": images_per_class})
     marker = root / MARKER
-    if marker.is_file():
-        if marker.read_text() != settings:
-            found = f"a demo data set with other settings ({marker.read_text()})"
-            raise UserError(f"{root} holds {found}: delete it or choose another folder.")
-    elif root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        raise UserError(f"{root} is no demo data set and not empty: choose another folder for it.")
-    for name in CLASSES:
-        (root / name).mkdir(parents=True, exist_ok=True)
-    write_file(marker, settings.encode())
+    if root.exists() and any(root.iterdir()) and not (marker.is_file() and marker.read_text() == settings):
+        raise UserError(f"{root} is not empty and holds no demo data set of {settings}: choose another folder")
+    write_text(marker, settings)
     present = {(name, path.stem) for name in CLASSES for path in (root / name).glob("[0-9]*")}
-    every = [(name, i) for i in range(1, images_per_class + 1) for name in CLASSES]
-    missing = [(name, i) for name, i in every if (name, f"{i:04d}") not in present]
-    make = partial(write_image, root=root, seed=seed)
-    progress = partial(tqdm, total=len(missing), desc="demo images", disable=None)
-    if workers <= 1 or not missing:
-        for _ in progress(map(make, missing)):
-            pass
-        return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for _ in progress(pool.imap_unordered(make, missing, chunksize=4)):
-            pass
+    every = [(name, index) for index in range(1, images_per_class + 1) for name in CLASSES]
+    missing = [(name, index) for name, index in every if (name, f"{index:04d}") not in present]
+    in_processes(partial(write_image, root=root, seed=seed), missing, num_workers, "demo data")

@@ -1,42 +1,34 @@
-"""The only place that opens an image file. SPEC, Views and Data.
+"""The only place that opens an image file. docs/method.md, Views and Data.
 
 EXIF orientation is ignored, the content decides and not the ending, and files are never written to.
 
-The decoder is Pillow's, for every format: for JPEGs it is as fast as torchvision's, both being libjpeg-turbo, and
-torchvision's is being removed. What cost time was not decoding but copying Pillow's pixels, four bytes wide, into an
-array; `pixels_of` looks at them where they are, through the Arrow interface that Pillow documents for that.
+The decoder is Pillow's, for every format: for JPEGs it is as fast as torchvision's. Copying Pillow's pixels, four bytes
+wide, into an array took longer than decoding; `pixels_of` reads them where they are, through Pillow's Arrow interface.
 """
 
-import ctypes
+import hashlib
 import io
 import os
 import stat
 import warnings
 from pathlib import Path
 
+import nanoarrow
 import numpy as np
 from PIL import Image
 
 from utils import first_line
 
-IMAGE_ENDINGS = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".ppm",
-    ".bmp",
-    ".pgm",
-    ".tif",
-    ".tiff",
-    ".webp",
-)  # as ImageFolder's
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder's
+
+PIXEL_LAYOUT = """+w:4 [{b'image': b'{"bands": ["R", "G", "B", "X"]}'}]"""  # an Arrow list of 4 bytes for each pixel
 
 Image.MAX_IMAGE_PIXELS = None  # our own check comes before any decoding and names the setting
 Image.core.set_use_block_allocator(1)  # all of an image in one piece, which `pixels_of` needs
 
 
 class UnreadableImage(Exception):
-    """A file that gives no image, with the reason as its message."""
+    """A file that cannot be decoded, with the reason as its message."""
 
 
 def open_image(path: str | Path, max_pixels: int) -> Image.Image:
@@ -85,7 +77,7 @@ def read_image(path: str | Path, max_pixels: int) -> Image.Image:
     """Decode a file to an 8-bit RGB image of its stored orientation.
 
     Raises:
-        UnreadableImage: the file gives no image.
+        UnreadableImage: the file cannot be decoded.
     """
     with open_image(path, max_pixels) as image:
         return decode(image)
@@ -106,6 +98,15 @@ def resaved(image: Image.Image, kind: str, **options: int) -> Image.Image:
         raise UnreadableImage(f"it cannot be saved as {kind}: {_reason(error)}") from error
 
 
+def reencoded(image: Image.Image, reencode_jpeg: int) -> Image.Image:
+    """A decoded image as training, testing and predicting use it: saved as JPEG first, as the setting asks.
+
+    Args:
+        reencode_jpeg: the setting; quality from 1 to 100, or 0, which leaves the image as it is.
+    """
+    return resaved(image, "JPEG", quality=reencode_jpeg) if reencode_jpeg else image
+
+
 def grey_thumbnail(image: Image.Image, side: int) -> Image.Image:
     """An opened image in grey, resized to side x side pixels without keeping its aspect ratio.
 
@@ -118,27 +119,31 @@ def grey_thumbnail(image: Image.Image, side: int) -> Image.Image:
     return decode(image).convert("L").resize((side, side), Image.Resampling.LANCZOS, reducing_gap=3)
 
 
-class _ArrowArray(ctypes.Structure):
-    """The head of the C data interface's ArrowArray, https://arrow.apache.org/docs/format/CDataInterface.html."""
-
-
-_ArrowArray._fields_ = [
-    *((name, ctypes.c_int64) for name in ("length", "null_count", "offset", "n_buffers", "n_children")),
-    ("buffers", ctypes.POINTER(ctypes.c_void_p)),
-    ("children", ctypes.POINTER(ctypes.POINTER(_ArrowArray))),
-]
-_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_capsule_pointer.argtypes, _capsule_pointer.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
-
-
 def pixels_of(image: Image.Image) -> np.ndarray:
-    """The pixels of a decoded RGB image without a copy: uint8 (H, W, 4), the fourth byte without a meaning."""
-    _, capsule = image.__arrow_c_array__()
-    array = _ArrowArray.from_address(_capsule_pointer(capsule, b"arrow_array"))
-    address = array.children[0].contents.buffers[1]  # a list of four bytes for each pixel; buffer 0 says which exist
-    memory = (ctypes.c_uint8 * (4 * image.width * image.height)).from_address(address)
-    memory.owner = capsule  # which keeps the image's memory for as long as the array is used
-    return np.frombuffer(memory, np.uint8).reshape(image.height, image.width, 4)
+    """The pixels of a decoded RGB image without a copy: uint8 (H, W, 4), read-only, the fourth byte without a meaning.
+
+    Raises:
+        ValueError: Pillow keeps pixels in another layout.
+    """
+    try:
+        array = nanoarrow.c_array(image)
+    except ValueError:  # a large image that was loaded before this module was imported lies in several pieces
+        array = nanoarrow.c_array(image.copy())
+    layout = f"{array.schema.format} {[dict(child.metadata or {}) for child in array.schema.children]}"
+    if layout != PIXEL_LAYOUT:
+        raise ValueError(f"Pillow {Image.__version__} keeps this {image.mode} image as {layout}, not as {PIXEL_LAYOUT}")
+    return np.frombuffer(array.child(0).view().buffer(1), np.uint8).reshape(image.height, image.width, 4)
+
+
+def pixel_key(image: Image.Image) -> str:
+    """What a decoded image is called by when crops are drawn: a hash of its size and of some 4,000 of its pixels.
+
+    Every n-th pixel of every n-th row counts; the file's name and format do not.
+    """
+    pixels = pixels_of(image)
+    rows, columns = (max(1, side // 64) for side in pixels.shape[:2])
+    sample = np.ascontiguousarray(pixels[::rows, ::columns, :3])
+    return hashlib.blake2b(sample.tobytes() + str(pixels.shape).encode(), digest_size=16).hexdigest()
 
 
 def _reason(error: Exception) -> str:

@@ -3,47 +3,23 @@
 import hashlib
 import os
 import shlex
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NoReturn
 
-from config import Preset
+from config import Preset, Settings
+from data.cache.pixel_cache import PixelCache
 from data.images import IMAGE_ENDINGS
-from utils import (
-    UserError,
-    as_flags,
-    dataset_folder,
-    read_columns,
-    read_csv,
-    read_json,
-    reading,
-    sha256_of,
-    write_csv,
-)
+from data.lists import read_columns
+from data.records import CLASSES, ImageRecord
+from utils import UserError, as_flags, preset_folder, read_csv, read_json, reading, sha256_of, write_csv
 
-if TYPE_CHECKING:
-    from data.pixel_cache import PixelCache
-
-CLASSES = ("fake", "real")  # label 0 and label 1: folder names in alphabetical order
-MAX_WAYS = 100  # in which links may lead to a folder
-
-
-@dataclass(frozen=True)
-class ImageRecord:
-    """What one file is. `problem` is empty for a readable image, else the reason; width and height are then 0."""
-
-    path: str  # relative to the data root, with forward slashes
-    label: int
-    bytes: int
-    content: str  # SHA-256 of the bytes; empty if they cannot be read
-    format: str  # of the content, such as JPEG, whatever the ending
-    mode: str  # Pillow's, such as RGB or P
-    width: int
-    height: int
-    problem: str
+PREPROCESS_SETTINGS = (  # that data.data_preprocess reads
+    "data_root", "results_root", "max_image_pixels", "num_workers", "cache_root", "cache_limit_gb", "patch_size",
+    "reencode_jpeg",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,7 +31,7 @@ class Index:
 
     root: Path
     records: tuple[ImageRecord, ...]
-    cache: "PixelCache | None" = None
+    cache: PixelCache | None = None
     groups: tuple[str, ...] = ()  # of each image, where splits keep groups whole
 
     @property
@@ -65,8 +41,8 @@ class Index:
 
     @property
     def cached(self) -> list[str]:
-        """What of its images the pixel cache holds."""
-        return self.cache.kinds if self.cache else []
+        """Which files of all its readable images the pixel cache holds."""
+        return list(self.cache.kinds) if self.cache else []
 
     @cached_property
     def fingerprint(self) -> str:
@@ -79,7 +55,7 @@ class Index:
         return f"{len(rows)}-{digest[:16]}"
 
     def readable(self, rows: list[int]) -> list[int]:
-        """`rows` without the images that cannot be read; the others keep their order."""
+        """`rows` without the images that cannot be decoded; the others keep their order."""
         return [row for row in rows if not self.records[row].problem]
 
 
@@ -89,27 +65,22 @@ def list_files(root: Path, class_name: str) -> list[str]:
     Links are followed, but not back to a folder that they lie in.
 
     Raises:
-        UserError: a folder in it cannot be listed, or can be reached over links in too many ways.
+        UserError: a folder in it cannot be listed.
     """
+
+    def cannot_list(error: OSError) -> NoReturn:
+        raise UserError(f"{error.filename} cannot be listed ({error.strerror}): fix that, or move it away")
+
     found: list[tuple[str, list[str]]] = []
-    ways: Counter[tuple[int, int]] = Counter()
-    to_visit = [(str(root / class_name), frozenset[tuple[int, int]]())]  # each with the folders that it lies in
-    while to_visit:  # not a function that calls itself: folders can be nested deeper than calls
-        folder, above = to_visit.pop()
-        try:
-            status, names = os.stat(folder), os.listdir(folder)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be listed ({error.strerror}): mend that, or move it away") from None
+    above: dict[str, frozenset[tuple[int, int]]] = {}  # the folders that a folder lies in
+    for folder, folders, names in os.walk(root / class_name, followlinks=True, onerror=cannot_list):
+        status, lies_in = os.stat(folder), above.pop(folder, frozenset())
         here = (status.st_dev, status.st_ino)
-        if here in above:
+        if here in lies_in:
+            folders.clear()
             continue
-        ways[here] += 1
-        if ways[here] > MAX_WAYS:  # folders that link to each other can be walked through in every order
-            raise UserError(f"{folder} can be reached over links in more than {MAX_WAYS} ways: remove some of them")
-        folders = [name for name in names if os.path.isdir(os.path.join(folder, name))]
-        found.append((folder, sorted(set(names) - set(folders))))
-        below = above | {here}
-        to_visit += [(os.path.join(folder, name), below) for name in folders]
+        found.append((folder, sorted(names)))
+        above |= {os.path.join(folder, name): lies_in | {here} for name in folders}
     return [(Path(folder) / name).relative_to(root).as_posix() for folder, names in sorted(found) for name in names]
 
 
@@ -134,6 +105,11 @@ def list_images(root: Path) -> list[tuple[str, int]]:
     return found
 
 
+def dataset_folder(preset: Preset) -> Path:
+    """results/<preset>/dataset: the index of the data set, its statistics, tables and figures."""
+    return preset_folder(preset) / "dataset"
+
+
 def index_path(preset: Preset) -> Path:
     """Where the index of the preset's data set lies: results/<preset>/dataset/index.csv."""
     return dataset_folder(preset) / "index.csv"
@@ -151,26 +127,36 @@ def read_index(preset: Preset) -> Index:
         UserError: there is none yet, it is not the one that was written, or it is of another data root.
     """
     path, root = index_path(preset), preset.settings.data_root
-    command = shlex.join(["python", "-m", "data.data_preprocess", *as_flags(preset)])
+    command = shlex.join(["python", "-m", "data.data_preprocess", *as_flags(preset, settings=PREPROCESS_SETTINGS)])
     if not root.is_dir():
         raise UserError(f"the data root {root} does not exist: set data_root in config.py, or pass --data-root")
     if not path.exists():
         raise UserError(f"{path} does not exist: run {command} first")
     statistics = path.with_name("statistics.json")
     with reading(statistics, f"run {command}"):
-        facts = read_json(statistics, f"run {command}")
-        indexed_root, digest = Path(facts["data_root"]), facts.get("index_sha256")
-    if indexed_root != root.absolute():
+        written = read_json(statistics, f"run {command}")
+        indexed_root, digest = Path(written["data_root"]), written["index_sha256"]
+    if indexed_root.resolve() != root.resolve():
         raise UserError(f"{path} is of {indexed_root}, not of {root.absolute()}: run {command} (or set --data-root)")
-    if digest != sha256_of(path):
+    rows = read_csv(path) if digest == sha256_of(path) else []
+    if not rows or rows[0].keys() != {field.name for field in fields(ImageRecord)}:
         raise UserError(f"{path} was changed, or was written by an earlier version: run {command}")
-    numbers = ("label", "bytes", "width", "height")
-    with reading(path, f"run {command}"):
-        rows = [
-            ImageRecord(**{name: int(text) if name in numbers else text for name, text in row.items()})
-            for row in read_csv(path)
-        ]
-    return Index(root, tuple(rows))
+    numbers = dict.fromkeys(("label", "bytes", "width", "height"), int)
+    records = [ImageRecord(**{name: numbers.get(name, str)(text) for name, text in row.items()}) for row in rows]
+    return Index(root, tuple(records))
+
+
+def used_images(settings: Settings) -> list[tuple[str, int]]:
+    """`list_images` of the data root, or those of them that `data_list` names.
+
+    Raises:
+        UserError: as `list_images` and `read_list`.
+    """
+    images = list_images(settings.data_root)
+    if not settings.data_list:
+        return images
+    wanted = read_list(settings.data_list, settings.data_root, [path for path, _ in images])
+    return [(path, label) for path, label in images if path in wanted]
 
 
 def read_list(file: str, root: Path, known: Sequence[str]) -> set[str]:

@@ -1,26 +1,20 @@
 """The only `DataLoader` call."""
 
-import atexit
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import nullcontext
+from multiprocessing import util
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from config import Experiment, Preset
+from config import Experiment, Settings
+from data.crops import derived_seed
 from data.datasets import ImageDataset
 from data.index import Index
-from utils import (
-    UserError,
-    derived_seed,
-    first_line,
-    keep_freed_memory,
-    leave_with_parent,
-    loading_processes,
-    signals_held,
-    worker_context,
-)
+from data.views import ViewSettings
+from data.workers import exit_with_parent, keep_freed_memory, loading_processes, signals_held, worker_context
+from utils import UserError, first_line
 
 
 class EpochSampler(Sampler[tuple[int, int | None]]):
@@ -34,7 +28,7 @@ class EpochSampler(Sampler[tuple[int, int | None]]):
         self.length, self.seed, self.training, self.epoch, self.first = length, seed, training, 0, 0
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
-        """Choose the epoch of the next pass, and how many positions at its beginning to leave out."""
+        """Choose the epoch of the next pass, and how many positions at its start to leave out."""
         self.epoch, self.first = epoch, first
 
     def order(self) -> list[int]:
@@ -53,7 +47,7 @@ class EpochSampler(Sampler[tuple[int, int | None]]):
 
 
 class ImageLoader(DataLoader):
-    """A DataLoader that says in a sentence when one of its processes was killed, whatever torch makes of that.
+    """A DataLoader that raises one kind of error, in a sentence, when one of its processes was killed.
 
     Raises:
         UserError: while batches are asked for.
@@ -65,7 +59,7 @@ class ImageLoader(DataLoader):
                 batches = super().__iter__()
             yield from batches
         except (EOFError, ConnectionError, FileNotFoundError, RuntimeError) as error:
-            # What it had handed over is gone with it (the first three), or it was missed.
+            # The first three: what it had handed over is gone with it; RuntimeError: torch noticed that it is gone.
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise UserError(
@@ -74,7 +68,7 @@ class ImageLoader(DataLoader):
 
 
 def build_loader(
-    preset: Preset, experiment: Experiment, index: Index, rows: list[int], training_seed: int | None = None
+    settings: Settings, experiment: Experiment, index: Index, rows: list[int], training_seed: int | None = None
 ) -> ImageLoader:
     """Batches `(*views, labels)` of the index's `rows` as the experiment's model takes them.
 
@@ -85,18 +79,10 @@ def build_loader(
         training_seed: of the shuffle and the crops of training; None: evaluation, with fixed order and the crops
             of the settings' main seed.
     """
-    settings, training = preset.settings, training_seed is not None
+    training = training_seed is not None
     seed = training_seed if training else settings.main_seed
-    dataset = ImageDataset(
-        index,
-        rows,
-        settings.patch_size,
-        getattr(experiment, "num_crops", None),
-        seed,
-        settings.max_image_pixels,
-        settings.exact_resize,
-        settings.reencode_jpeg,
-    )
+    views = ViewSettings.of(settings, experiment, seed)
+    dataset = ImageDataset(index, rows, views, settings.max_image_pixels, settings.reencode_jpeg)
     workers = settings.num_workers
     if workers == "auto":
         workers = loading_processes(cpu_computes=settings.device == "cpu" or not torch.cuda.is_available())
@@ -123,11 +109,13 @@ def _as_it_is(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the processes are the parallelism
     keep_freed_memory()
-    leave_with_parent()
+    exit_with_parent()
 
 
-@atexit.register
 def _end_workers() -> None:
-    """Those that an error left behind; multiprocessing would send them SIGTERM, to which they are deaf, and wait."""
+    """Those that an error left behind; multiprocessing would send them SIGTERM, which they ignore, and wait."""
     for process in multiprocessing.active_children():
         process.kill()
+
+
+util.Finalize(None, _end_workers, exitpriority=100)  # at the end of any process, also of one that is a worker itself

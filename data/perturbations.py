@@ -1,7 +1,10 @@
-"""What happens to an image on its way to us, done in memory: saved as JPEG or WebP, resized, blurred, cut; pure."""
+"""What happens to an image on its way to us, simulated in memory, by pure functions.
+
+To add a perturbation, write its function here and its row in KINDS: nothing else lists them.
+"""
 
 from collections.abc import Callable
-from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -18,15 +21,14 @@ def jpeg(image: Image.Image, quality: int) -> Image.Image:
 
 
 def webp(image: Image.Image, quality: int) -> Image.Image:
-    """The image as it comes back from a lossy WebP file of that quality; a side above 16,383, which WebP has not, is
-    shrunk to it."""
+    """The image as it comes back from a lossy WebP file of that quality, shrunk to WebP's 16,383 pixels a side."""
     image = image.copy()
     image.thumbnail((16_383, 16_383), Image.Resampling.LANCZOS)
     return resaved(image, "WEBP", quality=quality)
 
 
 def rescaled(image: Image.Image, scale: float) -> Image.Image:
-    """The image made smaller by `scale`, and as large as before again."""
+    """The image resized by `scale`, and back to its size."""
     width, height = (max(1, round(side * scale)) for side in image.size)
     return image.resize((width, height), Image.Resampling.BICUBIC).resize(image.size, Image.Resampling.BICUBIC)
 
@@ -59,56 +61,52 @@ def social(image: Image.Image) -> Image.Image:
     return jpeg(image, 75)
 
 
-def unchanged(image: Image.Image) -> Image.Image:
-    """The image itself."""
-    return image
+class Kind(NamedTuple):
+    """A row of KINDS. `change` takes an image and, unless `bounds` is None, a strength."""
+
+    change: Callable[..., Image.Image]
+    bounds: tuple[float, float] | None = None  # lowest and highest strength; ints: whole numbers only
+    tried: tuple[float, ...] = ()  # strengths that model_training.robustness tries
 
 
-_KINDS: dict[str, tuple[Callable[[Image.Image, float], Image.Image], float, float]] = {  # and strengths from, to
-    "jpeg": (jpeg, 1, 100),
-    "webp": (webp, 1, 100),
-    "rescale": (rescaled, 0.01, 1),
-    "blur": (blurred, 0.1, 100),
-    "noise": (noisy, 0.1, 255),
-    "crop": (centre_crop, 0.01, 1),
+KINDS = {
+    "native": Kind(lambda image: image),
+    "jpeg": Kind(jpeg, (1, 100), (95, 90, 75, 50, 30)),
+    "webp": Kind(webp, (1, 100), (80, 50)),
+    "rescale": Kind(rescaled, (0.01, 1.0), (0.75, 0.5, 0.25)),
+    "blur": Kind(blurred, (0.1, 100.0), (1, 2)),
+    "noise": Kind(noisy, (0.1, 255.0), (2, 5, 10)),
+    "crop": Kind(centre_crop, (0.01, 1.0), (0.75, 0.5)),
+    "social": Kind(social),
 }
-GRID = (
-    "native",
-    *("jpeg_95", "jpeg_90", "jpeg_75", "jpeg_50", "jpeg_30"),
-    *("webp_80", "webp_50"),
-    *("rescale_0.75", "rescale_0.5", "rescale_0.25"),
-    *("blur_1", "blur_2"),
-    *("noise_2", "noise_5", "noise_10"),
-    *("crop_0.75", "crop_0.5"),
-    "social",
+GRID = tuple(  # names of all that model_training.robustness tries
+    name for kind, row in KINDS.items() for name in ([f"{kind}_{s:g}" for s in row.tried] if row.bounds else [kind])
 )
 
 
 def perturbation(name: str) -> Perturbation:
-    """What a name stands for: native, social, or a kind and its strength, such as jpeg_75.
+    """The function that a name stands for: a kind and its strength, such as jpeg_75, or a kind without a strength.
 
     Raises:
         UserError: no such kind or strength.
     """
-    if name in ("native", "social"):
-        return social if name == "social" else unchanged
     kind, strength = kind_and_strength(name)
-    known = kind in _KINDS and strength is not None and _KINDS[kind][1] <= strength <= _KINDS[kind][2]
-    if not known or (kind in ("jpeg", "webp") and strength != int(strength)):
-        ranges = ", ".join(f"{kind}_{low:g} to {high:g}" for kind, (_, low, high) in _KINDS.items())
-        raise UserError(f"there is no perturbation {name}: expected native, social, {ranges}")
-    whole = int(strength) if strength == int(strength) else strength
-    return partial(_apply, _KINDS[kind][0], whole)
+    row = KINDS.get(kind)
+    if row and row.bounds is None and strength is None:
+        return row.change
+    if row and row.bounds and strength is not None and row.bounds[0] <= strength <= row.bounds[1]:
+        if strength.is_integer():
+            return lambda image: row.change(image, int(strength))
+        if isinstance(row.bounds[0], float):
+            return lambda image: row.change(image, strength)
+    known = (f"{kind}_{row.bounds[0]:g} to {row.bounds[1]:g}" if row.bounds else kind for kind, row in KINDS.items())
+    raise UserError(f"there is no perturbation {name}: expected {', '.join(known)}")
 
 
 def kind_and_strength(name: str) -> tuple[str, float | None]:
     """("jpeg", 75.0) of jpeg_75; ("native", None) of a name without a strength."""
-    kind, _, strength = name.partition("_")
+    kind, _, strength = name.rpartition("_")
     try:
         return kind, float(strength)
     except ValueError:
-        return kind, None
-
-
-def _apply(change: Callable[[Image.Image, float], Image.Image], strength: float, image: Image.Image) -> Image.Image:
-    return change(image, strength)
+        return name, None

@@ -1,65 +1,96 @@
-"""Labels and a seed -> indices of the splits; pure. SPEC, Data."""
+"""Labels and a seed -> indices of the splits. docs/method.md, Data."""
 
 from collections.abc import Sequence, Set
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 from torch.utils.data import random_split
 
+from config import Settings
+from data.index import Index, read_list
+from data.lists import read_columns
 from utils import UserError
+
+NAME_COLUMN = "path|file|name"  # of a CSV, the first that is there: of paths below the data root, or of file names
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Rows of the index, readable images only.
+
+    Tuning and the cost studies train on `train` and validate on `valid`; final training trains on `final_train`,
+    chooses its checkpoint by `final_valid` (both are train + valid, split again) and reports `test`.
+    """
+
+    train: list[int]
+    valid: list[int]
+    test: list[int]
+    final_train: list[int]
+    final_valid: list[int]
+
+
+def split_index(index: Index, settings: Settings) -> tuple[Index, Splits]:
+    """The part of the data set that the settings use, and its splits, any of which may be empty.
+
+    The splits are computed over all files and unreadable ones dropped after, so that a broken file moves no other.
+    Raises UserError for too few images, and for lists, groups and sources that are not there.
+    """
+    if settings.data_list:
+        wanted = read_list(settings.data_list, index.root, [record.path for record in index.records])
+        index = replace(index, records=tuple(record for record in index.records if record.path in wanted))
+    labels, sizes = index.labels, (settings.valid_size, settings.test_size)
+    fraction, seed = settings.final_valid_fraction, settings.main_seed
+    if settings.group_by == "none":
+        if settings.hold_out:
+            raise UserError("hold_out names groups, and group_by is none: set --group-by")
+        train, valid, test = split_indices(labels, *sizes, seed)
+        final = final_split(train, valid, fraction, seed)
+    else:
+        groups = groups_of([record.path for record in index.records], settings.group_by)
+        if len(set(groups)) == len(groups):
+            raise UserError(f"group_by = {settings.group_by} makes every image of {index.root} a group of its own")
+        index = replace(index, groups=tuple(groups))
+        train, valid, test = group_split_indices(labels, groups, held_out(groups, settings.hold_out), sizes, seed)
+        final = final_group_split([*train, *valid], labels, groups, fraction, seed)
+    return index, Splits(*map(index.readable, (train, valid, test, *final)))
 
 
 def split_indices(
     labels: Sequence[int], valid_size: int | float, test_size: int | float, seed: int
 ) -> tuple[list[int], list[int], list[int]]:
-    """Stratified train, validation and test indices, in the paper's order.
+    """Stratified train, validation and test indices into `labels`, in the paper's order.
 
-    Args:
-        labels: the class of each image, in data-set order.
-        valid_size, test_size: numbers of images (int) or shares of the data set (float below 1).
-        seed: of both shuffles; the paper's is 606.
-
-    Returns:
-        (train, valid, test): indices into `labels`.
-
-    Raises:
-        UserError: too few images for these sizes.
+    Sizes are numbers of images (int) or shares of the data set (float below 1); the paper's seed is 606. Raises
+    UserError for too few images.
     """
     total = len(labels)
-    valid, test = (size if isinstance(size, int) else round(size * total) for size in (valid_size, test_size))
-    smallest = min((list(labels).count(label) for label in set(labels)), default=0)
-    held_out = valid + test
-    if len(set(labels)) < 2 or smallest < 3 or valid < 2 or test < 2 or total - held_out < 2:
+    valid, test = _counts((valid_size, test_size), total)
+    smallest = min(list(labels).count(label) for label in (0, 1))
+    if smallest < 3 or valid < 2 or test < 2 or total - valid - test < 2:
         raise UserError(
             f"{total} images ({smallest} in the smaller class) are too few for {valid} to validate, {test} to test "
             f"and the rest to train with both classes in each: add images, or lower valid_size and test_size"
         )
     # Held out first, then halved: two draws with one seed, as the paper's indices come out.
-    train_rows, held_out_rows = train_test_split(
-        range(total), test_size=held_out, shuffle=True, stratify=labels, random_state=seed
-    )
-    valid_rows, test_rows = train_test_split(
-        held_out_rows,
-        test_size=test,
-        shuffle=True,
-        stratify=[labels[row] for row in held_out_rows],
-        random_state=seed,
-    )
+    split = partial(train_test_split, shuffle=True, random_state=seed)
+    train_rows, held_out_rows = split(range(total), test_size=valid + test, stratify=labels)
+    valid_rows, test_rows = split(held_out_rows, test_size=test, stratify=[labels[row] for row in held_out_rows])
     return train_rows, valid_rows, test_rows
 
 
+def _counts(sizes: Sequence[int | float], total: int) -> list[int]:
+    return [size if isinstance(size, int) else round(size * total) for size in sizes]
+
+
 def final_split(train: Sequence[int], valid: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Train and validation together, split anew for final training.
+    """Train and validation together, split again for final training; 9,690 and 510 images of the paper's data.
 
-    Args:
-        fraction: share that chooses the checkpoint, rounded down to whole images.
-
-    Returns:
-        (train, valid) indices; with the paper's data 9,690 and 510.
-
-    Raises:
-        UserError: the share is less than one image.
+    Raises UserError if the share is less than one image.
     """
     rows = [*train, *valid]
     held_out = int(len(rows) * fraction)
@@ -74,65 +105,46 @@ def final_split(train: Sequence[int], valid: Sequence[int], fraction: float, see
 
 
 def group_split_indices(
-    labels: Sequence[int],
-    groups: Sequence[str],
-    held_out: Set[str],
-    valid_size: int | float,
-    test_size: int | float,
-    seed: int,
+    labels: Sequence[int], groups: Sequence[str], test_groups: Set[str], sizes: tuple[int | float, ...], seed: int
 ) -> tuple[list[int], list[int], list[int]]:
-    """As `split_indices`, but no group is torn apart; sizes and class shares are met as well as groups allow.
+    """As `split_indices`, but every group is kept whole; sizes and class shares are met as well as groups allow.
 
-    Args:
-        groups: the group of each image.
-        held_out: groups that go to the test split, and besides `test_size`, which may then be 0.
-
-    Raises:
-        UserError: too few groups for these sizes.
+    `test_groups` go to the test split besides its size, which may then be 0. Raises UserError for too few groups.
     """
-    total = len(labels)
-    valid, test = (size if isinstance(size, int) else round(size * total) for size in (valid_size, test_size))
-    rest = [row for row in range(total) if groups[row] not in held_out]
-    test_rows = _draw_groups(rest, labels, groups, test, seed)
-    rest = sorted(set(rest) - set(test_rows))
-    valid_rows = _draw_groups(rest, labels, groups, valid, seed)
-    train_rows = sorted(set(rest) - set(valid_rows))
-    test_rows = sorted({*test_rows, *(row for row in range(total) if groups[row] in held_out)})
+    valid, test = _counts(sizes, len(labels))
+    chosen = {row for row, group in enumerate(groups) if group in test_groups}
+    rest, test_rows = _draw_groups(sorted(set(range(len(labels))) - chosen), labels, groups, test, seed)
+    train_rows, valid_rows = _draw_groups(rest, labels, groups, valid, seed)
+    test_rows = sorted(chosen.union(test_rows))
     for name, rows in (("train", train_rows), ("validate", valid_rows), ("test", test_rows)):
         if len({labels[row] for row in rows}) < 2:
             raise UserError(
-                f"{len(set(groups))} groups ({len(held_out)} held out) leave no images of both classes to {name}: "
+                f"{len(set(groups))} groups ({len(test_groups)} held out) leave no images of both classes to {name}: "
                 f"choose another group_by or hold_out, or other sizes"
             )
     return train_rows, valid_rows, test_rows
 
 
 def final_group_split(
-    train: Sequence[int],
-    valid: Sequence[int],
-    labels: Sequence[int],
-    groups: Sequence[str],
-    fraction: float,
-    seed: int,
+    rows: Sequence[int], labels: Sequence[int], groups: Sequence[str], fraction: float, seed: int
 ) -> tuple[list[int], list[int]]:
-    """As `final_split`, but no group is torn apart, and both parts have both classes.
+    """As `final_split` of train and validation `rows`, but every group is kept whole, and both parts have both classes.
 
-    Raises:
-        UserError: there are too few groups.
+    Raises UserError if there are too few groups.
     """
-    rows = sorted([*train, *valid])
-    valid_part = _draw_groups(rows, labels, groups, max(2, int(len(rows) * fraction)), seed)
-    train_part = sorted(set(rows) - set(valid_part))
-    if not all(len({labels[row] for row in part}) == 2 for part in (train_part, valid_part)):
+    parts = _draw_groups(sorted(rows), labels, groups, max(2, int(len(rows) * fraction)), seed)
+    if any(len({labels[row] for row in part}) < 2 for part in parts):
         raise UserError(
             f"final_valid_fraction = {fraction} of {len(rows)} images in groups leaves no images of both classes to "
             f"choose the checkpoint by: raise it, or choose another group_by"
         )
-    return train_part, valid_part
+    return parts
 
 
-def _draw_groups(rows: Sequence[int], labels: Sequence[int], groups: Sequence[str], size: int, seed: int) -> list[int]:
-    """Rows of whole groups, about `size` of them, with about the class shares of `rows`.
+def _draw_groups(
+    rows: Sequence[int], labels: Sequence[int], groups: Sequence[str], size: int, seed: int
+) -> tuple[list[int], list[int]]:
+    """The other rows, and rows of whole groups, about `size` of them, with about the class shares of all `rows`.
 
     Groups are looked at in an order drawn with `seed`; each is taken if that brings the numbers of both classes
     together nearer to what is wanted.
@@ -147,4 +159,40 @@ def _draw_groups(rows: Sequence[int], labels: Sequence[int], groups: Sequence[st
         if np.square(wanted - count).sum() < np.square(wanted).sum():
             wanted = wanted - count
             taken.add(names[i])
-    return [row for row in rows if groups[row] in taken]
+    return [row for row in rows if groups[row] not in taken], [row for row in rows if groups[row] in taken]
+
+
+# ---------------------------------------------------------------------------------------------------- groups
+def groups_of(paths: Sequence[str], group_by: str) -> list[str]:
+    """The group of each image, whose `paths` begin with fake/ or real/.
+
+    `group_by` is stem (the file name without its ending, as of pairs), folder (the first folder below fake/ or real/;
+    an image in none is a group of its own), or FILE.csv:COLUMN. Raises UserError for another kind, and for a CSV that
+    cannot be read or lacks an image.
+    """
+    if group_by == "stem":
+        return [PurePosixPath(path).stem for path in paths]
+    if group_by == "folder":
+        return [parts[1] if len(parts := PurePosixPath(path).parts) > 2 else path for path in paths]
+    file, _, column = group_by.rpartition(":")
+    if not file or not column:
+        raise UserError(f"group_by is {group_by}: expected none, stem, folder or FILE.csv:COLUMN")
+    listed = dict(read_columns(Path(file), (NAME_COLUMN, column)))
+    groups = [listed.get(path, listed.get(PurePosixPath(path).name)) for path in paths]
+    if None in groups:
+        raise UserError(f"{file} has no row for {paths[groups.index(None)]}: add it, or choose another group_by")
+    return groups
+
+
+def held_out(groups: Sequence[str], patterns: Sequence[str]) -> set[str]:
+    """The groups that `patterns` name, as "camera_*"; raises UserError for one that would silently hold nothing out."""
+    chosen: set[str] = set()
+    for pattern in patterns:
+        named = {group for group in groups if fnmatchcase(group, pattern)}
+        if not named:
+            raise UserError(
+                f"hold_out names {pattern}, and no group has this name: the groups are "
+                f"{', '.join(sorted(set(groups))[:5])}{', ...' if len(set(groups)) > 5 else ''}"
+            )
+        chosen |= named
+    return chosen

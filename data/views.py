@@ -1,9 +1,88 @@
-"""Decoded pixels -> what a model sees of them: resized views and native-resolution crops, as bytes. SPEC, Views."""
+"""Decoded pixels -> what a model sees of them: resized views and native-resolution crops, as bytes.
+
+docs/method.md, Views. Training, evaluation and prediction all make their views here.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
+
+from config import Experiment, Settings
+from data.crops import crop_generator, sample_crop_boxes
+from data.images import pixels_of
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """What a model sees of an image, and where its crops come from.
+
+    Args:
+        patch_size: P, the side of all views in pixels.
+        num_crops: K for GLASS; 0 for a standard model, which sees the whole image only.
+        seed: of the crops.
+        exact_resize: resize GLASS's global view in float32.
+    """
+
+    patch_size: int
+    num_crops: int = 0
+    seed: int = 0
+    exact_resize: bool = False
+
+    @staticmethod
+    def of(settings: Settings, experiment: Experiment, seed: int) -> "ViewSettings":
+        """Those of an experiment's model."""
+        num_crops = getattr(experiment, "num_crops", 0)
+        return ViewSettings(settings.patch_size, num_crops, seed, settings.exact_resize and num_crops > 0)
+
+    def boxes(self, size: tuple[int, int], key: str, number: int = 0) -> np.ndarray:
+        """The crops of an image, int64 (K, 4), as `sample_crop_boxes` gives them.
+
+        Args:
+            size: height and width in pixels.
+            key, number: as for `crop_generator`.
+        """
+        generator = crop_generator(self.seed, key, number)
+        return sample_crop_boxes(*size, self.num_crops, self.patch_size, generator)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded RGB image.
+
+    `key` is of the pixels as they were in the file, `data.images.pixel_key`: an image gets the same crops under any
+    name and, where its size stays, perturbed or saved again.
+    """
+
+    image: Image.Image
+    key: str
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """uint8 (H, W, 4)."""
+        return pixels_of(self.image)
+
+    def resized(self, views: ViewSettings) -> np.ndarray:
+        """The whole image (P, P, 3) as GLASS or a standard model sees it; uint8, or float32 with `exact_resize`."""
+        if views.num_crops:
+            return global_view(self.pixels, views.patch_size, views.exact_resize)
+        return standard_view(self.image, views.patch_size)
+
+    def boxes(self, views: ViewSettings, draws: int) -> np.ndarray:
+        """The crops of draw 0 to `draws` - 1, int64 (draws, K, 4); draw 0 is that of evaluation."""
+        size = self.image.height, self.image.width
+        return np.stack([views.boxes(size, self.key, draw) for draw in range(draws)])
+
+    def crops(self, boxes: np.ndarray, patch_size: int) -> Iterator[np.ndarray]:
+        """Each box (N, 4) as uint8 (P, P, 3), padded with black."""
+        for box in boxes:
+            crop = np.empty((1, patch_size, patch_size, 3), np.uint8)
+            cut_crops(self.pixels, box[None], crop)
+            yield crop[0]
 
 
 def global_view(pixels: np.ndarray, patch_size: int, exact: bool = False) -> np.ndarray:
@@ -17,7 +96,7 @@ def global_view(pixels: np.ndarray, patch_size: int, exact: bool = False) -> np.
     Returns:
         (P, P, 3), values 0 to 255: uint8, or float32 if `exact`.
     """
-    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    image = torch.from_dlpack(pixels).permute(2, 0, 1)
     if exact:
         image = image[:3].float()
     view = F.resize(image, [patch_size, patch_size], antialias=True)
@@ -35,7 +114,9 @@ def cut_crops(pixels: np.ndarray, boxes: np.ndarray, crops: np.ndarray) -> None:
     Args:
         pixels: uint8 (H, W, 3 or 4).
         boxes: (K, 4), as `sample_crop_boxes` gives them.
-        crops: uint8 (K, P, P, 3), written to where a box is valid; the padding is the caller's.
+        crops: uint8 (K, P, P, 3), overwritten; black where a box is smaller than P.
     """
     for crop, (top, left, height, width) in zip(crops, boxes.tolist(), strict=True):
+        if crop.shape[:2] != (height, width):
+            crop[:] = 0
         crop[:height, :width] = pixels[top : top + height, left : left + width, :3]

@@ -1,9 +1,10 @@
-"""A subset of a data set in which headers tell as little of the class as possible: matched pairs."""
+"""A subset of a data set whose headers separate the classes as little as possible: matched pairs."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+from scipy.special import logit
 
 CALIPER = 0.2  # standard deviations of the logit; Austin 2011, Pharmaceutical Statistics 10(2)
 
@@ -11,24 +12,17 @@ CALIPER = 0.2  # standard deviations of the logit; Austin 2011, Pharmaceutical S
 def match_pairs(
     strata: Sequence[Sequence[Hashable]], labels: np.ndarray, fake_scores: np.ndarray, caliper: float
 ) -> np.ndarray:
-    """Pairs of a fake and a real image whose headers look equally fake: propensity score matching.
-
-    The score sums up sizes, quality and all else that tells the classes apart, each by how well it does.
+    """Rows (pairs, 2) of a fake and a real image each whose headers look equally fake: propensity score matching.
 
     Args:
-        strata: what both of a pair have in common, of each image, from the closest likeness to the loosest. As many
+        strata: what both of a pair have in common, of each image, from the closest similarity to the loosest. As many
             as possible are paired within the strata of the first kind, then of the rest within those of the next.
-        labels: 0 fake, 1 real.
-        fake_scores: out of fold, 0 to 1.
+        labels, fake_scores: of each image, 0 fake and 1 real; out of fold, 0 to 1.
         caliper: largest difference of a pair's logits, in standard deviations of all logits.
-
-    Returns:
-        Rows of the fake and of the real image of each pair, (pairs, 2).
     """
-    clipped = fake_scores.clip(0.01, 0.99)
-    logits = np.log(clipped / (1 - clipped))
+    logits = logit(fake_scores.clip(0.01, 0.99))
     pairs: list[tuple[int, int]] = []
-    free = sorted(range(len(labels)), key=lambda row: logits[row])
+    free = np.argsort(logits, kind="stable").tolist()
     for kind in strata:
         members: dict[Hashable, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
         for row in free:
@@ -41,7 +35,7 @@ def match_pairs(
 
 
 def _pair_up(fake: Sequence[int], real: Sequence[int], logits: np.ndarray, limit: float) -> list[tuple[int, int]]:
-    """The most pairs that differ by at most `limit`, both sorted by logit: pass over whichever lies too far below."""
+    """The most pairs that differ by at most `limit`, both sorted by logit: skip whichever is too far below."""
     pairs, a, b = [], 0, 0
     while a < len(fake) and b < len(real):
         difference = logits[fake[a]] - logits[real[b]]

@@ -1,0 +1,61 @@
+"""CSV files of the user's: read by column; overwritten only if a command of ours wrote them. And tables as text."""
+
+import csv
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from utils import UserError, csv_line, first_line
+
+
+def read_columns(path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """These columns of a CSV file of the user's, row by row; "a|b" is column a or, without one, b.
+
+    Raises:
+        UserError: it cannot be read, or lacks a column or a row.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.DictReader(file)
+            rows, names = list(reader), reader.fieldnames or []
+    except (OSError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{path} cannot be read as CSV ({reason}): correct its name, or fix it") from None
+    chosen = [next((name for name in column.split("|") if name in names), None) for column in columns]
+    if None in chosen:
+        wanted = columns[chosen.index(None)].replace("|", " or ")
+        raise UserError(f"{path} has no column {wanted}: it has {', '.join(names) or 'none'}")
+    if not rows:
+        raise UserError(f"{path} has a heading and no rows: add some")
+    return [tuple(row[name] or "" for name in chosen) for row in rows]
+
+
+def check_output(path: Path, columns: Sequence[str]) -> None:
+    """Refuse to write a table over a file that is not such a table.
+
+    Raises:
+        UserError: there is another file.
+    """
+    if not (path.exists() or path.is_symlink()):
+        return
+    heading = csv_line(columns).encode()
+    with suppress(OSError), open(path, "rb") as file:
+        if file.readline(2 * len(heading)).rstrip() == heading:
+            return
+    raise UserError(f"{path} exists, and is not a table that this command wrote: name another file")
+
+
+def render_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], markdown: bool = False) -> str:
+    """A table as aligned text, or as Markdown: numbers to the right, text to the left."""
+    table = []
+    for column, values in zip(columns, zip(*rows, strict=True), strict=True):
+        is_text = isinstance(values[0], str)
+        digits = 0 if isinstance(values[0], int) else 4 if not is_text and max(values) <= 1 else 2
+        cells = [column.replace("_", " "), *(value if is_text else f"{value:,.{digits}f}" for value in values)]
+        width = max(map(len, cells))
+        if markdown:
+            cells.insert(1, "-" * width if is_text else "-" * (width - 1) + ":")
+        table.append([cell.ljust(width) if is_text else cell.rjust(width) for cell in cells])
+    lines = zip(*table, strict=True)
+    return "\n".join(f"| {' | '.join(line)} |" if markdown else "  ".join(line).rstrip() for line in lines)

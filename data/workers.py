@@ -1,0 +1,76 @@
+"""Processes that load images: how many, how they start and how they end."""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from multiprocessing.context import BaseContext
+from pathlib import Path
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def loading_processes(cpu_computes: bool) -> int:
+    """How many processes load images where the settings leave it open.
+
+    One a core, 16 at most; where the CPU computes too, a quarter of the cores, so that neither waits
+    for the other: threads that compute together on cores that are taken are many times slower, not a little.
+    """
+    return max(1, available_cores() // 4) if cpu_computes else min(available_cores(), 16)
+
+
+def worker_context(*modules: str) -> BaseContext:
+    """How worker processes start: forked from a server process that holds no GPU and no threads.
+
+    What this process has imported of ours, and `modules`, is imported there, once for all workers.
+    """
+    context = multiprocessing.get_context("forkserver")
+    packages = {file.parent.name for file in Path(__file__).parents[1].glob("*/__init__.py")}
+    ours = [name for name in sys.modules if name.partition(".")[0] in packages]
+    context.set_forkserver_preload([*ours, *modules])
+    return context
+
+
+def exit_with_parent() -> None:
+    """In a worker process: end as soon as the parent has ended, however it did."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def keep_freed_memory() -> None:
+    """In a process that does nothing but decode: keep what is freed, up to 256 MB, for the next image.
+
+    Else each large image gets new pages from the system, which on some machines takes longer than copying it. Only
+    glibc has this switch; elsewhere nothing changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**28)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """In the block, SIGTERM and SIGINT wait; processes that are started in it ignore them for good.
+
+    Both are sent to all processes of a job, and it is for the first to decide when the others end.
+    """
+    resource_tracker.ensure_running()  # or the first worker starts it, which lets the signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
