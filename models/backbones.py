@@ -1,6 +1,7 @@
-"""Name -> network with its ImageNet weights, its width and its normalisation. SPEC, Model.
+"""Name -> network with its initial weights, its width and its normalisation. docs/method.md, Model.
 
-`vit`, `convnext` and `resnet` are the paper's, from torchvision; `timm:<model>` is any model of timm.
+`vit`, `convnext` and `resnet` are the paper's, from torchvision; `timm:<model>` is any model of timm. A further network
+of torchvision is one more entry of `TORCHVISION_BACKBONES`.
 """
 
 import logging
@@ -11,101 +12,98 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torchvision import models as torchvision_models
-from torchvision.models import WeightsEnum
+from torchvision.models import WeightsEnum, get_model, get_model_weights
 
 from config import Settings
-from utils import UserError, first_line, misfit
+from models.weights import state_dict_mismatch
+from utils import UserError, first_line
 
 NUM_CLASSES = 2  # 0 fake, 1 real
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # SPEC's normalisation, of the paper's three backbones
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of all torchvision's ImageNet weights
 IMAGENET_STD = (0.229, 0.224, 0.225)
-PAPER_BACKBONES = {
-    "vit": (torchvision_models.vit_b_16, torchvision_models.ViT_B_16_Weights.IMAGENET1K_V1, 768),
-    "convnext": (
-        torchvision_models.convnext_tiny,
-        torchvision_models.ConvNeXt_Tiny_Weights.IMAGENET1K_V1,
-        768,
-    ),
-    "resnet": (torchvision_models.resnet50, torchvision_models.ResNet50_Weights.IMAGENET1K_V1, 2048),
+IMAGENET_SIZE = 224  # pixels a side
+
+
+@dataclass(frozen=True)
+class TorchvisionBackbone:
+    """A network of torchvision whose last layer is linear, with its weights IMAGENET1K_V1."""
+
+    model: str  # its name in torchvision.models.list_models()
+    norm: str | None = None  # path of the normalisation before the last layer, where GLASS takes it off too
+    vit_patch: int | None = None  # side of a ViT's patches: the network is built for one image size, a multiple of it
+
+
+TORCHVISION_BACKBONES = {
+    "vit": TorchvisionBackbone("vit_b_16", vit_patch=16),
+    "convnext": TorchvisionBackbone("convnext_tiny", norm="classifier.0"),
+    "resnet": TorchvisionBackbone("resnet50"),
 }
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network with its classification head still on, and what a model needs to know of it.
+    """A network (B, 3, P, P) -> (B, D) without its last layer, and what a model needs to know of it."""
 
-    `width` is D, the number of features before the head; `mean` and `std` normalise RGB in [0, 1].
-    """
-
-    name: str
     network: nn.Module
-    width: int
-    mean: tuple[float, ...]
+    width: int  # D
+    mean: tuple[float, ...]  # with std, normalises RGB in [0, 1]
     std: tuple[float, ...]
+    last: str | None = None  # path where the last layer was; None: the network ends without one
+    norm: str | None = None  # as in TorchvisionBackbone
 
     def without_head(self) -> nn.Module:
-        """The network as (B, 3, P, P) -> (B, D). ConvNeXt loses the LayerNorm of its classifier too."""
-        if self.name == "vit":
-            self.network.heads = nn.Identity()
-        elif self.name == "convnext":
-            self.network.classifier = nn.Flatten(1)
-        elif self.name == "resnet":
-            self.network.fc = nn.Identity()
+        """The network as GLASS uses it, (B, 3, P, P) -> (B, D)."""
+        if self.norm:
+            self.network.set_submodule(self.norm, nn.Identity(), strict=True)
         return self.network
 
     def with_head(self, head: nn.Module) -> nn.Module:
-        """The network as (B, 3, P, P) -> logits, with `head` for its last linear layer."""
-        if self.name == "vit":
-            self.network.heads.head = head
-        elif self.name == "convnext":
-            self.network.classifier[2] = head
-        elif self.name == "resnet":
-            self.network.fc = head
-        else:
+        """The network as (B, 3, P, P) -> logits, with `head` for its last layer."""
+        if self.last is None:
             return nn.Sequential(self.network, head)
+        self.network.set_submodule(self.last, head)
         return self.network
+
+    def register_normalisation(self, model: nn.Module) -> None:
+        """Give `model` the buffers `input_mean` and `input_std` (3, 1, 1), which normalise views in [0, 1]."""
+        for name, values in (("input_mean", self.mean), ("input_std", self.std)):
+            model.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
 
 def load_backbone(name: str, settings: Settings) -> Backbone:
-    """Build the network called `name` and load its initial weights.
-
-    The weights are the file that `settings.weights_files` names for it, else downloaded ones if
-    `settings.pretrained`, else random.
+    """The network `name` with its weights from `settings.weights_files`, else downloaded if `pretrained`, else random.
 
     Raises:
-        UserError: no such network, weights out of reach or of another network, or a patch size it cannot take.
+        UserError: no such network, weights unavailable or of another network, or a patch size it cannot take.
     """
     files = dict(item.split("=", 1) for item in settings.weights_files)
-    for key in files:  # a mistyped name would silently leave its file unused
-        if key not in PAPER_BACKBONES and not timm.is_model(key.removeprefix("timm:").split(".")[0]):
-            raise UserError(f"weights_files names {key}: a backbone is {', '.join(PAPER_BACKBONES)} or timm:<model>")
-        if key not in PAPER_BACKBONES and not key.startswith("timm:"):
-            raise UserError(f"weights_files names {key}: a timm model is written timm:{key}")
-    file = Path(files[name]) if name in files else None
-    if name in PAPER_BACKBONES:
-        return _load_torchvision(name, settings, file)
-    if name.startswith("timm:"):
-        return _load_timm(name, settings, file)
-    raise UserError(f"there is no backbone {name}: choose {', '.join(PAPER_BACKBONES)} or timm:<model>")
+    for key in (name, *files):  # a mistyped name would silently leave its file unused
+        model = key.removeprefix("timm:")
+        if key not in TORCHVISION_BACKBONES and (model == key or not timm.is_model(model.split(".")[0])):
+            raise UserError(
+                f"there is no backbone {key}: choose {', '.join(TORCHVISION_BACKBONES)} or timm:<model> with a model "
+                f"of timm.list_models(), or add it to models/backbones.py"
+            )
+    load = _load_torchvision if name in TORCHVISION_BACKBONES else _load_timm
+    return load(name, settings, Path(files[name]) if name in files else None)
 
 
 def _load_torchvision(name: str, settings: Settings, file: Path | None) -> Backbone:
-    build, weights, width = PAPER_BACKBONES[name]
-    trained = file is not None or settings.pretrained
-    if name == "vit" and settings.patch_size % 16:
-        raise UserError(f"patch_size is {settings.patch_size}: backbone vit takes multiples of 16 pixels")
-    if name == "vit" and trained and settings.patch_size != 224:
+    entry, P = TORCHVISION_BACKBONES[name], settings.patch_size
+    trained = file or settings.pretrained
+    if entry.vit_patch and (P % entry.vit_patch or (trained and P != IMAGENET_SIZE)):
         raise UserError(
-            f"patch_size is {settings.patch_size}: the ImageNet weights of backbone vit are for 224 pixels; "
-            f"set patch_size to 224, or choose a backbone timm:<model>"
+            f"patch_size is {P}: backbone {name} takes multiples of {entry.vit_patch} pixels, and with ImageNet "
+            f"weights {IMAGENET_SIZE} alone; change patch_size, or choose a backbone timm:<model>"
         )
-    network = build(image_size=settings.patch_size) if name == "vit" else build()
-    if file is None and settings.pretrained:
-        file = _imagenet_file(name, weights)
-    if file is not None:
-        _load_strictly(network, read_weights(file), name, file)
-    return Backbone(name, network, width, IMAGENET_MEAN, IMAGENET_STD)
+    network = get_model(entry.model, weights=None, **({"image_size": P} if entry.vit_patch else {}))
+    if trained:
+        _load_weights(network, name, file or _imagenet_file(name, get_model_weights(entry.model).IMAGENET1K_V1))
+    last, layer = [*network.named_modules()][-1]  # of the paper's: heads.head, classifier.2, fc
+    if not isinstance(layer, nn.Linear):
+        raise UserError(f"backbone {name} does not end in a linear layer, which the models replace: choose another")
+    network.set_submodule(last, nn.Identity())
+    return Backbone(network, layer.in_features, IMAGENET_MEAN, IMAGENET_STD, last, entry.norm)
 
 
 def _imagenet_file(name: str, weights: WeightsEnum) -> Path:
@@ -117,77 +115,56 @@ def _imagenet_file(name: str, weights: WeightsEnum) -> Path:
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"the ImageNet weights of backbone {name} could not be downloaded ({error}): fetch {weights.url} "
-                f"on a machine with internet and put it at {file}, or name it with --weights-files {name}=FILE "
-                f"(weights_files in config.py)"
+                f"on a machine with internet and put it at {file}, or name it with --weights-files {name}=FILE"
             ) from None
     return file
 
 
 def _load_timm(name: str, settings: Settings, file: Path | None) -> Backbone:
     model, P = name.removeprefix("timm:"), settings.patch_size
-    if not timm.is_model(model.split(".")[0]):
-        raise UserError(f"timm {timm.__version__} has no model {model}: python -c 'import timm; timm.list_models()'")
     cfg = timm.get_pretrained_cfg(model) or timm.models.PretrainedCfg()
     size = {"img_size": P} if cfg.fixed_input_size else {}
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our sentence says it once
+    download = settings.pretrained and not file
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the sentence below says it once
     try:
-        network = timm.create_model(model, pretrained=settings.pretrained and file is None, **size)
+        network = timm.create_model(model, pretrained=download, **size)
     except Exception as error:  # timm, its hub clients and the networks raise many kinds
-        reason = first_line(error)
-        if not settings.pretrained or file is not None:
-            raise UserError(f"timm cannot build {name} for patch_size {P}: {reason}") from None
-        raise UserError(
-            f"backbone {name} could not be built with its pretrained weights ({reason}): if they cannot be downloaded, "
-            f"fetch {cfg.hf_hub_id or cfg.url or 'them'} elsewhere and name the file with --weights-files {name}=FILE "
-            f"(weights_files in config.py)"
-        ) from None
-    if file is not None:
-        _load_strictly(network, read_weights(file), name, file)
+        source = cfg.hf_hub_id or cfg.url or "its weights"
+        remedy = f": if {source} cannot be downloaded, name a file with --weights-files {name}=FILE" if download else ""
+        raise UserError(f"timm cannot build {name} for patch_size {P} ({first_line(error)}){remedy}") from None
+    if file:
+        _load_weights(network, name, file)
     network.reset_classifier(0)
-    training = network.training
     try:
-        with torch.no_grad():  # timm's own attributes do not tell the width of every network
+        with torch.no_grad():  # timm's own attributes do not hold the width of every network
             features = network.eval()(torch.zeros(1, 3, P, P))
     except Exception as error:
-        raise UserError(f"backbone {name} does not take {P} x {P} pixels ({error}): change patch_size") from None
+        text = f"backbone {name} does not take {P} x {P} pixels ({first_line(error)}): change patch_size"
+        raise UserError(text) from None
     if features.ndim != 2:
         raise UserError(f"backbone {name} gives features of shape {tuple(features.shape)}, not (B, D): choose another")
-    network.train(training)
-    mean, std = (tuple(network.pretrained_cfg[key]) for key in ("mean", "std"))
-    return Backbone(name, network, features.shape[1], mean, std)
+    network.train()
+    return Backbone(network, features.shape[1], *(tuple(network.pretrained_cfg[key]) for key in ("mean", "std")))
 
 
-def read_weights(file: Path) -> dict[str, torch.Tensor]:
-    """A state dict from a .safetensors file or a .pth of tensors; nothing in it is executed.
-
-    Raises:
-        UserError: no such file, or not a plain state dict.
-    """
+def _load_weights(network: nn.Module, name: str, file: Path) -> None:
+    """Load a state dict from a .safetensors file or a .pth of tensors; nothing in it is executed."""
     if not file.is_file():
         raise UserError(f"the weights file {file} does not exist: correct weights_files")
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is no weights file makes the readers raise nearly anything
+        is_safetensors = file.suffix == ".safetensors"
+        state = load_file(file) if is_safetensors else torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file of another kind makes the readers raise nearly anything
         reason = first_line(error)
-        raise UserError(
-            f"{file} is not a weights file that can be loaded safely ({reason}): fetch it anew, or name another"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(name, str) and _is_plain(state[name]) for name in state):
+        raise UserError(f"{file} is not a weights file that can be loaded safely ({reason}): fetch it again") from None
+    if not isinstance(state, dict) or not all(isinstance(key, str) and _is_plain(state[key]) for key in state):
         raise UserError(f"{file} holds something else than a state dict (name -> tensor): save model.state_dict()")
-    return state
+    problem = state_dict_mismatch(state, network.state_dict())
+    if problem:
+        raise UserError(f"{file} does not hold the weights of backbone {name} ({problem}): name another file")
+    network.load_state_dict(state)
 
 
 def _is_plain(value: object) -> bool:
     """Whether it is a tensor with its numbers in memory, each of them."""
     return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-
-
-def _load_strictly(network: nn.Module, state: dict[str, torch.Tensor], name: str, file: Path) -> None:
-    problem = misfit(state, network.state_dict())
-    if problem:
-        raise UserError(
-            f"{file} does not hold the weights of backbone {name} ({problem}): fetch it anew, or name another"
-        )
-    network.load_state_dict(state)

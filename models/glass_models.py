@@ -1,4 +1,4 @@
-"""GLASS: one backbone for the global view, one for the crops, attention over the crops. SPEC, Model; paper, Fig. 2."""
+"""GLASS: one backbone for the global view, one for the crops, attention over the crops. docs/method.md, Model."""
 
 import torch
 from torch import nn
@@ -10,14 +10,7 @@ ROWS_AT_A_TIME = 1024  # of a K x K matrix, where the crops are the thousands of
 
 
 class GlassModel(nn.Module):
-    """Global-Local Attention with Stratified Sampling.
-
-    Args:
-        global_backbone, local_backbone: two networks of the same width D, both trained.
-        dropout_rate: in the attention and in the classifier.
-
-    `input_mean` and `input_std` (3, 1, 1) are what views in [0, 1] are normalised with.
-    """
+    """Global-Local Attention with Stratified Sampling, of two networks of the same width D, both trained."""
 
     def __init__(self, global_backbone: Backbone, local_backbone: Backbone, dropout_rate: float) -> None:
         super().__init__()
@@ -25,18 +18,10 @@ class GlassModel(nn.Module):
         self.global_model = global_backbone.without_head()
         self.local_model = local_backbone.without_head()
         self.attention = nn.Sequential(
-            nn.Linear(D, ATTENTION_WIDTH),
-            nn.Tanh(),
-            nn.Dropout(dropout_rate),
-            nn.Linear(ATTENTION_WIDTH, 1),
+            nn.Linear(D, ATTENTION_WIDTH), nn.Tanh(), nn.Dropout(dropout_rate), nn.Linear(ATTENTION_WIDTH, 1)
         )
-        self.classifier = nn.Sequential(
-            nn.LayerNorm(2 * D),
-            nn.Dropout(dropout_rate),
-            nn.Linear(2 * D, NUM_CLASSES),
-        )
-        self.register_buffer("input_mean", torch.tensor(global_backbone.mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("input_std", torch.tensor(global_backbone.std).view(3, 1, 1), persistent=False)
+        self.classifier = nn.Sequential(nn.LayerNorm(2 * D), nn.Dropout(dropout_rate), nn.Linear(2 * D, NUM_CLASSES))
+        global_backbone.register_normalisation(self)
 
     def forward(self, global_view: torch.Tensor, local_crops: torch.Tensor) -> torch.Tensor:
         """Normalised views (B, 3, P, P) and (B, K, 3, P, P) -> logits (B, 2)."""
@@ -71,7 +56,6 @@ class GlassModel(nn.Module):
         for crops in all_crops.split(ROWS_AT_A_TIME):
             left_out = crops[:, None] == all_crops  # (rows, K)
             attention_weights = attention_scores.expand(len(crops), K).masked_fill(left_out, -torch.inf).softmax(dim=1)
-            local_features = attention_weights @ crop_features  # (rows, D)
-            both = [global_features.expand(len(crops), -1), local_features]
+            both = [global_features.expand(len(crops), -1), attention_weights @ crop_features]  # (rows, D) each
             logits.append(self.classifier(torch.cat(both, dim=1)))
         return torch.cat(logits)

@@ -1,9 +1,9 @@
-"""What a score means: a temperature and thresholds, fitted on the validation split alone; no torch.
+"""Calibration of scores: a temperature and thresholds, fitted on the validation split only.
 
-A score is the logit of fake minus that of real, s; the probability of fake is 1 / (1 + exp(-s)), and calibrated
+A score s is the logit of fake minus that of real; the probability of fake is 1 / (1 + exp(-s)), and calibrated
 1 / (1 + exp(-s / T)). The temperature T (Guo et al., arXiv 1706.04599) minimises the negative log-likelihood of
-Platt's targets (1999), (n + 1) / (n + 2) instead of 1 for a class of n images: where a small validation split is told
-apart without an error, plain likelihood has no minimum.
+Platt's targets (1999), (n + 1) / (n + 2) instead of 1 for a class of n images: plain likelihood has no minimum where
+a small validation split is classified without an error.
 """
 
 from dataclasses import asdict, dataclass
@@ -20,49 +20,39 @@ Verdict = Literal["fake", "real", "inconclusive"]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Thresholds are on the calibrated probability of fake, and an image at a threshold is called fake.
+    """Thresholds are on the calibrated probability of fake; an image at a threshold is classified as fake.
 
-    Attributes:
-        temperature: T.
-        balanced: threshold of the best balanced accuracy.
-        fpr_1, fpr_5: thresholds that call at most 1% and 5% of the real images fake.
-        real_below, fake_from: the band between is inconclusive: at most a share `band_error` of the fake images is
-            below, and of the real ones above. They are equal where the classes overlap less than that.
-        band_error: that share.
-        fake_images, real_images: how many images all this rests on; 1% of fewer than 100 is none.
+    Between `real_below` and `fake_from`, the verdict is inconclusive. They are equal where the classes overlap less.
     """
 
     temperature: float
-    balanced: float
-    fpr_1: float
-    fpr_5: float
-    real_below: float
-    fake_from: float
+    balanced: float  # threshold of the best balanced accuracy
+    fpr_1: float  # threshold with at most 1% false positives
+    fpr_5: float  # and 5%
+    real_below: float  # at most a share `band_error` of the fake images is below it
+    fake_from: float  # and of the real images above it
     band_error: float
-    fake_images: int
+    fake_images: int  # that it was fitted on; 1% of fewer than 100 is none
     real_images: int
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what no calibration is, as a file may say it."""
-        numbers = (self.temperature, self.balanced, self.fpr_1, self.fpr_5, self.real_below, self.fake_from)
-        if not all(isinstance(number, int | float) and 0 <= number < 1e6 for number in numbers):
-            raise ValueError(f"its calibration holds {numbers}")
-        if self.temperature <= 0 or max(numbers[1:]) > 1.001 or self.real_below > self.fake_from:
-            raise ValueError(f"its calibration holds {numbers}")
+        """Raises ValueError for values from a damaged file."""
+        if not (0 < self.temperature < np.inf and 0 <= self.real_below <= self.fake_from and 0 <= self.balanced < 2):
+            raise ValueError(f"not a calibration: {self}")
 
     def probabilities(self, scores: np.ndarray) -> np.ndarray:
         """Calibrated probabilities of fake."""
         return expit(np.asarray(scores, np.float64) / self.temperature)
 
     def verdict(self, probability: float) -> Verdict:
-        """What is said of an image of this calibrated probability."""
+        """The verdict for an image of this calibrated probability."""
         return "fake" if probability >= self.fake_from else "real" if probability < self.real_below else "inconclusive"
 
     def metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """`detection_metrics` of calibrated probabilities at the balanced threshold, and what the thresholds are worth.
+        """`detection_metrics` of calibrated probabilities at the balanced threshold, and how the thresholds perform.
 
-        fpr_at_1_threshold and fpr_at_5_threshold are the shares of real images that these call fake; inconclusive is
-        the share of all images, conclusive_accuracy that of right verdicts among the others.
+        fpr_at_1_threshold and fpr_at_5_threshold are false positive rates; inconclusive is the share of all images,
+        conclusive_accuracy the accuracy of the other verdicts.
         """
         fake, labels = self.probabilities(scores), np.asarray(labels)
         real = fake[labels == 1]
@@ -82,12 +72,11 @@ class Calibration:
 
 
 def calibrate(scores: np.ndarray, labels: np.ndarray, band_error: float) -> Calibration | None:
-    """Fit all of it; None where the validation images are of one class, and nothing can be said.
+    """Fit temperature and thresholds; None where the validation images are of one class.
 
     Args:
         scores: (N,), logit of fake minus logit of real.
         labels: (N,), 0 fake, 1 real.
-        band_error: see `Calibration`.
     """
     scores, is_fake = np.asarray(scores, np.float64), np.asarray(labels) == 0
     if is_fake.all() or not is_fake.any():
@@ -125,14 +114,14 @@ def fit_temperature(scores: np.ndarray, is_fake: np.ndarray) -> float:
 
 
 def _threshold_over(probabilities: np.ndarray, share: float) -> float:
-    """Halfway between the sorted `probabilities` of which at most a share is above it."""
+    """A threshold halfway between two of the sorted `probabilities`, at most a share of which is above it."""
     above = int(share * len(probabilities))
     lower, upper = np.append(probabilities, 1.0)[-above - 2 : len(probabilities) + 1 - above]
     return float(max((lower + upper) / 2, np.nextafter(lower, 2)))
 
 
 def _balanced_threshold(fake: np.ndarray, real: np.ndarray) -> float:
-    """Of the halves between neighbouring probabilities, that of the best balanced accuracy, the nearest to 1/2."""
+    """Of the midpoints of neighbouring probabilities, the one of the best balanced accuracy nearest to 1/2."""
     values = np.unique(np.concatenate([[0.0], fake, real, [1.0]]))
     middles = (values[1:] + values[:-1]) / 2
     recall = 1 - np.searchsorted(fake, middles) / len(fake)

@@ -1,4 +1,4 @@
-"""Model weights, and the state from which a training goes on; nothing is ever unpickled."""
+"""Model weights, and the state from which a training is resumed; nothing is ever unpickled."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -17,11 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from models.weights import state_dict_mismatch
 from training.progress import EpochRecord, Progress
-from utils import UserError, first_line, misfit, replacing
-
-if TYPE_CHECKING:
-    from training.loop import Trainer
+from training.trainer import Trainer
+from utils import UserError, first_line, replacing
 
 
 # ---------------------------------------------------------------------------------------------------- weights
@@ -45,7 +44,7 @@ def load_model(path: Path, model: nn.Module) -> dict[str, Any]:
     with _opened(path) as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         about = _about(file)
-    problem = misfit(state, model.state_dict())
+    problem = state_dict_mismatch(state, model.state_dict())
     if problem:
         raise UserError(f"{path} does not fit this model: {problem}")
     model.load_state_dict(state)
@@ -72,10 +71,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
 
 
 def _about(file: safe_open) -> dict[str, Any]:
-    try:
-        about = json.loads((file.metadata() or {}).get("about", "null"))
-    except RecursionError:
-        about = None
+    about = json.loads((file.metadata() or {}).get("about", "null"))
     if not isinstance(about, dict):
         raise ValueError("its metadata says nothing of the model")
     return about
@@ -83,10 +79,9 @@ def _about(file: safe_open) -> dict[str, Any]:
 
 # ----------------------------------------------------------------------------------------- training in progress
 class Checkpoint:
-    """The file from which a training that was stopped or killed goes on, bit for bit on the same machine.
+    """The file from which a training that was stopped or killed is resumed, bit for bit on the same machine.
 
-    It ends with a digest of itself and of its place, so that none is gone on from that was damaged, edited or copied
-    from another seed, trial or crop count: most of such states would load and train, to other numbers.
+    It ends with a digest of itself: most damaged states would load and train, to other numbers.
 
     Args:
         path: of the file; it holds the last state, never two.
@@ -96,7 +91,7 @@ class Checkpoint:
     def __init__(self, path: Path, every_steps: int = 0) -> None:
         self.path, self.every_steps = path, every_steps
 
-    def save(self, trainer: "Trainer", progress: Progress) -> None:
+    def save(self, trainer: Trainer, progress: Progress) -> None:
         """Write the state after the last step, whole or not at all."""
         state = {
             "model": trainer.model.state_dict(),
@@ -112,13 +107,13 @@ class Checkpoint:
             except RuntimeError:  # torch's way to say that the disk is full
                 free = shutil.disk_usage(self.path.parent).free
                 raise UserError(
-                    f"{self.path} cannot be written, {free / 1e6:,.0f} MB are free there: make room, and the same "
-                    f"command goes on from what was saved before"
+                    f"{self.path} cannot be written, {free / 1e6:,.0f} MB are free there: make room, and run the same "
+                    f"command again to resume from what was saved before"
                 ) from None
             with open(temporary, "r+b") as file:
-                file.write(self._digest(file, temporary.stat().st_size))
+                file.write(_digest(file, temporary.stat().st_size))
 
-    def load(self, trainer: "Trainer") -> Progress:
+    def load(self, trainer: Trainer) -> Progress:
         """Put `trainer` and all random generators into the saved state, if there is one; returns how far it is.
 
         Raises:
@@ -136,7 +131,7 @@ class Checkpoint:
             return _progress(state)
 
     def history(self) -> list[EpochRecord]:
-        """The epochs that the saved state has behind it; none without one.
+        """The finished epochs of the saved state; none without one.
 
         Raises:
             UserError: the file is not what was saved there.
@@ -146,7 +141,7 @@ class Checkpoint:
             return _progress(state).history if state else []
 
     def remove(self) -> None:
-        """The training is finished."""
+        """Delete the file: the training is finished."""
         self.path.unlink(missing_ok=True)
 
     @contextmanager
@@ -155,8 +150,8 @@ class Checkpoint:
             yield
         except Exception as error:  # what another file holds can go wrong in nearly any way
             raise UserError(
-                f"{self.path} cannot be gone on from ({first_line(error)}): delete it to begin that seed, trial or "
-                f"crop count anew, or pass --restart to begin all anew"
+                f"cannot resume from {self.path} ({first_line(error)}): delete it to repeat that seed, trial or crop "
+                f"count, or pass --restart to start over"
             ) from None
 
     def _read(self) -> dict[str, Any] | None:
@@ -164,17 +159,18 @@ class Checkpoint:
             return None
         with open(self.path, "rb") as file:
             size = max(0, os.fstat(file.fileno()).st_size - hashlib.sha256().digest_size)
-            if self._digest(file, size) != file.read():
-                raise ValueError("it is not what was saved there: damaged, edited, copied, or of an earlier version")
-        return torch.load(self.path, map_location="cpu", weights_only=True)  # which passes over the digest
+            if _digest(file, size) != file.read():
+                raise ValueError("it is damaged, edited, or of an earlier version")
+        return torch.load(self.path, map_location="cpu", weights_only=True)  # which ignores the digest
 
-    def _digest(self, file: BinaryIO, size: int) -> bytes:
-        """SHA-256 of the first `size` bytes of a file, and of where they belong; leaves it there."""
-        digest = hashlib.sha256(os.fsencode("/".join(self.path.parts[-3:])))
-        while chunk := file.read(min(size, 2**22)):
-            digest.update(chunk)
-            size -= len(chunk)
-        return digest.digest()
+
+def _digest(file: BinaryIO, size: int) -> bytes:
+    """SHA-256 of the first `size` bytes of a file; leaves it there."""
+    digest = hashlib.sha256()
+    while chunk := file.read(min(size, 2**22)):
+        digest.update(chunk)
+        size -= len(chunk)
+    return digest.digest()
 
 
 def _progress(state: Mapping[str, Any]) -> Progress:

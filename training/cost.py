@@ -1,8 +1,8 @@
-"""What a model costs: peak memory, seconds an epoch, and the validation accuracy it buys. SPEC, Experiments 3 and 4."""
+"""What a model costs: memory, time and the accuracy it buys. docs/method.md, Experiments 3 and 4."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from config import Experiment, NumCrops, Settings, StandardMemory
+from config import CostSettings, Experiment, Preset
 from training.checkpoints import Checkpoint
 from training.evaluation import predict_batch
-from training.loop import Trainer, fit
-from training.runtime import Runtime
-from utils import StopRequest, as_share, hardware, read_csv, reading, resolved
+from training.loop import Job, check_smallest_batch, fit
+from training.runs import RunFolder, Session, archive, build_job, hardware, open_run, open_session, resolved
+from training.stopping import StopRequest
+from utils import preset_folder, read_csv, reading, write_csv
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Cost:
     valid_accuracy: float | None
 
 
+COLUMNS = ("num_crops", *(field.name for field in fields(Cost)))  # of costs.csv; num_crops is empty for standard models
+
+
 def read_costs(path: Path) -> dict[int | None, Cost]:
     """What costs.csv says of each number of crops, None for a standard model; nothing if there is no such file.
 
@@ -41,48 +45,81 @@ def read_costs(path: Path) -> dict[int | None, Cost]:
     with reading(path):
         return {
             int(row["num_crops"]) if row["num_crops"] else None: Cost(
-                float(row["peak_memory_mb"]),
-                float(row["epoch_seconds"]),
-                None if row["valid_accuracy"] == "" else as_share(row["valid_accuracy"]),
+                float(row["peak_memory_mb"] or ""),
+                float(row["epoch_seconds"] or ""),
+                float(row["valid_accuracy"]) if row["valid_accuracy"] else None,
             )
             for row in read_csv(path)
         }
 
 
-def cost_settings(
-    settings: Settings,
-    study: NumCrops | StandardMemory,
-    experiment: Experiment,
-    runtime: Runtime,
-    cached: Sequence[str],
-) -> dict[str, Any]:
-    """What a measured cost depends on: the settings, and, since it is time and memory, the hardware and the loading.
+def run_cost_study(
+    preset: Preset, experiment: Experiment, study: CostSettings, package: str, restart: bool
+) -> dict[int | None, Cost]:
+    """Train with each number of crops of the study, writing a line of costs.csv after each; finished ones are skipped.
+
+    Writes results/<preset>/<package>/<experiment>/<full or quick>/costs.csv and run.json, and prints each cost.
 
     Args:
-        cached: what of the images comes from the pixel cache.
-    """
-    machine = {"hardware": hardware(), "loading_processes": settings.num_workers, "cached": list(cached)}
-    return resolved(settings, study, experiment) | runtime.facts() | machine
-
-
-def measure_cost(
-    trainer: Trainer,
-    train_loader: DataLoader,
-    valid_loader: DataLoader,
-    study: NumCrops | StandardMemory,
-    checkpoint: Checkpoint,
-    stop: StopRequest,
-) -> Cost:
-    """Train and measure: all `study.epochs`, going on from `checkpoint`, or a few steps in quick mode, extrapolated.
-
-    Full mode takes the maximum memory and the mean seconds over epochs, first epoch included, as the paper does.
+        study: a `StandardMemory` has one training, without crops.
+        package: of the experiment, which names the folder.
+        restart: archive what was started, and start over.
 
     Raises:
-        Stopped: `stop` asked for it; of a quick measurement nothing is saved.
+        UserError: no index, no weights, a folder that was started with other settings, or one that is in use.
+        Stopped: a signal asked for it.
+    """
+    folder = preset_folder(preset) / package / experiment.name / ("quick" if study.quick else "full")
+    experiment = replace(experiment, batch_size=study.batch_size)
+    with open_session(preset) as session:
+        if restart:
+            archive(preset, [folder])
+        values = _settings_of(session, study, experiment)
+        with open_run(session, folder, values, results=("costs.csv", "checkpoint*.pt")) as run:
+            costs = read_costs(folder / "costs.csv")
+            for num_crops in getattr(study, "crop_counts", (None,)):
+                checkpoint = run.checkpoint("checkpoint" if num_crops is None else f"checkpoint_{num_crops}")
+                label = experiment.name if num_crops is None else f"{experiment.name} K = {num_crops}"
+                if num_crops not in costs:
+                    session.stop.raise_if_requested(f"before {label}")
+                    chosen = experiment if num_crops is None else replace(experiment, num_crops=num_crops)
+                    rows = (session.splits.train, session.splits.valid)
+                    job = build_job(session, chosen, preset.settings.main_seed, study.epochs, rows, label)
+                    costs[num_crops] = _measure(job, study, run, checkpoint, session.stop)
+                    lines = [("" if k is None else k, *astuple(cost)) for k, cost in sorted(costs.items())]
+                    write_csv(folder / "costs.csv", COLUMNS, lines)
+                checkpoint.remove()  # also where a kill came between the two
+                print(f"{label}: {_in_words(costs[num_crops], session.runtime.memory_kind, study.quick)}", flush=True)
+    return costs
+
+
+def _settings_of(session: Session, study: CostSettings, experiment: Experiment) -> dict[str, Any]:
+    """What a measured cost depends on: the settings, and, since it is time and memory, the hardware and the loading."""
+    machine = {"hardware": hardware(), "loading_processes": session.settings.num_workers}
+    values = resolved(session.settings, study, experiment) | machine | {"cached": list(session.index.cached)}
+    values.pop("num_crops", None)  # each K in turn
+    return values
+
+
+def _in_words(cost: Cost, memory_kind: str, quick: bool) -> str:
+    accuracy = "" if cost.valid_accuracy is None else f", best validation accuracy {cost.valid_accuracy:.2%}"
+    return (
+        f"{cost.peak_memory_mb:.1f} MB ({memory_kind}), {cost.epoch_seconds:.2f} s an epoch"
+        f"{' (extrapolated)' if quick else ''}{accuracy}"
+    )
+
+
+def _measure(job: Job, study: CostSettings, run: RunFolder, checkpoint: Checkpoint, stop: StopRequest) -> Cost:
+    """Train and measure: all epochs, resumed from `checkpoint`, or a few steps in quick mode, extrapolated.
+
+    Full mode takes the maximum memory and the mean seconds over epochs, first epoch included, as the paper does. Of a
+    quick measurement that is stopped nothing is saved.
     """
     if study.quick:
-        return _measure_steps(trainer, train_loader, valid_loader, study.warmup_steps, study.measured_steps, stop)
-    history = fit(trainer, train_loader, valid_loader, study.epochs, checkpoint=checkpoint, stop=stop)
+        check_smallest_batch(job)
+        run.record(job.label)
+        return _measure_steps(job, study, stop)
+    history = fit(job, checkpoint, stop, lambda done: run.record(f"{job.label}, epoch {done.epoch + 1}"))
     return Cost(
         peak_memory_mb=max(record.peak_memory_mb for record in history),
         epoch_seconds=sum(record.epoch_seconds for record in history) / len(history),
@@ -90,24 +127,17 @@ def measure_cost(
     )
 
 
-def _measure_steps(
-    trainer: Trainer,
-    train_loader: DataLoader,
-    valid_loader: DataLoader,
-    warmup: int,
-    measured: int,
-    stop: StopRequest,
-) -> Cost:
-    runtime = trainer.runtime
+def _measure_steps(job: Job, study: CostSettings, stop: StopRequest) -> Cost:
+    trainer, runtime = job.trainer, job.trainer.runtime
 
     def mean_seconds(loader: DataLoader, step: Callable[[Sequence[torch.Tensor], torch.Tensor], object]) -> float:
         batches = _repeated(loader, stop)
         # Batches that workers have ready when the clock starts would hide what loading costs.
         in_flight = loader.num_workers * (loader.prefetch_factor or 0)
-        for *views, labels in islice(batches, max(warmup, in_flight)):
+        for *views, labels in islice(batches, max(study.warmup_steps, in_flight)):
             step(views, labels)
         runtime.wait()
-        steps = max(measured, loader.num_workers)
+        steps = max(study.measured_steps, loader.num_workers)
         start = time.perf_counter()
         for *views, labels in islice(tqdm(batches, total=steps, leave=False, disable=None), steps):
             step(views, labels)
@@ -116,13 +146,13 @@ def _measure_steps(
 
     with runtime.track_memory() as memory:
         trainer.model.train()
-        train_seconds = mean_seconds(train_loader, trainer.train_step)
+        train_seconds = mean_seconds(job.train_loader, trainer.train_step)
         trainer.model.eval()
         with torch.no_grad():
             valid_seconds = mean_seconds(
-                valid_loader, lambda views, labels: predict_batch(trainer.model, views, runtime)
+                job.valid_loader, lambda views, labels: predict_batch(trainer.model, views, runtime)
             )
-    epoch_seconds = train_seconds * len(train_loader) + valid_seconds * len(valid_loader)
+    epoch_seconds = train_seconds * len(job.train_loader) + valid_seconds * len(job.valid_loader)
     return Cost(memory.peak_mb, epoch_seconds, None)
 
 
@@ -130,5 +160,5 @@ def _repeated(loader: DataLoader, stop: StopRequest) -> Iterator[Sequence[torch.
     for epoch in count():
         loader.sampler.set_epoch(epoch)
         for batch in loader:
-            stop.leave_if_asked("in a quick measurement, which is made anew")
+            stop.raise_if_requested("in a quick measurement, which starts over")
             yield batch

@@ -74,7 +74,7 @@ def evaluate(
         raise NonFiniteLoss(
             f"the model's outputs are infinite or not a number for {len(strange)} of {len(all_labels)} images "
             f"({names}{', ...' if len(strange) > 3 else ''}): lower the learning rate, try --precision fp32, and look "
-            f"at the weights that training began from"
+            f"at the weights that training started from"
         )
     return Predictions(
         probabilities=all_logits.softmax(dim=1).numpy(),

@@ -1,206 +1,220 @@
-"""The training loop of all six models: takes built objects, returns numbers. SPEC, Training.
+"""The training loop of all six models. docs/method.md, Training."""
 
-Knows no Optuna, no plot and no file. A loader yields `(*views, labels)`; its sampler has `set_epoch` and `order`,
-its dataset `names`.
-"""
-
+import copy
 import math
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch.nn import functional as F
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from config import Experiment, Settings
 from training.checkpoints import Checkpoint
-from training.evaluation import NonFiniteLoss, evaluate, sizes_of
-from training.optimizer import build_optimizer
+from training.evaluation import NonFiniteLoss, Predictions, evaluate
 from training.progress import EpochRecord, Progress
-from training.runtime import MemoryMeter, Runtime, build_runtime
-from utils import Stopped, StopRequest, UserError
+from training.runtime import MemoryMeter
+from training.stopping import StopRequest
+from training.trainer import Trainer
+from utils import Stopped, UserError, first_line
 
 
-@dataclass
-class Trainer:
-    """One model's training: the objects that every step needs, built by the caller.
+@dataclass(frozen=True)
+class Job:
+    """A training that is to be done; `label` names it in progress bars and logs.
 
-    `label_smoothing` is of the training loss only. Compilation, where the runtime has it, is for batches of
-    `batch_size`; the smaller last batch of an epoch and evaluation run as they are, which saves three compilations.
+    A loader yields `(*views, labels)`; its sampler has `set_epoch` and `order`, its dataset `names`.
     """
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler
-    runtime: Runtime
-    label_smoothing: float
-    batch_size: int
-
-    def __post_init__(self) -> None:
-        self.scaler = self.runtime.grad_scaler()
-        self.compiled_model = self.runtime.compiled(self.model)
-        self._pending: list[torch.Tensor] = []  # losses that are still on the device
-
-    def train_step(self, views: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-        """One optimizer step on a batch of uint8 views; returns the loss, still on the device.
-
-        Raises:
-            OutOfMemory: names the batch, the views and the precision that did not fit.
-            UserError: one image alone, where batch normalisation takes none.
-        """
-        forward = self.compiled_model if len(labels) == self.batch_size else self.model
-        try:
-            with self.runtime.memory_for(f"a training step on {sizes_of(views)}"):
-                self.optimizer.zero_grad(set_to_none=True)
-                with self.runtime.autocast():
-                    logits = forward(*self.runtime.to_device(self.model, views))
-                    labels = labels.to(self.runtime.device, non_blocking=True)
-                    loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-                self.scaler.scale(loss).backward()
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise UserError(
-                f"batch normalisation needs more than one image, and the last batch of an epoch has only one: "
-                f"change --batch-size from {self.batch_size}"
-            ) from None
-        return loss.detach()
-
-    def train_epoch(
-        self, loader: DataLoader, progress: Progress, after_step: Callable[[], None], description: str
-    ) -> None:
-        """What is left of the epoch in progress, whose losses go to `progress`.
-
-        Args:
-            after_step: called after each step, when `progress` is up to date but for the latest losses, which
-                `flush` adds.
-
-        Raises:
-            NonFiniteLoss: names the epoch, the step and its images.
-        """
-        self.model.train()
-        loader.sampler.set_epoch(progress.epoch, first=sum(progress.sizes))
-        check_every = 1 if self.runtime.device.type == "cpu" else 20  # to look at a loss is to wait for the GPU
-        done = len(progress.sizes)
-        for *views, labels in tqdm(
-            loader, desc=description, initial=done, total=done + len(loader), leave=False, disable=None
-        ):
-            self._pending.append(self.train_step(views, labels))
-            progress.sizes.append(len(labels))
-            if len(self._pending) == check_every:
-                self.flush(loader, progress)
-            after_step()
-        self.flush(loader, progress)
-
-    def flush(self, loader: DataLoader, progress: Progress) -> None:
-        """Bring the latest losses from the device to `progress`; see `train_epoch`."""
-        losses = torch.stack(self._pending).tolist() if self._pending else []
-        self._pending.clear()
-        for loss in losses:
-            step = len(progress.losses)
-            progress.losses.append(loss)
-            if not math.isfinite(loss):
-                first = sum(progress.sizes[:step])
-                positions = loader.sampler.order()[first : first + progress.sizes[step]]
-                names = ", ".join(loader.dataset.names[position] for position in positions)
-                raise NonFiniteLoss(
-                    f"the training loss became {loss} at epoch {progress.epoch + 1}, step {step + 1}: lower the "
-                    f"learning rate, try --precision fp32, and look at that batch's images: {names}"
-                )
-
-
-def build_trainer(model: nn.Module, experiment: Experiment, settings: Settings, epochs: int) -> Trainer:
-    """Place the model on the device and give it its optimizer and schedule over `epochs` epochs."""
-    runtime = build_runtime(settings)
-    runtime.place(model)
-    optimizer, scheduler = build_optimizer(model, experiment, epochs, settings.eta_min)
-    return Trainer(model, optimizer, scheduler, runtime, settings.label_smoothing, experiment.batch_size)
+    label: str
+    trainer: Trainer
+    train_loader: DataLoader
+    valid_loader: DataLoader
+    epochs: int
 
 
 def fit(
-    trainer: Trainer,
-    train_loader: DataLoader,
-    valid_loader: DataLoader,
-    epochs: int,
-    on_epoch: Callable[[list[EpochRecord]], None] = lambda history: None,
+    job: Job,
     checkpoint: Checkpoint | None = None,
     stop: StopRequest | None = None,
+    on_start: Callable[[Progress], None] = lambda progress: None,
+    on_epoch: Callable[[list[EpochRecord]], None] = lambda history: None,
 ) -> list[EpochRecord]:
-    """Train for `epochs` epochs, validating after each.
-
-    With a checkpoint, training goes on from where it is, and is saved there after every epoch.
+    """Train for `job.epochs` epochs, validating after each.
 
     Args:
+        checkpoint: where training resumes from, if it is there, and is saved after every epoch.
+        stop: looked at after each step; the training is then saved, for which it needs a checkpoint.
+        on_start: called before the first step, with how far the training is.
         on_epoch: called after each epoch, and before it is saved, with the history so far; what it raises ends the
             training.
-        stop: looked at after each step, and at the end; the training is then saved, for which it needs a checkpoint.
 
     Returns:
         The history, one record an epoch.
 
     Raises:
         Stopped: `stop` asked for it.
-        UserError: a loss is not finite, or the device has no memory left.
+        UserError: a loss is not finite, the device has no memory left, or the last batch is one image where batch
+            normalisation needs more.
     """
+    trainer = job.trainer
+    check_smallest_batch(job)
     progress = checkpoint.load(trainer) if checkpoint else Progress()
-    stop = stop or StopRequest()
-    watch = _Watch(trainer, train_loader, progress, checkpoint, stop)
-    while progress.epoch < epochs:
-        description = f"epoch {progress.epoch + 1}/{epochs}"
+    on_start(progress)
+    first = progress.epoch
+    while progress.epoch < job.epochs:
         with trainer.runtime.track_memory() as memory:
-            watch.begin_epoch(memory)
-            trainer.train_epoch(train_loader, progress, watch.after_step, description)
-            valid = evaluate(
-                trainer.model, valid_loader, trainer.runtime, f"{description} validate", watch.leave_if_asked
-            )
+            epoch = _Epoch(job, progress, memory, checkpoint, stop or StopRequest())
+            epoch.train()
+            valid = epoch.validate()
             trainer.scheduler.step()
-            watch.note()
-        progress.finish_epoch(valid.loss, valid.accuracy)
+        progress = progress.after_epoch(valid.loss, valid.accuracy)
+        if not sys.stderr.isatty():  # where there is no progress bar
+            print(_line(job, progress.history, first), flush=True)
         on_epoch(progress.history)
         if checkpoint:
             checkpoint.save(trainer, progress)
-            stop.leave_if_asked(f"saved {checkpoint.path} after epoch {progress.epoch}")
+            epoch.stop.raise_if_requested(f"saved {checkpoint.path} after epoch {progress.epoch}")
     return progress.history
 
 
-@dataclass
-class _Watch:
-    """Looks up after each step: notes time and memory, saves when that is due, leaves when that was asked for."""
+def check_smallest_batch(job: Job) -> None:
+    """Before the first step: try a batch of one image, if there will be one, on a copy of the model.
 
-    trainer: Trainer
-    loader: DataLoader
+    Raises:
+        UserError: the model's batch normalisation needs more than one value.
+    """
+    images, batch_size = len(job.train_loader.dataset), job.trainer.batch_size
+    if batch_size > 1 and images % batch_size != 1:
+        return
+    views = [torch.zeros_like(view[None]) for view in job.train_loader.dataset[0, 0][:-1]]
+    with torch.no_grad(), torch.random.fork_rng():
+        model = copy.deepcopy(job.trainer.model).train()
+        try:
+            model(*job.trainer.runtime.to_device(model, views))
+        except ValueError as error:
+            raise UserError(
+                f"{images} training images in batches of {batch_size} leave a batch of one image, which batch "
+                f"normalisation does not take here ({first_line(error)}): change the batch size or the splits' sizes"
+            ) from None
+
+
+def _line(job: Job, history: list[EpochRecord], first: int) -> str:
+    """An epoch in a log; `first` is the number of epochs before this process."""
+    last, done = history[-1], history[first:]
+    left = sum(record.epoch_seconds for record in done) / len(done) * (job.epochs - len(history))
+    minutes = f"{left / 3600:.1f} h" if left > 5400 else f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
+    return (
+        f"{job.label}, epoch {last.epoch}/{job.epochs}: training loss {last.train_loss:.4f}, validation loss "
+        f"{last.valid_loss:.4f}, validation accuracy {last.valid_accuracy:.2%}, {last.images_per_second:.1f} images/s, "
+        f"{last.data_wait_share:.0%} of the time waiting for data, {minutes} left"
+    )
+
+
+@dataclass
+class _Epoch:
+    """The epoch in progress: steps, time, memory, and saving when that is due or asked for."""
+
+    job: Job
     progress: Progress
+    memory: MemoryMeter
     checkpoint: Checkpoint | None
     stop: StopRequest
 
-    def begin_epoch(self, memory: MemoryMeter) -> None:
-        self.memory, self.last = memory, time.perf_counter()
+    def __post_init__(self) -> None:
+        self.pending: list[tuple[torch.Tensor, int]] = []  # losses that are still on the device, and batch sizes
+        self.description = f"{self.job.label}, epoch {self.progress.epoch + 1}/{self.job.epochs}"
 
-    def note(self) -> None:
-        """Add the time since the last note, and the peak memory, to the epoch in progress."""
+    def train(self) -> None:
+        """The steps of the epoch that are left.
+
+        Raises:
+            NonFiniteLoss: names the epoch, the step and its images.
+        """
+        trainer, progress = self.job.trainer, self.progress
+        trainer.model.train()
+        check_every = 1 if trainer.runtime.device.type == "cpu" else 20  # to look at a loss is to wait for the GPU
+        self.last = time.perf_counter()
+        for *views, labels in self._batches():
+            self.pending.append((trainer.train_step(views, labels), len(labels)))
+            if len(self.pending) == check_every:
+                self._collect()
+            progress.train_seconds += self._elapsed()
+            every = self.checkpoint.every_steps if self.checkpoint else 0
+            if self.stop.requested:
+                self._save_and_stop()
+            elif every and (progress.steps + len(self.pending)) % every == 0:
+                self._save()
+        self._collect()
+        trainer.runtime.wait()
+        progress.train_seconds += self._elapsed()
+
+    def validate(self) -> Predictions:
+        """Predict the validation images."""
+
+        def after_batch() -> None:
+            self.progress.valid_seconds += self._elapsed()
+            if self.stop.requested:
+                self._save_and_stop()
+
+        trainer = self.job.trainer
+        description = f"{self.description}, validation"
+        predictions = evaluate(trainer.model, self.job.valid_loader, trainer.runtime, description, after_batch)
+        self.progress.valid_seconds += self._elapsed()
+        self._note_memory()
+        return predictions
+
+    def _batches(self) -> Iterator[Sequence[torch.Tensor]]:
+        """What is left of the epoch's batches; the time until each is there counts as waiting."""
+        loader, progress = self.job.train_loader, self.progress
+        loader.sampler.set_epoch(progress.epoch, first=progress.images)
+        steps = progress.steps + len(loader)
+        with tqdm(desc=self.description, initial=progress.steps, total=steps, leave=False, disable=None) as bar:
+            batches = iter(loader)
+            while True:
+                start = time.perf_counter()
+                batch = next(batches, None)
+                progress.wait_seconds += time.perf_counter() - start
+                if batch is None:
+                    return
+                yield batch
+                bar.update()
+
+    def _elapsed(self) -> float:
+        """Seconds since the last call."""
         now = time.perf_counter()
-        self.progress.seconds += now - self.last
+        seconds, self.last = now - self.last, now
+        return seconds
+
+    def _collect(self) -> None:
+        """Bring the pending losses from the device into the progress."""
+        losses = torch.stack([loss for loss, _ in self.pending]).tolist() if self.pending else []
+        for loss, (_, size) in zip(losses, self.pending, strict=True):
+            if not math.isfinite(loss):
+                self._raise_non_finite(loss, size)
+            self.progress.steps += 1
+            self.progress.images += size
+            self.progress.loss_sum += loss * size
+        self.pending.clear()
+
+    def _raise_non_finite(self, loss: float, size: int) -> None:
+        progress, loader = self.progress, self.job.train_loader
+        positions = loader.sampler.order()[progress.images : progress.images + size]
+        raise NonFiniteLoss(
+            f"the training loss became {loss} at epoch {progress.epoch + 1}, step {progress.steps + 1}: lower the "
+            f"learning rate, try --precision fp32, and look at that batch's images: "
+            f"{', '.join(loader.dataset.names[position] for position in positions)}"
+        )
+
+    def _note_memory(self) -> None:
         self.progress.peak_memory_mb = max(self.progress.peak_memory_mb, self.memory.peak_mb)
-        self.last = now
-
-    def after_step(self) -> None:
-        every = self.checkpoint.every_steps if self.checkpoint else 0
-        if every and len(self.progress.sizes) % every == 0 and not self.stop.requested:
-            self._save()
-        self.leave_if_asked()
-
-    def leave_if_asked(self) -> None:
-        if self.stop.requested:
-            self._save()
-            raise Stopped(f"saved {self.checkpoint.path} in epoch {self.progress.epoch + 1}")
 
     def _save(self) -> None:
-        self.trainer.flush(self.loader, self.progress)
-        self.note()
-        self.checkpoint.save(self.trainer, self.progress)
+        self._collect()
+        self._note_memory()
+        self.checkpoint.save(self.job.trainer, self.progress)
+
+    def _save_and_stop(self) -> None:
+        self._save()
+        raise Stopped(f"saved {self.checkpoint.path} in epoch {self.progress.epoch + 1}")

@@ -1,43 +1,58 @@
-"""Probabilities and labels -> the paper's test metrics; no torch. SPEC, Experiments 2."""
+"""Probabilities and labels -> the paper's test metrics; no torch. docs/method.md, Experiments 2."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
-from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
+from scipy import stats
+from sklearn.metrics import f1_score, precision_score, recall_score, roc_auc_score
 
+NAN = float("nan")
 ECE_BINS = 15
 
 
+@dataclass(frozen=True)
+class Metric:
+    """A row of a table of metrics: all that result files and tables need to know of one.
+
+    Attributes:
+        label: its name within a sentence.
+        compute: gives its value, NaN where it is not defined; None if it is computed elsewhere.
+        unit: "%" if it is a fraction that is shown in percent.
+        low, high: its range.
+    """
+
+    label: str
+    compute: Callable[..., Any] | None = None
+    unit: str = "%"
+    low: float = 0.0
+    high: float = 1.0
+
+    @property
+    def heading(self) -> str:
+        """Its name above a column."""
+        return self.label[0].upper() + self.label[1:]
+
+    @property
+    def scale(self) -> int:
+        """Factor from its value to what is shown."""
+        return 100 if self.unit == "%" else 1
+
+
 def compute_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The paper's nine metrics, as fractions; NaN where one is not defined.
+    """The metrics of METRICS, as fractions; NaN where one is not defined.
 
     Args:
         probabilities: (N, 2), of fake and of real.
         labels: (N,), 0 fake, 1 real.
-
-    Returns:
-        accuracy; auc_score, with the probability of real as score (NaN if only one class is there); f1_score,
-        precision and recall, weighted by class size; conf_correct, conf_incorrect (NaN if no prediction is of
-        that kind) and overall_conf, means of the top probability; ece.
     """
-    predictions, confidences = probabilities.argmax(axis=1), probabilities.max(axis=1)
-    correct = predictions == labels
-    precision, recall, f1_score, _ = precision_recall_fscore_support(
-        labels, predictions, average="weighted", zero_division=0
-    )
-    return {
-        "accuracy": float(correct.mean()),
-        "auc_score": float(roc_auc_score(labels, probabilities[:, 1])) if len(set(labels)) == 2 else float("nan"),
-        "f1_score": float(f1_score),
-        "precision": float(precision),
-        "recall": float(recall),
-        "conf_correct": float(confidences[correct].mean()) if correct.any() else float("nan"),
-        "conf_incorrect": float(confidences[~correct].mean()) if not correct.all() else float("nan"),
-        "overall_conf": float(confidences.mean()),
-        "ece": expected_calibration_error(confidences, correct),
-    }
+    return {name: float(metric.compute(probabilities, labels)) for name, metric in METRICS.items()}
 
 
-def expected_calibration_error(confidences: np.ndarray, correct: np.ndarray, bins: int = ECE_BINS) -> float:
-    """Mean over equal-width bins of |accuracy - confidence|, weighted by the bins' sizes.
+def expected_calibration_error(confidences: np.ndarray, correct: np.ndarray) -> float:
+    """Mean over ECE_BINS equal-width bins of |accuracy - confidence|, weighted by the bins' sizes.
 
     Bins are closed below and open above, but the last one is closed: a confidence of exactly 1 counts.
 
@@ -45,20 +60,46 @@ def expected_calibration_error(confidences: np.ndarray, correct: np.ndarray, bin
         confidences: (N,), top probability of each prediction.
         correct: (N,), whether it is right.
     """
-    edges = np.linspace(0, 1, bins + 1)
-    bin_of = np.minimum(np.searchsorted(edges, confidences, side="right") - 1, bins - 1)
-    gaps = np.bincount(bin_of, weights=correct - confidences, minlength=bins)  # bin size times (accuracy - confidence)
+    gaps = np.bincount(bins_of(confidences), weights=correct - confidences)  # bin size times (accuracy - confidence)
     return float(np.abs(gaps).sum() / len(confidences))
 
 
+def bins_of(probabilities: np.ndarray) -> np.ndarray:
+    """Which of the bins of `expected_calibration_error` each probability is in."""
+    edges = np.linspace(0, 1, ECE_BINS + 1)
+    return np.minimum(np.searchsorted(edges, probabilities, side="right") - 1, ECE_BINS - 1)
+
+
+def _weighted(score: Callable[..., float], p: np.ndarray, labels: np.ndarray) -> float:
+    """A score of each class, weighted by class size."""
+    return score(labels, p.argmax(axis=1), average="weighted", zero_division=0)
+
+
+def _confidence(p: np.ndarray, labels: np.ndarray, correct: bool) -> float:
+    """Mean of the top probability over predictions that are correct, or those that are not."""
+    among = (p.argmax(axis=1) == labels) == correct
+    return p.max(axis=1)[among].mean() if among.any() else NAN
+
+
+METRICS = {  # name in `test` of metrics.json -> row; computed from the arguments of `compute_metrics`
+    "accuracy": Metric("accuracy", lambda p, labels: (p.argmax(axis=1) == labels).mean()),
+    "auc_score": Metric("AUC", lambda p, labels: roc_auc_score(labels, p[:, 1]) if len(set(labels)) == 2 else NAN),
+    "f1_score": Metric("F1", partial(_weighted, f1_score)),
+    "precision": Metric("precision", partial(_weighted, precision_score)),
+    "recall": Metric("recall", partial(_weighted, recall_score)),
+    "conf_correct": Metric("confidence, correct", partial(_confidence, correct=True)),
+    "conf_incorrect": Metric("confidence, incorrect", partial(_confidence, correct=False)),
+    "overall_conf": Metric("confidence, all", lambda p, labels: p.max(axis=1).mean()),
+    "ece": Metric("ECE", lambda p, labels: expected_calibration_error(p.max(axis=1), p.argmax(axis=1) == labels)),
+}
+
+
 def fit_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """Least-squares line through points: (intercept, slope, R squared). SPEC, Experiments 3.
+    """Least-squares line through points: (intercept, slope, R squared). docs/method.md, Experiments 3.
 
     NaN for all three where fewer than two different x are given; R squared is NaN where all y are equal.
     """
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if len(set(x)) < 2:
-        return float("nan"), float("nan"), float("nan")
-    slope, intercept = np.polyfit(x, y, 1)
-    residual, total = ((y - intercept - slope * x) ** 2).sum(), ((y - y.mean()) ** 2).sum()
-    return float(intercept), float(slope), float(1 - residual / total) if total > 0 else float("nan")
+        return NAN, NAN, NAN
+    line = stats.linregress(x, y)
+    return float(line.intercept), float(line.slope), float(line.rvalue**2)

@@ -1,4 +1,4 @@
-"""Parameter groups and learning-rate schedule. SPEC, Training."""
+"""Parameter groups and learning-rate schedule. docs/method.md, Training."""
 
 import torch
 from torch import nn

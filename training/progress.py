@@ -5,7 +5,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One line of a training history. Epochs count from 1; seconds are of training and validation together."""
+    """One line of a training history. Epochs count from 1.
+
+    epoch_seconds are of training and validation together; images_per_second and data_wait_share (the share of the time
+    in which the loop waited for the next batch) are of the training part.
+    """
 
     epoch: int
     train_loss: float
@@ -13,31 +17,43 @@ class EpochRecord:
     valid_accuracy: float
     epoch_seconds: float
     peak_memory_mb: float
+    images_per_second: float = float("nan")
+    data_wait_share: float = float("nan")
 
 
 @dataclass
 class Progress:
-    """The finished epochs of a training, and the steps of the one in progress."""
+    """The finished epochs of a training, and what the one in progress has behind it."""
 
     history: list[EpochRecord] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)  # of each step so far
-    sizes: list[int] = field(default_factory=list)  # images of each step
-    seconds: float = 0.0  # that the epoch has taken so far
-    peak_memory_mb: float = 0.0  # of the epoch so far
+    steps: int = 0
+    images: int = 0
+    loss_sum: float = 0.0  # over images
+    train_seconds: float = 0.0
+    wait_seconds: float = 0.0  # of train_seconds
+    valid_seconds: float = 0.0
+    peak_memory_mb: float = 0.0
 
     @property
     def epoch(self) -> int:
         """The epoch in progress, counted from 0."""
         return len(self.history)
 
-    def finish_epoch(self, valid_loss: float, valid_accuracy: float) -> None:
-        """Put the epoch in progress behind it; its training loss is the mean over images."""
-        loss = sum(loss * size for loss, size in zip(self.losses, self.sizes, strict=True)) / sum(self.sizes)
-        record = EpochRecord(self.epoch + 1, loss, valid_loss, valid_accuracy, self.seconds, self.peak_memory_mb)
-        self.history.append(record)
-        self.losses, self.sizes, self.seconds, self.peak_memory_mb = [], [], 0.0, 0.0
+    def after_epoch(self, valid_loss: float, valid_accuracy: float) -> "Progress":
+        """The progress at the beginning of the next epoch; the training loss is the mean over images."""
+        record = EpochRecord(
+            epoch=self.epoch + 1,
+            train_loss=self.loss_sum / self.images,
+            valid_loss=valid_loss,
+            valid_accuracy=valid_accuracy,
+            epoch_seconds=self.train_seconds + self.valid_seconds,
+            peak_memory_mb=self.peak_memory_mb,
+            images_per_second=self.images / self.train_seconds,
+            data_wait_share=self.wait_seconds / self.train_seconds,
+        )
+        return Progress([*self.history, record])
 
 
 def best_epoch(history: list[EpochRecord]) -> EpochRecord:
-    """The first of the epochs with the highest validation accuracy. SPEC, Training."""
+    """The first of the epochs with the highest validation accuracy. docs/method.md, Training."""
     return max(history, key=lambda record: record.valid_accuracy)

@@ -1,4 +1,4 @@
-"""Device, precision and compilation, chosen once; the only place that knows the device. SPEC, Training."""
+"""Device, precision and compilation, chosen once; the only place that knows the device. docs/method.md, Training."""
 
 import gc
 import os
@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from config import Settings
-from utils import UserError, available_cores, loading_processes
+from data.workers import available_cores, loading_processes
+from utils import UserError
 
 MEGABYTE = 2**20  # as in the paper's tables
 CUDA_MEMORY = "cuda_max_memory_allocated"
@@ -36,12 +37,12 @@ class Runtime:
         """What `track_memory` measures here: CUDA's peak of allocated bytes, or bytes saved for backward."""
         return CUDA_MEMORY if self.device.type == "cuda" else CPU_MEMORY
 
-    def facts(self) -> dict[str, Any]:
-        """What numbers depend on here, for a run's settings, which may say auto."""
+    def resolved(self) -> dict[str, Any]:
+        """What numbers depend on here, for a run's metadata; the settings may say auto."""
         return {"device_type": self.device.type, "precision": self.precision, "compile": self.compile}
 
     def place(self, model: nn.Module) -> nn.Module:
-        """The model on the device, in its memory layout; memory of models that are gone is given back first."""
+        """The model on the device, in its memory layout; memory of earlier models is freed first."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -139,10 +140,7 @@ def build_runtime(settings: Settings) -> Runtime:
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
     return Runtime(
-        device,
-        settings.precision if on_cuda else "fp32",
-        settings.compile and on_cuda,
-        settings.channels_last,
+        device, settings.precision if on_cuda else "fp32", settings.compile and on_cuda, settings.channels_last
     )
 
 

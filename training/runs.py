@@ -1,0 +1,290 @@
+"""The life of a run folder: opened, locked, compared with what it was started with, resumed, archived.
+
+`run.json` holds a run's metadata: resolved settings, fingerprint of the data, command, hardware, and `environments`, a
+list of the commits and library versions that it ran under and from where on. Settings and data that differ are refused,
+because the numbers would be of neither; code and libraries are only recorded.
+"""
+
+import hashlib
+import itertools
+import json
+import platform
+import random
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cache
+from importlib import metadata as installed
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import numpy as np
+import torch
+
+import config
+from config import NO_EFFECT, Experiment, Preset, Settings
+from data.datasets import load_splits
+from data.index import Index
+from data.loaders import build_loader
+from data.splits import Splits
+from data.workers import available_cores
+from models.build import build_model
+from training.checkpoints import Checkpoint
+from training.loop import Job
+from training.runtime import Runtime, build_runtime
+from training.stopping import StopRequest, stop_signals
+from training.trainer import build_trainer
+from utils import UserError, command_name, locked_folder, preset_folder, read_json, sha256_of, write_json
+
+SETTINGS = [field.name for field in fields(Settings) if field.name not in ("kaggle_dataset", "cache_limit_gb")]  # read
+RESTART = "pass --restart to archive that folder and start over, or choose another --name or --results-root"
+
+
+# ------------------------------------------------------------------------------------------------- a command
+@dataclass(frozen=True)
+class RestartOption:
+    """Of the commands whose results can be started over."""
+
+    restart: bool = False  # archive what was started, and start over
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all runs of a command share."""
+
+    settings: Settings
+    index: Index
+    splits: Splits
+    runtime: Runtime
+    stop: StopRequest
+
+
+@contextmanager
+def open_session(preset: Preset) -> Iterator[Session]:
+    """The preset's data set and splits, the device, and one stop request for the whole command.
+
+    Raises:
+        UserError: no index, a data set that is not as indexed, or a device that is unavailable.
+    """
+    index, splits = load_splits(preset)
+    with stop_signals() as stop:
+        yield Session(preset.settings, index, splits, build_runtime(preset.settings), stop)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def build_job(
+    session: Session, experiment: Experiment, seed: int, epochs: int, rows: tuple[list[int], list[int]], label: str
+) -> Job:
+    """Seed, then model, trainer and loaders: the order that random draws depend on.
+
+    Args:
+        rows: of the index, to train on and to validate on.
+
+    Raises:
+        UserError: the model's weights are unavailable, or the device has no memory for it.
+    """
+    settings, (train, valid) = session.settings, rows
+    seed_everything(seed)
+    model = build_model(experiment, settings)
+    trainer = build_trainer(model, experiment, settings, session.runtime, epochs)
+    train_loader = build_loader(settings, experiment, session.index, train, training_seed=seed)
+    return Job(label, trainer, train_loader, build_loader(settings, experiment, session.index, valid), epochs)
+
+
+# ---------------------------------------------------------------------------------------------- a run folder
+def seed_folder(preset: Preset, experiment: str, seed: int) -> Path:
+    """results/<preset>/<experiment>/seed_<seed>."""
+    return preset_folder(preset) / experiment / f"seed_{seed}"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """An open run folder, which no other process works in."""
+
+    path: Path
+    metadata: dict[str, Any]
+    checkpoint_every: int
+
+    def checkpoint(self, name: str = "checkpoint") -> Checkpoint:
+        """Where an unfinished training of this folder is resumed from."""
+        return Checkpoint(self.path / f"{name}.pt", self.checkpoint_every)
+
+    def record(self, start: str) -> None:
+        """Write run.json, with the present commit and library versions from `start` on, such as "epoch 1".
+
+        Prints a line if they are others than before.
+        """
+        environments, now = self.metadata["environments"], {"commit": git_commit(), "versions": library_versions()}
+        changes = environment_changes(environments[-1], now) if environments else ""
+        if changes:
+            print(f"{self.path} resumes at {start} with {changes}", flush=True)
+        if changes or not environments:
+            environments.append({"from": start, **now})
+        write_json(self.path / "run.json", self.metadata)
+
+
+@contextmanager
+def open_run(session: Session, folder: Path, values: Mapping[str, Any], results: Sequence[str]) -> Iterator[RunFolder]:
+    """Lock `folder`, and compare its metadata with what is to run now.
+
+    Args:
+        values: all settings that the numbers depend on.
+        results: patterns of files whose presence says that there is something to compare with; what failed before it
+            wrote one may start over with other settings.
+
+    Raises:
+        UserError: it was started with other settings or data, does not say with which, or is in use.
+    """
+    with locked_folder(folder):
+        metadata = run_metadata({**values, **session.runtime.resolved()}, session.index.fingerprint)
+        metadata["memory_kind"] = session.runtime.memory_kind
+        if any(path for pattern in results for path in folder.glob(pattern)):
+            before = read_metadata(folder / "run.json")
+            difference = first_difference(before, metadata)
+            if difference:
+                raise UserError(f"{folder} was started with {difference}: {RESTART}")
+            metadata["environments"] = before["environments"]
+        yield RunFolder(folder, metadata, session.settings.checkpoint_every)
+
+
+def archive(preset: Preset, folders: Iterable[Path]) -> None:
+    """Move these folders of the preset's results, where they exist, to results/<preset>/archive/<path there>_<n>.
+
+    Raises:
+        UserError: another process works in one of them.
+    """
+    results = preset_folder(preset)
+    for folder in folders:
+        if folder.exists():
+            with locked_folder(folder):
+                stem = results / "archive" / folder.relative_to(results)
+                names = (stem.with_name(f"{stem.name}_{n}") for n in itertools.count(1))
+                destination = next(path for path in names if not path.exists())
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                folder.rename(destination)
+            print(f"archived: {destination}", flush=True)
+
+
+# -------------------------------------------------------------------------------------------------- metadata
+def resolved(*owners: Any) -> dict[str, Any]:
+    """All fields of the settings dataclasses `owners`, as JSON-ready values."""
+    values = {name: value for owner in owners for name, value in asdict(owner).items()}
+    return json.loads(json.dumps(values, default=str))
+
+
+def run_metadata(values: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
+    """What a result needs to explain itself; `environments` is still empty."""
+    return {
+        "settings": {**values, "weights_sha256": _weights_hashes(values.get("weights_files", ()))},
+        "dataset_fingerprint": fingerprint,
+        "command": shlex.join(["python", "-m", command_name(), *sys.argv[1:]]),
+        "hardware": hardware(),
+        "environments": [],
+    }
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a run.json says; one of an earlier version has its commit and versions as its only environment.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    metadata = read_json(path, RESTART)
+    if not isinstance(metadata.get("settings"), dict):
+        raise UserError(f"{path} does not say with which settings it was started: {RESTART}")
+    only = {"from": "its start", "commit": metadata.get("commit"), "versions": metadata.get("versions", {})}
+    return {"dataset_fingerprint": None, "environments": [only], **metadata}
+
+
+def _weights_hashes(weights_files: Iterable[str]) -> dict[str, str]:
+    """Backbone -> hash of its local weights file: the same file under another path is the same weights."""
+    pairs = (item.partition("=")[::2] for item in weights_files)
+    return {backbone: sha256_of(Path(path)) for backbone, path in pairs if Path(path).is_file()}
+
+
+@cache
+def _known_settings() -> tuple[dict[str, Any], set[str]]:
+    """Default of each setting that has one, and the names of those that have no effect on numbers."""
+    defaults, free = {}, set()
+    kinds = (config.Settings, config.Tuning, config.Training, config.NumCrops, config.StandardMemory)
+    for kind in (*kinds, config.GlassExperiment, config.StandardExperiment):
+        defaults |= {field.name: field.default for field in fields(kind) if field.default is not MISSING}
+        hints = get_type_hints(kind, include_extras=True)
+        free |= {name for name, hint in hints.items() if NO_EFFECT in getattr(hint, "__metadata__", ())}
+    return defaults, free
+
+
+def first_difference(before: Mapping[str, Any], now: Mapping[str, Any], ignore: Iterable[str] = ()) -> str | None:
+    """The first setting in which two runs differ so that their numbers may, with both values; None if there is none.
+
+    A setting that one of them does not know, since it was added later, has its default there.
+
+    Args:
+        before, now: metadata of each.
+        ignore: settings that are meant to differ, such as "seed".
+    """
+    if before["dataset_fingerprint"] != now["dataset_fingerprint"]:
+        return f"dataset_fingerprint = {before['dataset_fingerprint']}, now {now['dataset_fingerprint']}"
+    defaults, free = _known_settings()
+    old, new = before["settings"], now["settings"]
+    for name in sorted((old.keys() | new.keys()) - free - set(ignore)):
+        default = defaults.get(name)
+        values = [
+            settings.get(name, list(default) if isinstance(default, tuple) else default) for settings in (old, new)
+        ]
+        if values[0] != values[1]:
+            return f"{name} = {values[0]}, now {values[1]}"
+    return None
+
+
+def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What of commit and library versions differs, in words; empty if nothing does."""
+    old, new = ({"commit": each["commit"], **each["versions"]} for each in (before, now))
+    return ", ".join(f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name])
+
+
+@cache
+def git_commit() -> str | None:
+    """The commit of this checkout, with "+" and a hash of the changes if tracked files differ; None without git."""
+
+    def git(*arguments: str) -> bytes:
+        root = Path(__file__).parents[1]
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=True).stdout
+
+    try:
+        changes = git("diff", "HEAD")
+        commit = git("rev-parse", "HEAD").decode().strip()
+        return f"{commit}+{hashlib.sha256(changes).hexdigest()[:8]}" if changes else commit
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Installed versions of Python and of the libraries that numbers can depend on."""
+    names = ("torch", "torchvision", "timm", "optuna", "numpy", "pillow", "scikit-learn")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = installed.version(name)
+        except installed.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, number of cores this process may use, GPU and its memory if there is one."""
+    found: dict[str, Any] = {"processor": platform.machine(), "cores": available_cores()}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"gpu": properties.name, "gpu_memory_mb": round(properties.total_memory / 2**20)}
+    return found

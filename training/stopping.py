@@ -1,0 +1,56 @@
+"""Signals that ask a command to stop: it saves after the step in progress, and can be resumed."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from utils import Stopped
+
+
+@dataclass
+class StopRequest:
+    """Whether a signal has asked to stop."""
+
+    requested: bool = False
+
+    def raise_if_requested(self, saved: str) -> None:
+        """To be called where all that is needed to resume is saved; `saved` says what that is.
+
+        Raises:
+            Stopped: a signal has asked for it.
+        """
+        if self.requested:
+            raise Stopped(saved)
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """In the block, SIGTERM and SIGINT only ask to stop; a second SIGINT is a `KeyboardInterrupt`.
+
+    Clusters send SIGTERM some time before they kill. A command holds one block around all its work, so that there is
+    no moment between two trainings at which a signal is lost. Only the main thread can listen; elsewhere nothing
+    changes.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def ask(number: int, _: Any) -> None:
+        if request.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not request.requested:
+            request.requested = True
+            with suppress(OSError, RuntimeError):  # nobody reads it, or the signal came within another print
+                print(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

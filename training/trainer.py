@@ -1,0 +1,61 @@
+"""One model's training step: takes built objects, knows no file, no plot and no Optuna. docs/method.md, Training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LRScheduler
+
+from config import Experiment, Settings
+from training.evaluation import sizes_of
+from training.optimizer import build_optimizer
+from training.runtime import Runtime
+
+
+@dataclass
+class Trainer:
+    """One model's training: the objects that every step needs, built by the caller.
+
+    `label_smoothing` is of the training loss only. Compilation, where the runtime has it, is for batches of
+    `batch_size`; the smaller last batch of an epoch and evaluation run as they are, which saves three compilations.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    runtime: Runtime
+    label_smoothing: float
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        self.scaler = self.runtime.grad_scaler()
+        self.compiled_model = self.runtime.compiled(self.model)
+
+    def train_step(self, views: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        """One optimizer step on a batch of uint8 views; returns the loss, still on the device.
+
+        Raises:
+            OutOfMemory: names the batch, the views and the precision that did not fit.
+        """
+        forward = self.compiled_model if len(labels) == self.batch_size else self.model
+        with self.runtime.memory_for(f"a training step on {sizes_of(views)}"):
+            self.optimizer.zero_grad(set_to_none=True)
+            with self.runtime.autocast():
+                logits = forward(*self.runtime.to_device(self.model, views))
+                labels = labels.to(self.runtime.device, non_blocking=True)
+                loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        return loss.detach()
+
+
+def build_trainer(
+    model: nn.Module, experiment: Experiment, settings: Settings, runtime: Runtime, epochs: int
+) -> Trainer:
+    """Place the model on the device and give it its optimizer and schedule over `epochs` epochs."""
+    runtime.place(model)
+    optimizer, scheduler = build_optimizer(model, experiment, epochs, settings.eta_min)
+    return Trainer(model, optimizer, scheduler, runtime, settings.label_smoothing, experiment.batch_size)
