@@ -2,9 +2,8 @@
 
     python -m hyperparameter_tuning.glass_convnext_tuning [--preset demo] [--glass-trials N] [--epochs N]
 
-Hardware: one CUDA GPU, and as many CPU cores as there are: at the paper's size, loading images alone takes about
-595 core-hours, less what pruning saves (README, Hardware and hours). With --preset demo: minutes on two CPU cores.
-Leaves results/<preset>/tuning/glass_convnext/study.db, and prints the best values, to be put into config.py.
+Hardware: one CUDA GPU and many CPU cores (hours: docs/hours.md); with --preset demo, minutes on two CPU cores.
+Output: results/<preset>/tuning/glass_convnext/study.db, and the best values printed, to be copied to config.py.
 """
 
 from hyperparameter_tuning.study import main

@@ -1,15 +1,19 @@
-"""Trial -> experiment. SPEC, Experiments 1."""
+"""Trial -> experiment. docs/method.md, Experiments 1."""
 
 from dataclasses import replace
 
 import optuna
 
-from config import Experiment, GlassExperiment, LogUniform, Preset
+from config import Experiment, GlassExperiment, LogUniform, Preset, SearchSpace
 
 
-def suggest_experiment(trial: optuna.Trial, preset: Preset, experiment: Experiment) -> Experiment:
-    """The experiment with a trial's suggestions, in the order of the preset's search space, for its hyperparameters."""
-    space = preset.glass_space if isinstance(experiment, GlassExperiment) else preset.standard_space
+def search_space(preset: Preset, experiment: Experiment) -> SearchSpace:
+    """The preset's search space for a model of the experiment's kind."""
+    return preset.glass_space if isinstance(experiment, GlassExperiment) else preset.standard_space
+
+
+def suggest_experiment(trial: optuna.Trial, space: SearchSpace, experiment: Experiment) -> Experiment:
+    """The experiment with the trial's suggestions for its hyperparameters, drawn in the order of the search space."""
     values = {
         name: trial.suggest_float(name, choices.low, choices.high, log=True)
         if isinstance(choices, LogUniform)

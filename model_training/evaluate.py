@@ -1,202 +1,163 @@
-"""How good are trained models on another labelled data set, and on the images of which generator?
+"""How well do trained models detect the fakes of another labelled data set, and of each generator in it?
 
     python -m model_training.evaluate --weights results/paper/glass_vit/seed_*/model.safetensors --data-root ROOT
 
-ROOT holds fake/ and real/, each with a folder for each generator or source, if you have them. Prints and writes a row
-for all images and one for each generator: accuracy, balanced accuracy, AUC, average precision, F1, TPR at 1% and 5%
-false alarms, calibration error, negative log-likelihood, with 95% bootstrap intervals; weights of several seeds give
-mean ± standard deviation. --format-matched 90 adds the same images, all saved as JPEG of quality 90 first: a detector
-of formats, not of fakes, falls there. Leaves results/<preset>/evaluation/<NAME>: tables as CSV, Markdown and LaTeX,
-and figures. Scores are kept: an evaluation that is killed goes on where it was.
+ROOT holds fake/ and real/, each with a folder for each generator or source, if you have them. Prints a row for all
+images and one for each generator: the usual metrics with 95% bootstrap intervals; weights of several seeds give mean ±
+standard deviation. --format-matched 90 adds the same images, all saved as JPEG of quality 90 first: a detector of file
+formats, not of fakes, does worse there. Writes tables and figures to results/<preset>/evaluation/<NAME>. Scores are
+stored: an interrupted evaluation resumes. --precision trained computes as the run's own test did.
 
 Hardware: a CUDA GPU if there is one, else the CPU. Measured: docs/performance.md.
 """
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from config import Preset
-from model_training.figures import plot_reliability, plot_roc, plot_score_histograms
-from model_training.predict import add_weights
-from model_training.scores import ScoredData, ScoredModel, score_data
-from model_training.tables import Row, Table, show, value_of
+from model_training.inference.scores import SETTINGS, ScoredData, ScoredModel, ScoringOptions, score_data
+from model_training.tables.figures import plot_reliability, plot_roc, plot_score_histograms
+from model_training.tables.table import Cell, Row, Table, show, value_of
 from training.detection_metrics import DETECTION_METRICS, bootstrap_intervals, detection_metrics
-from utils import UserError, preset_folder, run_door, settings_without, wanted_name
+from utils import run_command
 
-ALL = "all"
+SHOWN = ("auc", "balanced_accuracy")  # where models or formats stand side by side
+PARTS = ("mean", "std", "low", "high")  # of a metric
 
 
-def evaluate_weights(
-    preset: Preset,
-    weights: Sequence[Path],
-    name: str | None = None,
-    format_matched: int | None = None,
-    draws: int = 1,
-    **how: str | int,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options(ScoringOptions):
+    """Which models and images, and how to predict."""
+
+    # also with all images saved as JPEG of this quality first
+    format_matched: Annotated[int, Field(ge=1, le=100)] | None = None
+
+
+def evaluate_weights(preset: Preset, **values: Any) -> None:
     """Score the preset's data set with all weights; print and write tables and figures.
 
-    Args:
-        name: of the folder under results/<preset>/evaluation; the data root's if it is None.
-        format_matched: JPEG quality of the second look at the images; None: none.
-        draws: T, how many times the crops of an image are drawn; probabilities are means.
-        how: precision, batch_size and chunk_size.
-
-    Raises:
-        UserError: weights or images that cannot be used.
+    `values` are of the fields of `Options`; raises UserError for weights or images that cannot be used.
     """
-    if name is not None and wanted_name(name):
-        raise UserError(f"--name {name}: it must be {wanted_name(name)}")
-    kinds = ["native", *([f"jpeg_{format_matched}"] if format_matched is not None else [])]
-    data = score_data(preset, weights, kinds, draws, **how)
-    folder = preset_folder(preset) / "evaluation" / (name or preset.settings.data_root.resolve().name)
-    rows = [row for kind in kinds for row in rows_of(data, kind)]
-    notes = _notes(data)
-    native = [row for row in rows if row["format"] == "native"]
-    calibrated, raw = ([row for row in native if row["probabilities"] == which] for which in ("calibrated", "raw"))
-    tables = [
-        _table("evaluation", "Evaluation: calibrated probabilities, the model's own threshold", calibrated, notes),
-        _table("evaluation_raw", "Evaluation: raw probabilities, threshold 0.5", raw, notes),
-    ]
+    options = Options(**values)
+    kinds = ["native"] if options.format_matched is None else ["native", f"jpeg_{options.format_matched}"]
+    data = score_data(preset, options.weights, kinds, options)
+    folder = options.output_folder(preset, "evaluation")
+    notes, calibrated = _notes(data), _rows(data, kinds, "calibrated")
+    columns = {key: value_of(key) for key in ("model", "images", "fake", "real")}
+    columns |= {metric.label: metric_of(name) for name, metric in DETECTION_METRICS.items()}
+    title = "Evaluation: calibrated probabilities, the model's own threshold"
+    tables = [Table("evaluation", title, [row for row in calibrated if row["format"] == "native"], columns, notes)]
+    raw = _rows(data, ["native"], "raw")
+    Table("evaluation_raw", "Evaluation: raw probabilities, threshold 0.5", raw, columns, notes).write(folder)
     if len(kinds) > 1:
-        tables.append(_table_of_formats(rows, kinds, notes))
+        wide: dict[tuple[str, str], Row] = {}
+        for row in calibrated:
+            key = row["model"], row["images"]
+            names = [f"{metric}_{part}" for metric, part in product(SHOWN, PARTS)]
+            wide.setdefault(key, dict(zip(("model", "images"), key, strict=True)) | {"missing": ""})
+            wide[key] |= {f"{row['format']} {name}": row[name] for name in names}
+        columns = {"model": value_of("model"), "images": value_of("images")}
+        for metric, kind in product(SHOWN, kinds):
+            columns[f"{DETECTION_METRICS[metric].label}, {kind.replace('_', ' ')}"] = metric_of(f"{kind} {metric}")
+        tables.append(Table("formats", "Native, and all images in one format", list(wide.values()), columns, notes))
     for table in tables:
         table.write(folder)
-        if table is not tables[1]:
-            print(f"\n{table.markdown()}")
+        print(f"\n{table.markdown()}")
     _draw(folder, data)
-    print(f"Written: {folder}")
-    for path, problem in data.unreadable.items():
-        print(f"left out, no image: {path} ({problem})")
+    data.report_written(folder)
 
 
-def rows_of(data: ScoredData, kind: str) -> list[Row]:
-    """A row for each model, subset of the images, and calibrated or raw probabilities; see `subsets`."""
+def _rows(data: ScoredData, kinds: Sequence[str], which: str) -> list[Row]:
+    """A row for each perturbation, model and subset of the images, from calibrated or raw probabilities."""
     rows = []
-    for name, models in data.by_name.items():
-        for subset, chosen in subsets(data).items():
-            for which in ("calibrated", "raw"):
-                probabilities = [getattr(model, which)[kind][chosen] for model in models]
-                thresholds = [model.calibration.balanced if which == "calibrated" else 0.5 for model in models]
-                labels = data.images.labels[chosen]
-                row = {"model": name, "images": subset, "format": kind, "probabilities": which, "seeds": len(models)}
-                row |= {"fake": int((labels == 0).sum()), "real": int((labels == 1).sum())}
-                rows.append(row | metrics_row(probabilities, labels, thresholds) | {"missing": ""})
+    for kind, (name, models), (subset, chosen) in product(kinds, data.models.items(), subsets(data).items()):
+        row = {"model": name, "images": subset, "format": kind, "probabilities": which, "seeds": len(models)}
+        fakes = int((data.labels[chosen] == 0).sum())
+        row |= {"fake": fakes, "real": int(chosen.sum()) - fakes, "missing": ""}
+        rows.append(row | metrics_row(models, which, kind, data.labels, chosen))
     return rows
 
 
 def subsets(data: ScoredData) -> dict[str, np.ndarray]:
-    """What a row is about -> which images (N,): all; each generator against all real images, and against the real
-    ones of the source of its name."""
-    is_fake, sources = data.images.labels == 0, np.array(data.images.sources)
-    found = {ALL: np.ones(len(sources), bool)}
-    for generator in sorted(set(sources[is_fake]) - {""}):
-        of_generator = is_fake & (sources == generator)
+    """Name -> which images (N,): all; each generator against all real images, and against the real images of the
+    source of the same name."""
+    is_fake = data.labels == 0
+    found = {"all": np.ones(len(is_fake), bool)}
+    for generator in sorted(set(data.sources[is_fake]) - {""}):
+        of_generator, same_source = ((data.sources == generator) & of_class for of_class in (is_fake, ~is_fake))
         found[generator] = of_generator | ~is_fake
-        same_source = ~is_fake & (sources == generator)
         if same_source.any():
             found[f"{generator}, same source"] = of_generator | same_source
     return found
 
 
-def metrics_row(probabilities: Sequence[np.ndarray], labels: np.ndarray, thresholds: Sequence[float]) -> Row:
-    """Each metric's mean and standard deviation over models, and the 95% interval of the mean; nll in nats."""
-    pairs = list(zip(probabilities, thresholds, strict=True))
-    values = [detection_metrics(fake, labels, threshold) for fake, threshold in pairs]
+def metrics_row(
+    models: Sequence[ScoredModel], which: str, kind: str, labels: np.ndarray, chosen: np.ndarray | slice = np.s_[:]
+) -> Row:
+    """Each metric's mean and standard deviation over models, and the 95% interval of the mean; nll in nats.
+
+    Of the `chosen` images under a perturbation, by "calibrated" or "raw" probabilities.
+    """
+    labels, thresholds = labels[chosen], [model.threshold(which) for model in models]
+    probabilities = [model.probabilities[which, kind][chosen] for model in models]
+    values = [detection_metrics(fake, labels, at) for fake, at in zip(probabilities, thresholds, strict=True)]
     intervals = bootstrap_intervals(probabilities, labels, thresholds)
     row: Row = {}
     for metric in DETECTION_METRICS:
         of_models = np.array([of_model[metric] for of_model in values])
-        row[f"{metric}_mean"] = float(of_models.mean())
-        row[f"{metric}_std"] = float(of_models.std(ddof=1)) if len(of_models) > 1 else float("nan")
-        row[f"{metric}_low"], row[f"{metric}_high"] = intervals[metric]
+        std = float(of_models.std(ddof=1)) if len(of_models) > 1 else float("nan")
+        of_metric = (float(of_models.mean()), std, *intervals[metric])
+        row |= {f"{metric}_{part}": value for part, value in zip(PARTS, of_metric, strict=True)}
     return row
 
 
-def cell_of(metric: str, row: Row) -> str:
-    """Mean ± standard deviation [95% interval], in percent but for nll."""
-    scale, form = (1, ".3f") if metric == "nll" else (100, ".1f")
-    mean, std, low, high = (scale * row[f"{metric}_{part}"] for part in ("mean", "std", "low", "high"))
-    spread = "" if std != std else f" ± {show(std, form)}"
-    return f"{show(mean, form)}{spread} [{show(low, form)}, {show(high, form)}]" if mean == mean else show(mean)
+def metric_of(key: str) -> Cell:
+    """Mean ± standard deviation [95% interval] of a metric, or of "<prefix> <metric>"."""
+    metric = DETECTION_METRICS[key.rpartition(" ")[2]]
+    scale, form = metric.scale, ".1f" if metric.unit == "%" else ".3f"
 
+    def cell(row: Row) -> str:
+        mean, std, low, high = (scale * row[f"{key}_{part}"] for part in PARTS)
+        spread = "" if std != std else f" ± {show(std, form)}"
+        return f"{show(mean, form)}{spread} [{show(low, form)}, {show(high, form)}]" if mean == mean else show(mean)
 
-def _table(name: str, title: str, rows: list[Row], notes: list[str]) -> Table:
-    columns = {"model": value_of("model"), "images": value_of("images")}
-    columns |= {"fake": value_of("fake"), "real": value_of("real")}
-    for metric, label in DETECTION_METRICS.items():
-        columns[label] = lambda row, metric=metric: cell_of(metric, row)
-    return Table(name, title, rows, columns, notes)
-
-
-def _table_of_formats(rows: list[Row], kinds: Sequence[str], notes: list[str]) -> Table:
-    """Native and format-matched side by side: a row for each model and subset, calibrated."""
-    wide: dict[tuple[str, str], Row] = {}
-    shown = ("auc", "balanced_accuracy")
-    for row in rows:
-        if row["probabilities"] == "calibrated":
-            of_subset = wide.setdefault((row["model"], row["images"]), {"model": row["model"], "images": row["images"]})
-            parts = ("mean", "std", "low", "high")
-            of_subset |= {f"{row['format']} {m}_{part}": row[f"{m}_{part}"] for m in shown for part in parts}
-            of_subset["missing"] = ""
-    columns = {"model": value_of("model"), "images": value_of("images")}
-    for metric in shown:
-        for kind in kinds:
-            columns[f"{DETECTION_METRICS[metric]}, {kind.replace('_', ' ')}"] = lambda row, metric=metric, kind=kind: (
-                cell_of(f"{kind} {metric}", row)
-            )
-    return Table("formats", "Native, and all images in one format", list(wide.values()), columns, notes)
+    return cell
 
 
 def _notes(data: ScoredData) -> list[str]:
     notes = [
-        "In percent, but for the negative log-likelihood (nats); [95% bootstrap interval over images]; fake is the "
-        "positive class. An interval without width says that none of these images was taken wrongly (or all), not that "
-        "none could be."
+        "In percent, except for the negative log-likelihood (nats); [95% bootstrap interval over images]; fake is the "
+        "positive class. An interval of zero width says that all of these images were classified correctly (or none), "
+        "not that all images would be."
     ]
-    for name, models in data.by_name.items():
+    for name, models in data.models.items():
         seeds = ", ".join(str(model.seed) for model in models)
         smallest = min(min(model.calibration.fake_images, model.calibration.real_images) for model in models)
-        notes.append(
-            f"{name}: seeds {seeds}; calibrated on {smallest} validation images of the smaller class"
-            if smallest
-            else f"{name}: seeds {seeds}; its weights have no calibration, raw probabilities stand for it"
-        )
+        calibrated = f"calibrated on {smallest} validation images of the smaller class"
+        notes.append(f"{name}: seeds {seeds}; {calibrated if smallest else 'not calibrated: raw probabilities'}")
     if data.unreadable:
-        notes.append(f"{len(data.unreadable)} files gave no image and are left out.")
+        notes.append(f"{len(data.unreadable)} files cannot be decoded and are left out.")
     return notes
 
 
-def pooled(models: Sequence[ScoredModel], which: str, kind: str = "native") -> np.ndarray:
-    """Mean probability of fake over the seeds of a model."""
-    return np.mean([getattr(model, which)[kind] for model in models], axis=0)
-
-
 def _draw(folder: Path, data: ScoredData) -> None:
-    title, labels = f"{data.images.root.resolve().name}: {len(data.images.paths):,} images", data.images.labels
-    calibrated = {name: pooled(models, "calibrated") for name, models in data.by_name.items()}
-    plot_roc(folder / "roc.png", title, {name: (fake, labels) for name, fake in calibrated.items()})
-    both = {}
-    for name, models in data.by_name.items():
-        both |= {f"{name}, {which}": pooled(models, which) for which in ("raw", "calibrated")}
-    plot_reliability(folder / "calibration.png", title, both, labels)
-    plot_score_histograms(folder / "scores.png", title, calibrated, labels)
+    """Figures of the probabilities of each model, averaged over its seeds."""
+    title = f"{data.name}: {len(data.labels):,} images"
+    panels = {
+        f"{name}, {which}": np.mean([model.probabilities[which, "native"] for model in models], axis=0)
+        for (name, models), which in product(data.models.items(), ("raw", "calibrated"))
+    }
+    calibrated = {name: panels[f"{name}, calibrated"] for name in data.models}
+    plot_roc(folder / "roc.png", title, calibrated, data.labels)
+    plot_reliability(folder / "calibration.png", title, panels, data.labels)
+    plot_score_histograms(folder / "scores.png", title, calibrated, data.labels)
 
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--weights", type=Path, nargs="+", required=True, metavar="FILE", help="model.safetensors files"
-    )
-    parser.add_argument("--name", help="folder under results/<preset>/evaluation; default the data root's name")
-    parser.add_argument("--format-matched", type=int, metavar="QUALITY", help="also with all images saved as JPEG")
-    parser.add_argument("--draws", type=int, default=1, metavar="T", help="draw each image's crops T times; default 1")
-    add_weights(parser)
-
-
-READ = ("data_root", "results_root", "data_list", "group_by", "device", "max_image_pixels", "num_workers")
 
 if __name__ == "__main__":
-    run_door(__doc__, evaluate_weights, without=settings_without(*READ), arguments=_add_arguments)
+    run_command(__doc__, evaluate_weights, settings=SETTINGS, options=Options)

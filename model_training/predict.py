@@ -1,180 +1,127 @@
-"""Is it fake? The answer of a trained model for your own images.
+"""Is it fake? Predictions of a trained model for images of your own.
 
     python -m model_training.predict --weights results/paper/glass_vit/seed_100/model.safetensors PATH...
 
-A PATH is a file, a folder (with all below it), a pattern such as "photos/**/*.jpg", or LIST.csv:COLUMN. Prints a row
-an image and writes predictions.csv: the calibrated probability of fake, and what to make of it: fake, real or
-inconclusive, by thresholds that were fitted on validation images when the model was trained. Files that give no image
-are named, and make the exit code 1. The same picture gets the same answer on every run; --draws T draws its crops T
-times, to show how much the answer depends on where they fall.
+A PATH is a file, a folder (searched recursively), a pattern such as "photos/**/*.jpg", or LIST.csv:COLUMN. Prints and
+writes to predictions.csv the calibrated probability of fake of each image, and a verdict (fake, real or inconclusive)
+by thresholds fitted on validation images. Files that cannot be decoded are listed, and make the exit code 1. The same
+image gets the same prediction on every run; --draws T draws its crops T times, to show how much the prediction depends
+on them. --precision trained computes as the run's own test did; the default, fp32, is reproducible across devices.
 
---evidence DIR draws each image with its crops, what each says alone and what it does to the score, and writes
+--evidence DIR draws each image with its crops, the score of each alone and its effect on the score, and writes
 DIR/index.html: all images on one page that needs no network, 0.15 MB an image (1,000 images: 150 MB). --evidence-map
 slides crops over the whole image and maps both numbers: 0.25 MB an image, and minutes for a large one on the CPU.
 
 Hardware: a CUDA GPU if there is one, else the CPU. Measured: docs/performance.md.
 """
 
-import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Any
 
+import tyro
+from pydantic import Field
 from tqdm import tqdm
 
 from config import Preset
 from data.images import UnreadableImage
-from data.pictures import find_images, other_files
-from model_training.detector import BATCH_SIZE, CHUNK_SIZE, Detector, Prediction, load_detector
-from model_training.evidence import write_evidence
-from utils import UserError, check_output, run_door, settings_without, write_csv
+from data.lists import check_output, render_table
+from data.pictures import find_images
+from model_training.inference.detector import Outcome, Prediction, PredictionOptions, load_detector
+from model_training.inference.evidence import write_evidence
+from utils import UserError, run_command, write_csv
 
 COLUMNS = (
     "path", "probability_fake", "verdict", "standard_deviation", "flips", "raw_probability_fake", "width", "height",
     "problem",
 )  # fmt: skip
 SHOWN = 100  # rows on the terminal; the CSV has them all
-Answers = dict[str, Prediction | UnreadableImage]
 
 
-def predict(
-    preset: Preset,
-    weights: Path,
-    paths: Sequence[str],
-    output: Path,
-    draws: int = 1,
-    band: Sequence[float] | None = None,
-    precision: str = "fp32",
-    batch_size: int = BATCH_SIZE,
-    chunk_size: int = CHUNK_SIZE,
-    evidence: Path | None = None,
-    evidence_map: bool = False,
-) -> None:
-    """Predict all images that `paths` name; print and write the answers.
+@dataclass(frozen=True, kw_only=True)
+class Options(PredictionOptions):
+    """Which images and weights, what to write, and how to predict."""
 
-    Args:
-        output: the CSV file.
-        draws: T, how many times the crops of an image are drawn.
-        band: calibrated probabilities between which the verdict is inconclusive, instead of the model's.
-        evidence: a folder for pictures of what the answers rest on; see `write_evidence`.
-        evidence_map: with a map of effects each.
+    # a file, a folder (with all below it), a pattern such as "photos/**/*.jpg", or LIST.csv:COLUMN
+    paths: tyro.conf.Positional[Annotated[tuple[str, ...], Field(min_length=1)]]
+    weights: Path  # model.safetensors of a run
+    output: Path = Path("predictions.csv")  # the CSV to write
+    band: tuple[float, float] | None = None  # inconclusive from LOW up to HIGH, instead of the model's band
+    evidence: Path | None = None  # a folder: pictures and a page that explain the predictions
+    evidence_map: bool = False  # with effect maps of whole images; much slower
+
+
+def predict(preset: Preset, weights: Path, paths: Sequence[str], **others: Any) -> None:
+    """Predict all images that `paths` name; print and write the predictions. The arguments are fields of `Options`.
 
     Raises:
-        UserError: no weights, no images, or arguments that mean nothing.
-        SystemExit: with code 1 after all was written, if a file gave no image.
+        UserError: no weights, no images, or invalid options.
+        SystemExit: with code 1, after everything was written, if a file could not be decoded.
     """
-    if draws < 1:
-        raise UserError(f"--draws {draws}: it must be at least 1")
+    options = Options(weights=weights, paths=tuple(paths), **others)
+    output, evidence, draws = options.output, options.evidence, options.draws
     check_output(output, COLUMNS)
-    if evidence_map and not evidence:
+    if options.evidence_map and not evidence:
         raise UserError("--evidence-map draws into the folder of --evidence DIR: name one")
-    settings, images = preset.settings, find_images(paths)
-    passed_over = other_files(paths)
-    if passed_over:
-        endings = ", ".join(sorted({Path(name).suffix or "without an ending" for name in passed_over})[:5])
-        print(f"Left out, in folders: {len(passed_over):,} files of other kinds ({endings}); name them to try them")
-    detector = load_detector(weights, settings.device, precision, settings.max_image_pixels, batch_size, chunk_size)
-    if band:
-        detector = with_band(detector, *band)
+    images, ignored = find_images(paths)
+    if ignored:
+        endings = ", ".join(sorted({Path(name).suffix or "without an ending" for name in ignored})[:5])
+        print(f"Ignored, in folders: {len(ignored):,} files of other kinds ({endings}); name them to try them")
+    detector = load_detector(weights, preset.settings.device, preset.settings.max_image_pixels, options)
+    if options.band:
+        real_below, fake_from = options.band
+        if not 0 <= real_below <= fake_from <= 1:
+            raise UserError(f"--band {real_below} {fake_from}: expected two probabilities, the smaller first")
+        calibration = replace(detector.calibration, real_below=real_below, fake_from=fake_from)
+        detector = replace(detector, calibration=calibration)
     if not detector.calibrated:
-        print(f"{weights} has no calibration: probabilities are raw, and 0.5 decides", file=sys.stderr)
+        print(f"{weights} has no calibration: probabilities are raw, and the threshold is 0.5", file=sys.stderr)
     if not detector.num_crops and draws > 1:
         raise UserError(f"--draws {draws}: {detector.name} looks at the whole image and draws no crops")
-    workers = None if settings.num_workers == "auto" else settings.num_workers
-    answers = detector.predict_all(images, draws, workers)
+    predictions = detector.predict_all(images, preset.settings.num_workers)
+    predictions = tqdm(predictions, total=len(images), desc="predicting", unit=" images", disable=None)
     if evidence:
-        answers = write_evidence(evidence, detector, images, answers, evidence_map)
-    progress = tqdm(answers, total=len(images), desc="predicting", unit=" images", disable=None)
-    found: Answers = dict(zip(images, progress, strict=True))
-    write_csv(output, COLUMNS, [_row(path, answer) for path, answer in found.items()])
-    print(render(found, draws))
+        predictions = write_evidence(evidence, detector, images, predictions, options.evidence_map)
+    found = dict(zip(images, predictions, strict=True))
+    write_csv(output, COLUMNS, [_row(path, prediction) for path, prediction in found.items()])
+    print(_summary(found, draws))
     print(f"\nWritten: {output}{f' and {evidence}/index.html' if evidence else ''}")
-    report_unreadable(found)
-
-
-def with_band(detector: Detector, real_below: float, fake_from: float) -> Detector:
-    """The detector with another band of inconclusive probabilities.
-
-    Raises:
-        UserError: no such band.
-    """
-    if not 0 <= real_below <= fake_from <= 1:
-        raise UserError(f"--band {real_below} {fake_from}: expected two probabilities, the smaller first")
-    return replace(detector, calibration=replace(detector.calibration, real_below=real_below, fake_from=fake_from))
-
-
-def _row(path: str, answer: Prediction | UnreadableImage) -> list[object]:
-    if isinstance(answer, UnreadableImage):
-        return [path, "", "", "", "", "", "", "", str(answer)]
-    values = [getattr(answer, name) for name in COLUMNS[1:-1]]
-    return [path, *("" if value != value else value for value in values), ""]
-
-
-def render(found: Answers, draws: int) -> str:
-    """The answers as a table for the terminal."""
-    names = ["path", "P(fake)", "verdict", *(["± over draws", "flips"] if draws > 1 else [])]
-    rows = [names]
-    for path, answer in list(found.items())[:SHOWN]:
-        if isinstance(answer, UnreadableImage):
-            rows.append([one_line(path), "", "no image", *([""] * (len(names) - 3))])
-            continue
-        rows.append([one_line(path), f"{answer.probability_fake:.3f}", answer.verdict])
-        if draws > 1:
-            rows[-1] += [f"{answer.standard_deviation:.3f}", f"{answer.flips:.0%}"]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    if len(found) > SHOWN:
-        lines.append(f"... and {len(found) - SHOWN:,} more")
-    verdicts = [answer.verdict for answer in found.values() if isinstance(answer, Prediction)]
-    counts = ", ".join(f"{verdicts.count(name):,} {name}" for name in ("fake", "real", "inconclusive"))
-    return "\n".join([*lines, "", f"{len(verdicts):,} images: {counts}"])
-
-
-def report_unreadable(found: Answers) -> None:
-    """Name what gave no image, and leave with exit code 1 if anything did not."""
-    unreadable = {path: answer for path, answer in found.items() if isinstance(answer, UnreadableImage)}
+    unreadable = {path: one for path, one in found.items() if isinstance(one, UnreadableImage)}
     if unreadable:
-        print(f"\n{len(unreadable):,} of {len(found):,} files gave no image:", file=sys.stderr)
+        print(f"\n{len(unreadable):,} of {len(found):,} files cannot be decoded:", file=sys.stderr)
         for path, reason in unreadable.items():
-            print(f"  {one_line(path)}: {reason}", file=sys.stderr)
+            print(f"  {_one_line(path)}: {reason}", file=sys.stderr)
         sys.exit(1)
 
 
-def one_line(path: str) -> str:
+def _row(path: str, found: Outcome) -> list[object]:
+    if isinstance(found, UnreadableImage):
+        return [path, *[""] * (len(COLUMNS) - 2), str(found)]
+    values = [getattr(found, name) for name in COLUMNS[1:-1]]
+    return [path, *("" if value != value else value for value in values), ""]
+
+
+def _summary(found: Mapping[str, Outcome], draws: int) -> str:
+    """The first predictions as a table for the terminal, and how many of each verdict there are."""
+    columns = ["path", "P(fake)", "verdict", "± over draws", "flips"][: 5 if draws > 1 else 3]
+    rows = []
+    for path, one in list(found.items())[:SHOWN]:
+        cells = ["", "not decoded", "", ""]
+        if isinstance(one, Prediction):
+            cells = [f"{one.probability_fake:.3f}", one.verdict, f"{one.standard_deviation:.3f}", f"{one.flips:.0%}"]
+        rows.append([_one_line(path), *cells][: len(columns)])
+    more = f"\n... and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
+    verdicts = [one.verdict for one in found.values() if isinstance(one, Prediction)]
+    counts = ", ".join(f"{verdicts.count(name):,} {name}" for name in ("fake", "real", "inconclusive"))
+    return f"{render_table(columns, rows)}{more}\n\n{len(verdicts):,} images: {counts}"
+
+
+def _one_line(path: str) -> str:
     """A path as a terminal can show it: line ends, tabs and escape codes spelt out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in path)
 
 
-def add_weights(parser: argparse.ArgumentParser) -> None:
-    """How a model computes, for all doors that predict."""
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"], help="on CUDA; default fp32")
-    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"images together; default {BATCH_SIZE}")
-    parser.add_argument("--chunk-size", type=int, default=CHUNK_SIZE, help=f"views at a time; default {CHUNK_SIZE}")
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="file, folder, pattern, or LIST.csv:COLUMN")
-    parser.add_argument("--weights", type=Path, required=True, metavar="FILE", help="model.safetensors of a run")
-    parser.add_argument("--output", type=Path, default=Path("predictions.csv"), metavar="FILE", help="the CSV to write")
-    parser.add_argument("--draws", type=int, default=1, metavar="T", help="draw each image's crops T times; default 1")
-    parser.add_argument(
-        "--band",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="inconclusive from LOW up to HIGH; default the model's",
-    )
-    parser.add_argument("--evidence", type=Path, metavar="DIR", help="pictures and a page of what the answers rest on")
-    parser.add_argument("--evidence-map", action="store_true", help="with maps of the whole images; takes far longer")
-    add_weights(parser)
-
-
 if __name__ == "__main__":
-    run_door(
-        __doc__,
-        predict,
-        without=settings_without("device", "max_image_pixels", "num_workers"),
-        arguments=_add_arguments,
-        usage="--weights FILE PATH... [--OPTION VALUE ...]",
-    )
+    run_command(__doc__, predict, settings=("device", "max_image_pixels", "num_workers"), options=Options)

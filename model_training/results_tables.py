@@ -7,53 +7,40 @@ metrics, and names what is missing. Needs no GPU and takes seconds: run it as of
 experiments.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import TrialState
 
 from config import Preset
-from model_training import figures
-from model_training.cost_tables import table_of_crop_cost_lines, table_of_crop_costs, table_of_standard_costs
-from model_training.experiment_tables import (
-    table_of_calibrated_metrics,
-    table_of_differences,
-    table_of_hyperparameters,
-    table_of_test_metrics,
-)
-from model_training.read_results import (
-    METRICS,
-    CostStudy,
-    Run,
-    TuningStudy,
-    percents,
-    read_cost_studies,
-    read_runs,
-    read_tuning_studies,
-)
-from model_training.tables import Table
-from utils import UserError, preset_folder, run_door
+from model_training.tables import cost_tables, experiment_tables, figures, read_results
+from model_training.tables.read_results import CostStudy, Run, TuningStudy
+from model_training.tables.table import Table
+from training.metrics import METRICS
+from utils import UserError, preset_folder, run_command
 
 
 def write_tables(preset: Preset) -> None:
     """Write every table and figure to results/<preset>/tables/, print the test metrics, name what is missing.
 
-    Raises:
-        UserError: no results at all, results that must not be averaged, or an unreadable file.
+    Raises UserError without any results, for results that must not be averaged, and for an unreadable file.
     """
     results = preset_folder(preset)
-    runs = read_runs(results, preset.training.seeds)
-    studies = read_tuning_studies(results / "tuning")
-    crop_costs = read_cost_studies(results / "num_crops")
-    standard_costs = read_cost_studies(results / "standard_memory")
+    runs = read_results.read_runs(results, preset.training.seeds)
+    studies = read_results.read_tuning_studies(results / "tuning")
+    crop_costs = read_results.read_cost_studies(results / "num_crops")
+    standard_costs = read_results.read_cost_studies(results / "standard_memory")
     if not (runs or studies or crop_costs or standard_costs):
+        flags, name = f"--preset {preset.name}", preset.experiments[0].name
         raise UserError(
-            f"{results} holds no results yet: run python -m model_training.reproduce --preset {preset.name} first, "
-            f"or one experiment, such as python -m model_training.{preset.experiments[0].name}_training "
-            f"--preset {preset.name}"
+            f"{results} holds no results yet: run python -m model_training.reproduce {flags} first, or one experiment, "
+            f"such as python -m model_training.{name}_training {flags}"
         )
-    # What the preset reproduces and has no results has its place too, so that the tables say what is missing.
+    # What the preset reproduces and has no results is listed too, so that the tables say what is missing.
     runs = {name: runs.get(name, []) for name in _names(preset, "training", runs)}
     studies = {name: studies.get(name) for name in _names(preset, "tuning", studies)}
     crop_costs = _with_unmeasured(preset, "num_crops", crop_costs, "glass_")
@@ -61,23 +48,28 @@ def write_tables(preset: Preset) -> None:
 
     folder = results / "tables"
     tables = [
-        table_of_test_metrics(runs, preset.training.seeds),
-        table_of_calibrated_metrics(runs),
-        table_of_differences(runs),
-        table_of_hyperparameters(preset, studies),
-        table_of_crop_costs(crop_costs, preset.num_crops.crop_counts),
-        table_of_crop_cost_lines(crop_costs),
-        table_of_standard_costs(preset, standard_costs, crop_costs),
+        experiment_tables.table_of_test_metrics(runs, preset.training.seeds),
+        experiment_tables.table_of_calibrated_metrics(runs),
+        experiment_tables.table_of_differences(runs),
+        experiment_tables.table_of_hyperparameters(preset, studies),
+        cost_tables.table_of_crop_costs(crop_costs, preset.num_crops.crop_counts),
+        cost_tables.table_of_crop_cost_lines(crop_costs),
+        cost_tables.table_of_standard_costs(preset, standard_costs, crop_costs),
     ]
     tables = [table for table in tables if table.rows]
     for table in tables:
         table.write(folder)
-    why_not = _draw_figures(folder, runs, studies, crop_costs)
-    _report(folder, tables, why_not)
-    wanted = {f"seed_{seed}" for seed in preset.training.seeds}
-    others = sorted(f"{path.parent.name} {path.name}" for path in results.glob("*/seed_*") if path.name not in wanted)
+    drawings = [*_drawings_of_runs(runs), *_drawings_of_studies(studies), *_drawings_of_costs(crop_costs)]
+    for name, reason, draw in drawings:
+        if reason:
+            (folder / f"{name}.png").unlink(missing_ok=True)  # drawn from results that are gone
+        else:
+            draw(folder / f"{name}.png")
+    _report(folder, tables, {name: reason for name, reason, _ in drawings})
+    seeds = {f"seed_{seed}" for seed in preset.training.seeds}
+    others = sorted(f"{path.parent.name} {path.name}" for path in results.glob("*/seed_*") if path.name not in seeds)
     if others:
-        print("\nLeft out, because their seeds are not among --seeds:", *others, sep="\n  ")
+        print("\nIgnored, because their seeds are not among --seeds:", *others, sep="\n  ")
 
 
 def _names(preset: Preset, stage: str, found: Iterable[str], family: str = "") -> list[str]:
@@ -85,137 +77,90 @@ def _names(preset: Preset, stage: str, found: Iterable[str], family: str = "") -
     reproduced = preset.reproduce.experiments if stage in preset.reproduce.stages else ()
     names = [name for name in reproduced if name.startswith(family)]
     names += sorted(set(found).difference(names))
-    standard = [name for name in names if name.startswith("standard_")]
-    glass = [name for name in names if name.startswith("glass_")]
-    return standard + glass + [name for name in names if name not in standard + glass]
+    return sorted(names, key=lambda name: (not name.startswith("standard_"), not name.startswith("glass_")))
 
 
 def _with_unmeasured(preset: Preset, stage: str, found: Sequence[CostStudy], family: str) -> list[CostStudy]:
     """What was found, experiment by experiment, and an empty study for each of the family that has none."""
-    studies = []
-    for name in _names(preset, stage, [study.experiment for study in found], family):
-        of_name = [study for study in found if study.experiment == name]
-        studies += of_name or [CostStudy(name)]
-    return studies
+    names = _names(preset, stage, [study.experiment for study in found], family)
+    by_name = [[study for study in found if study.experiment == name] or [CostStudy(name)] for name in names]
+    return list(chain.from_iterable(by_name))
 
 
-def _report(folder: Path, tables: Sequence[Table], why_not: Mapping[str, str | None]) -> None:
-    """Print the first two tables, how complete the others are, what was written and what is missing."""
+def _report(folder: Path, tables: Sequence[Table], why_not: Mapping[str, str]) -> None:
+    """Print the two tables of test metrics, how complete the others are, what was written and what is missing."""
     in_full = ("test_metrics", "differences")
-    for table in tables:
+    for table in sorted(tables, key=lambda table: table.name not in in_full):
         if table.name in in_full:
             print(table.markdown())
-    for table in tables:
-        if table.name in in_full:
-            continue
-        models = {row["model"] for row in table.rows}
-        incomplete = {row["model"] for row in table.rows if row["missing"]}
-        print(f"{table.title}: {len(models) - len(incomplete)} of {len(models)} models complete")
-    written = [f"{table.name}.csv .md .tex" for table in tables]
-    missing = [f"{table.name}: {sentence}" for table in tables for sentence in table.missing]
-    for figure, reason in why_not.items():
-        if reason:
-            missing.append(f"{figure}.png: {reason}")
         else:
-            written.append(f"{figure}.png")
+            models = {row["model"] for row in table.rows}
+            incomplete = {row["model"] for row in table.rows if row["missing"]}
+            print(f"{table.title}: {len(models) - len(incomplete)} of {len(models)} models complete")
+    written = [f"{table.name}.csv .md .tex" for table in tables]
+    written += [f"{figure}.png" for figure, reason in why_not.items() if not reason]
+    missing = [f"{table.name}: {sentence}" for table in tables for sentence in table.missing]
+    missing += [f"{figure}.png: {reason}" for figure, reason in why_not.items() if reason]
     print(f"\nWritten to {folder}:", *written, sep="\n  ")
     if missing:
         print("\nMissing:", *missing, sep="\n  ")
 
 
 # --------------------------------------------------------------------------------------------------- figures
-# Each `_draw_` function draws to its path and returns None, or returns why there is nothing to draw.
-def _draw_figures(
-    folder: Path,
-    runs: Mapping[str, Sequence[Run]],
-    studies: Mapping[str, TuningStudy | None],
-    crop_costs: Sequence[CostStudy],
-) -> dict[str, str | None]:
-    """Draw all; figure -> why it could not be drawn, or None."""
-    why_not: dict[str, str | None] = {}
-
-    def draw(figure: str, draw_to: Callable[..., str | None], *results: object) -> None:
-        path = folder / f"{figure}.png"
-        why_not[figure] = draw_to(path, *results)
-        if why_not[figure]:
-            path.unlink(missing_ok=True)  # drawn from results that are gone
-
-    draw("test_metrics", _draw_test_metrics, runs)
-    for name, of_name in runs.items():
-        draw(f"training_curves_{name}", _draw_training_curves, name, of_name)
-    for name, study in studies.items():
-        draw(f"tuning_history_{name}", _draw_tuning_history, name, study)
-    for name, study in studies.items():
-        draw(f"tuning_importance_{name}", _draw_tuning_importance, name, study)
-    for name in dict.fromkeys(study.experiment for study in crop_costs):
-        full_or_quick = next(study for study in crop_costs if study.experiment == name)  # the full one comes first
-        draw(f"crop_costs_{name}", _draw_crop_costs, full_or_quick)
-    return why_not
+Drawing = tuple[str, str, Callable[[Path], None]]  # a figure's name; why it cannot be drawn, or ""; draws it to a path
 
 
-def _draw_test_metrics(path: Path, runs: Mapping[str, Sequence[Run]]) -> str | None:
-    if not any(run.test for of_name in runs.values() for run in of_name):
-        return "no finished run"
+def _drawings_of_runs(runs: Mapping[str, Sequence[Run]]) -> Iterator[Drawing]:
     scores: dict[str, dict[str, list[float]]] = {name: {} for name in runs}
+    for metric in ("accuracy", "auc_score"):
+        for name, of_name in runs.items():
+            values = np.array([run.test[metric] for run in of_name if run.test], dtype=float)  # NaN if it is missing
+            scores[name][f"{METRICS[metric].heading} on the test split (%)"] = 100 * values[~np.isnan(values)]
+    reason = "" if any(run.test for of_name in runs.values() for run in of_name) else "no finished run"
+    title = "Mean ± standard deviation over n seeds"
+    yield "test_metrics", reason, partial(figures.plot_test_metrics, title=title, scores=scores)
     for name, of_name in runs.items():
-        for metric in ("accuracy", "auc_score"):
-            scores[name][f"{METRICS[metric]} on the test split (%)"] = percents(of_name, metric)
-    figures.plot_test_metrics(path, "Mean ± standard deviation over n seeds", scores)
-    return None
+        histories = {f"seed {run.seed}" + ("" if run.test else " (not finished)"): run.history for run in of_name}
+        draw = partial(figures.plot_training_curve, title=f"{name}: training", histories=histories)
+        yield f"training_curves_{name}", "" if histories else "no run", draw
 
 
-def _draw_training_curves(path: Path, name: str, runs: Sequence[Run]) -> str | None:
-    histories = {}
-    for run in runs:
-        if run.history:
-            label = f"seed {run.seed}" if run.test else f"seed {run.seed} (not finished)"
-            histories[label] = run.history
-    if not histories:
-        return "no run"
-    figures.plot_training_curve(path, f"{name}: training", histories)
-    return None
+def _drawings_of_studies(studies: Mapping[str, TuningStudy | None]) -> Iterator[Drawing]:
+    for name, study in studies.items():
+        title, no_study = f"{name}: tuning", "" if study else "no study"
+        trials = study.trials if study else []
+        complete = {trial.number: 100 * trial.value for trial in trials if trial.state == TrialState.COMPLETE}
+        pruned = [trial for trial in trials if trial.state == TrialState.PRUNED and trial.intermediate_values]
+        last = {trial.number: 100 * trial.intermediate_values[trial.last_step] for trial in pruned}
+        draw = partial(figures.plot_tuning_history, title=title, complete=complete, pruned=last)
+        yield f"tuning_history_{name}", no_study or ("" if complete else "no complete trial"), draw
+
+        title, reason, importances = f"{title}\nimportance by fANOVA, {len(complete)} complete trials", no_study, {}
+        if len(set(complete.values())) < 2:
+            reason = no_study or f"needs two complete trials of different accuracy, {len(complete)} complete"
+        else:
+            try:
+                importances = get_param_importances(study.study, evaluator=FanovaImportanceEvaluator(seed=0))
+            except (ValueError, RuntimeError) as error:
+                reason = f"Optuna computes no importance: {error}"
+        draw = partial(figures.plot_tuning_importance, title=title, importances=importances)
+        yield f"tuning_importance_{name}", reason, draw
 
 
-def _draw_tuning_history(path: Path, name: str, study: TuningStudy | None) -> str | None:
-    if not study:
-        return "no study"
-    if not study.complete:
-        return "no complete trial"
-    complete = {trial.number: 100 * trial.value for trial in study.complete}
-    pruned = {}
-    for trial in study.trials_in(TrialState.PRUNED):
-        if trial.intermediate_values:
-            pruned[trial.number] = 100 * trial.intermediate_values[trial.last_step]
-    figures.plot_tuning_history(path, f"{name}: tuning", complete, pruned)
-    return None
-
-
-def _draw_tuning_importance(path: Path, name: str, study: TuningStudy | None) -> str | None:
-    if not study:
-        return "no study"
-    n = len(study.complete)
-    if len({trial.value for trial in study.complete}) < 2:
-        return f"needs two complete trials of different accuracy, {n} complete"
-    try:
-        importances = get_param_importances(study.study, evaluator=FanovaImportanceEvaluator(seed=0))
-    except (ValueError, RuntimeError) as error:
-        return f"Optuna computes no importance: {error}"
-    title = f"{name}: tuning\nimportance by fANOVA, {n} complete trials"
-    figures.plot_tuning_importance(path, title, importances)
-    return None
-
-
-def _draw_crop_costs(path: Path, study: CostStudy) -> str | None:
-    if not study.rows:
-        return "not measured"
-    labels = {
-        "peak_memory_mb": f"{study.memory_text} (MB)".replace(" for", "\nfor"),
-        "epoch_seconds": "epoch time (s)",
-        "valid_accuracy_percent": "best validation accuracy (%)",
-    }
-    figures.plot_crop_costs(path, f"{study.experiment}\n{study.epoch_time_text}", study.rows, labels)
-    return None
+def _drawings_of_costs(crop_costs: Sequence[CostStudy]) -> Iterator[Drawing]:
+    for name in dict.fromkeys(study.experiment for study in crop_costs):
+        study = next(study for study in crop_costs if study.experiment == name)  # the full one comes first
+        labels = {
+            "peak_memory_mb": f"{study.memory_text} (MB)".replace(" for", "\nfor"),
+            "epoch_seconds": "epoch time (s)",
+            "valid_accuracy": "best validation accuracy (%)",
+        }
+        title = f"{name}\n{study.epoch_time_text}"
+        draw = partial(figures.plot_crop_costs, title=title, costs=study.costs, labels=labels)
+        yield f"crop_costs_{name}", "" if study.costs else "not measured", draw
 
 
 if __name__ == "__main__":
-    run_door(__doc__, write_tables, groups=("reproduce", "tuning", "training", "num_crops"))
+    run_command(
+        __doc__, write_tables, groups=("reproduce", "tuning", "training", "num_crops"), settings=("results_root",)
+    )

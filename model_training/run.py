@@ -1,155 +1,145 @@
-"""Final training and evaluation of one experiment over its seeds. SPEC, Experiments 2."""
+"""Final training and evaluation of one experiment over its seeds. docs/method.md, Experiments 2."""
 
-from dataclasses import asdict, astuple, fields
+from dataclasses import asdict, astuple, dataclass, fields
 
-from config import Experiment, Preset
-from data.datasets import Splits, load_splits
-from data.index import Index
+from config import Experiment, Preset, Training
 from data.loaders import build_loader
-from model_training.figures import plot_reliability, plot_training_curve
-from models.build import build_model
+from model_training.tables.figures import plot_reliability, plot_training_curve
 from training.calibration import calibrate
 from training.checkpoints import Checkpoint, load_model, save_model
-from training.evaluation import Predictions, evaluate
-from training.loop import build_trainer, fit
+from training.evaluation import evaluate
+from training.loop import Job, fit
 from training.metrics import compute_metrics
 from training.progress import EpochRecord, best_epoch
-from training.runtime import build_runtime
-from utils import (
-    StopRequest,
-    add_restart,
-    as_share,
-    check_same_ground,
-    read_json,
-    reading,
+from training.runs import (
+    SETTINGS,
+    RestartOption,
+    RunFolder,
+    Session,
+    archive,
+    build_job,
+    open_run,
+    open_session,
     resolved,
-    run_door,
-    run_facts,
-    run_folder,
-    seed_everything,
-    set_aside,
-    sole_process,
-    stop_signals,
-    write_csv,
-    write_json,
+    seed_folder,
 )
+from utils import read_json, reading, run_command, write_csv, write_json
 
 
 def main(name: str, doc: str) -> None:
-    """The door of experiment `name`."""
-    run_door(doc, train_and_evaluate, groups=("training",), experiments=(name,), arguments=add_restart)
+    """The command of experiment `name`."""
+    run_command(
+        doc, train_and_evaluate, groups=("training",), experiments=(name,), settings=SETTINGS, options=RestartOption
+    )
 
 
 def train_and_evaluate(preset: Preset, experiment: Experiment, restart: bool = False) -> None:
     """Train every seed of the preset and evaluate its best checkpoint on the test split; finished seeds are skipped.
 
-    Writes one run folder a seed: run.json, history.csv, model.safetensors (calibrated on the validation images),
-    predictions.csv, training_curve.png, reliability.png and, last, metrics.json, whose presence says that the seed is
-    finished. Until then checkpoint.pt is what it goes on from.
+    Writes one run folder a seed, results/<preset>/<experiment>/seed_<seed>: run.json, history.csv, model.safetensors
+    (calibrated on the validation images), predictions.csv, training_curve.png, reliability.png and, last,
+    metrics.json, whose presence says that the seed is finished. Until then it is resumed from checkpoint.pt.
 
     Args:
-        restart: move what was begun aside, and begin anew.
+        restart: archive what was started, and start over.
 
     Raises:
-        UserError: no index, no weights, a folder that was started under other settings, or one that is in use.
+        UserError: no index, no weights, a folder that was started with other settings, or one that is in use.
         Stopped: a signal asked for it.
     """
-    index, splits = load_splits(preset)
-    runtime = build_runtime(preset.settings)
-    print(
-        f"{experiment.name}: {len(splits.final_train)} images to train, {len(splits.final_valid)} to choose the "
-        f"checkpoint, {len(splits.test)} to test"
-    )
-    with stop_signals() as stop:
-        if restart:  # all, before the first is begun: what is stopped goes on without it
-            for seed in preset.training.seeds:
-                set_aside(preset, run_folder(preset, experiment.name, seed))
-        for seed in preset.training.seeds:
-            folder = run_folder(preset, experiment.name, seed)
-            values = resolved(preset.settings, preset.training, experiment) | {"seed": seed} | runtime.facts()
-            facts = run_facts(values, index.fingerprint)
-            checkpoint = Checkpoint(folder / "checkpoint.pt", preset.settings.checkpoint_every)
-            with sole_process(folder):
+    training = preset.training
+    folders = {seed: seed_folder(preset, experiment.name, seed) for seed in training.seeds}
+    with open_session(preset) as session:
+        splits = session.splits
+        print(
+            f"{experiment.name}: {len(splits.final_train)} images to train, {len(splits.final_valid)} to validate, "
+            f"{len(splits.test)} to test"
+        )
+        if restart:
+            archive(preset, folders.values())
+        for seed, folder in folders.items():
+            values = resolved(preset.settings, training, experiment) | {"seed": seed}
+            with open_run(session, folder, values, results=("history.csv", "checkpoint.pt")) as run:
                 finished = (folder / "metrics.json").exists()
-                if finished:
-                    checkpoint.remove()  # a kill may have come between the two
-                check_same_ground(folder, facts, results="history.csv", unfinished=checkpoint.path.exists())
                 if not finished:
-                    stop.leave_if_asked(f"before {experiment.name} seed {seed}")
-                    write_json(folder / "run.json", facts)
-                    _train_seed(preset, experiment, seed, index, splits, checkpoint, stop)
-            with reading(folder / "metrics.json"):
-                metrics = read_json(folder / "metrics.json")
-                accuracy, best = as_share(metrics["test"]["accuracy"]), int(metrics["best_epoch"])
-            print(
-                f"{experiment.name} seed {seed}: test accuracy {accuracy:.2%}, checkpoint of epoch {best} of "
-                f"{preset.training.epochs}{' (finished before)' if finished else ''}"
-            )
+                    session.stop.raise_if_requested(f"before {experiment.name} seed {seed}")
+                    _SeedRun(session, run, experiment, seed, training).train()
+                run.checkpoint().remove()
+                _report(run, experiment, seed, " (finished before)" if finished else "")
 
 
-def _train_seed(
-    preset: Preset,
-    experiment: Experiment,
-    seed: int,
-    index: Index,
-    splits: Splits,
-    checkpoint: Checkpoint,
-    stop: StopRequest,
-) -> None:
-    settings, folder = preset.settings, run_folder(preset, experiment.name, seed)
-    seed_everything(seed)
-    model = build_model(experiment, settings)
-    trainer = build_trainer(model, experiment, settings, preset.training.epochs)
-    train_loader = build_loader(preset, experiment, index, splits.final_train, training_seed=seed)
-    valid_loader = build_loader(preset, experiment, index, splits.final_valid)
-    test_loader = build_loader(preset, experiment, index, splits.test)
+def _report(run: RunFolder, experiment: Experiment, seed: int, note: str) -> None:
+    metrics = read_json(run.path / "metrics.json")
+    with reading(run.path / "metrics.json"):
+        accuracy, best = float(metrics["test"]["accuracy"]), int(metrics["best_epoch"])
+    print(f"{experiment.name} seed {seed}: test accuracy {accuracy:.2%}, checkpoint of epoch {best}{note}", flush=True)
 
-    about = {"experiment": asdict(experiment), "settings": resolved(settings), "seed": seed}
 
-    def on_epoch(history: list[EpochRecord]) -> None:
-        write_csv(folder / "history.csv", [field.name for field in fields(EpochRecord)], map(astuple, history))
-        if best_epoch(history) is history[-1]:
-            save_model(folder / "model.safetensors", model, about | {"epoch": history[-1].epoch})
+@dataclass(frozen=True)
+class _SeedRun:
+    """One seed of one experiment."""
 
-    def after_batch() -> None:
-        stop.leave_if_asked(f"{checkpoint.path} holds the finished training")
+    session: Session
+    run: RunFolder
+    experiment: Experiment
+    seed: int
+    training: Training
 
-    history = fit(trainer, train_loader, valid_loader, preset.training.epochs, on_epoch, checkpoint, stop)
-    best = best_epoch(history)
-    load_model(folder / "model.safetensors", model)
-    valid = evaluate(model, valid_loader, trainer.runtime, "calibrate", after_batch)
-    calibration = calibrate(valid.scores, valid.labels, preset.training.band_error)
-    about |= {"epoch": best.epoch, "calibration": calibration and calibration.as_json()}
-    predictions = evaluate(model, test_loader, trainer.runtime, "test", after_batch)
-    save_model(folder / "model.safetensors", model, about)
+    def train(self) -> None:
+        """Train, choose the checkpoint by its validation accuracy, calibrate it, test it."""
+        session, folder = self.session, self.run.path
+        rows = (session.splits.final_train, session.splits.final_valid)
+        job = build_job(session, self.experiment, self.seed, self.training.epochs, rows, self.title)
+        model, weights = job.trainer.model, folder / "model.safetensors"
+        about = {"experiment": asdict(self.experiment), "settings": resolved(session.settings), "seed": self.seed}
 
-    title = f"{experiment.name}, seed {seed}"
-    plot_training_curve(folder / "training_curve.png", title, {f"seed {seed}": history})
-    _write_predictions(preset, experiment, seed, test_loader.dataset.names, predictions)
-    metrics = {
-        "experiment": experiment.name,
-        "seed": seed,
-        "best_epoch": best.epoch,
-        "valid_accuracy": best.valid_accuracy,
-        "test_images": len(predictions.labels),
-        "test_loss": predictions.loss,
-        "test": compute_metrics(predictions.probabilities, predictions.labels),
-        "calibration": about["calibration"],
-        "test_calibrated": calibration and calibration.metrics(predictions.scores, predictions.labels),
-    }
-    if calibration:
-        fake = {
-            "raw": predictions.probabilities[:, 0],
-            f"calibrated, T = {calibration.temperature:.2f}": calibration.probabilities(predictions.scores),
+        def on_epoch(history: list[EpochRecord]) -> None:
+            write_csv(folder / "history.csv", [field.name for field in fields(EpochRecord)], map(astuple, history))
+            if best_epoch(history) is history[-1]:
+                save_model(weights, model, about | {"epoch": history[-1].epoch})
+
+        checkpoint = self.run.checkpoint()
+        history = fit(job, checkpoint, session.stop, lambda done: self.run.record(f"epoch {done.epoch + 1}"), on_epoch)
+        load_model(weights, model)
+        plot_training_curve(folder / "training_curve.png", self.title, {f"seed {self.seed}": history})
+        self._calibrate_and_test(job, checkpoint, about | {"epoch": best_epoch(history).epoch}, best_epoch(history))
+
+    @property
+    def title(self) -> str:
+        return f"{self.experiment.name} seed {self.seed}"
+
+    def _calibrate_and_test(self, job: Job, checkpoint: Checkpoint, about: dict, best: EpochRecord) -> None:
+        session, folder, trainer = self.session, self.run.path, job.trainer
+
+        def after_batch() -> None:
+            session.stop.raise_if_requested(f"{checkpoint.path} holds the finished training")
+
+        valid = evaluate(trainer.model, job.valid_loader, trainer.runtime, f"{self.title}, calibration", after_batch)
+        calibration = calibrate(valid.scores, valid.labels, self.training.band_error)
+        about["calibration"] = calibration and calibration.as_json()
+        test_loader = build_loader(session.settings, self.experiment, session.index, session.splits.test)
+        test = evaluate(trainer.model, test_loader, trainer.runtime, f"{self.title}, test", after_batch)
+        save_model(folder / "model.safetensors", trainer.model, about)
+        write_csv(
+            folder / "predictions.csv",
+            ("path", "label", "probability_fake", "probability_real"),
+            zip(test_loader.dataset.names, test.labels.tolist(), *test.probabilities.T.tolist(), strict=True),
+        )
+        if calibration:
+            fake = {
+                "raw": test.probabilities[:, 0],
+                f"calibrated, T = {calibration.temperature:.2f}": calibration.probabilities(test.scores),
+            }
+            plot_reliability(folder / "reliability.png", f"{self.title}: test split", fake, test.labels)
+        metrics = {
+            "experiment": self.experiment.name,
+            "seed": self.seed,
+            "best_epoch": best.epoch,
+            "valid_accuracy": best.valid_accuracy,
+            "test_images": len(test.labels),
+            "test_loss": test.loss,
+            "test": compute_metrics(test.probabilities, test.labels),
+            "calibration": about["calibration"],
+            "test_calibrated": calibration and calibration.metrics(test.scores, test.labels),
         }
-        plot_reliability(folder / "reliability.png", f"{title}: test split", fake, predictions.labels)
-    write_json(folder / "metrics.json", metrics)
-    checkpoint.remove()
-
-
-def _write_predictions(
-    preset: Preset, experiment: Experiment, seed: int, names: list[str], predictions: Predictions
-) -> None:
-    rows = zip(names, predictions.labels.tolist(), *predictions.probabilities.T.tolist(), strict=True)
-    path = run_folder(preset, experiment.name, seed) / "predictions.csv"
-    write_csv(path, ("path", "label", "probability_fake", "probability_real"), rows)
+        write_json(folder / "metrics.json", metrics)

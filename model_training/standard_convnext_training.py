@@ -2,9 +2,8 @@
 
     python -m model_training.standard_convnext_training [--preset demo] [--seeds 100 200] [--epochs N]
 
-Hardware: one CUDA GPU, and as many CPU cores as there are: at the paper's size, loading images alone takes about
-51 core-hours (README, Hardware and hours). With --preset demo: minutes on two CPU cores.
-Leaves results/<preset>/standard_convnext/seed_<seed>/: checkpoint, history, predictions and test metrics.
+Hardware: one CUDA GPU and many CPU cores (hours: docs/hours.md); with --preset demo, minutes on two CPU cores.
+Output: results/<preset>/standard_convnext/seed_<seed>/ with weights, history, predictions and test metrics.
 """
 
 from model_training.run import main

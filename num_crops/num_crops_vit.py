@@ -2,9 +2,8 @@
 
     python -m num_crops.num_crops_vit [--preset demo] [--quick] [--crop-counts 1 4 16]
 
-Hardware: one CUDA GPU, and as many CPU cores as there are: at the paper's size, loading images alone takes about
-95 core-hours (README, Hardware and hours). With --preset demo: minutes on two CPU cores.
-Leaves results/<preset>/num_crops/glass_vit/<full or quick>/costs.csv, and prints the fitted lines.
+Hardware: one CUDA GPU and many CPU cores (hours: docs/hours.md); with --preset demo, minutes on two CPU cores.
+Output: results/<preset>/num_crops/glass_vit/<full or quick>/costs.csv, and the fitted lines printed.
 """
 
 from num_crops.sweep import main

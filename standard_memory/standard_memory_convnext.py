@@ -2,9 +2,8 @@
 
     python -m standard_memory.standard_memory_convnext [--preset demo] [--quick]
 
-Hardware: one CUDA GPU, and as many CPU cores as there are: at the paper's size, loading images alone takes about
-5 core-hours (README, Hardware and hours). With --preset demo: minutes on two CPU cores.
-Leaves results/<preset>/standard_memory/standard_convnext/<full or quick>/costs.csv.
+Hardware: one CUDA GPU and many CPU cores (hours: docs/hours.md); with --preset demo, minutes on two CPU cores.
+Output: results/<preset>/standard_memory/standard_convnext/<full or quick>/costs.csv.
 """
 
 from standard_memory.profile import main

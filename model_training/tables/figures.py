@@ -1,6 +1,6 @@
 """Numbers -> figures, as PNG and without a display; knows no result file."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, cycle
 from pathlib import Path
@@ -10,8 +10,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 
+from data.perturbations import kind_and_strength
+from training.cost import Cost
 from training.detection_metrics import detection_metrics
 from training.metrics import ECE_BINS, fit_line
 from training.progress import EpochRecord
@@ -23,21 +26,10 @@ GREY = "#666666"
 LINES = [(colour, line) for line in ("-", "--", ":") for colour in (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)]
 FAMILY_COLOURS = {"standard": GREY, "glass": BLUE}  # of other models: green
 STYLE = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "figure.titlesize": 9,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.formatter.useoffset": False,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 4,
-    "savefig.dpi": 160,
-}
+    "font.size": 8, "axes.titlesize": 8, "figure.titlesize": 9, "legend.frameon": False, "savefig.dpi": 160,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.formatter.useoffset": False, "axes.axisbelow": True,
+    "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "lines.linewidth": 1.2, "lines.markersize": 4,
+}  # fmt: skip
 
 
 @contextmanager
@@ -58,50 +50,36 @@ def _count_along_x(axis: Axes, what: str) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
 
-def plot_training_curve(path: Path, title: str, histories: Mapping[str, Sequence[EpochRecord]]) -> None:
-    """Training loss, validation loss and validation accuracy per epoch; a ring marks the best epoch.
+def _legend_below(axis: Axes, columns: int) -> None:
+    """A legend of what `axis` shows, for all panels of the figure."""
+    axis.figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
 
-    Args:
-        histories: what to call a run, such as "seed 100" -> its records; a colour each.
-    """
+
+def plot_training_curve(path: Path, title: str, histories: Mapping[str, Sequence[EpochRecord]]) -> None:
+    """Training loss, validation loss and validation accuracy per epoch of named runs; a ring marks the best epoch."""
     ring = {"marker": "o", "markersize": 7, "fillstyle": "none", "linestyle": ""}
     with _panels(path, title, 3, (2.7, 2.7)) as axes:
         for (label, records), (colour, line) in zip(histories.items(), cycle(LINES), strict=False):
-            epochs = [record.epoch for record in records]
-            curves = (
-                [record.train_loss for record in records],
-                [record.valid_loss for record in records],
-                [100 * record.valid_accuracy for record in records],
-            )
-            best = curves[2].index(max(curves[2])) if records else None  # the first maximum
+            points = [(r.epoch, r.train_loss, r.valid_loss, 100 * r.valid_accuracy) for r in records]
+            epochs, *curves = zip(*points, strict=True)
+            best = curves[2].index(max(curves[2]))  # the first maximum
             for axis, curve in zip(axes, curves, strict=True):
                 axis.plot(epochs, curve, line, color=colour, marker=".", markersize=3, label=label)
-                if best is not None and curve is not curves[0]:
-                    axis.plot(epochs[best], curve[best], color=colour, **ring)
+            for axis, curve in zip(axes[1:], curves[1:], strict=True):
+                axis.plot(epochs[best], curve[best], color=colour, **ring)
         axes[2].plot([], [], color=GREY, label="best epoch", **ring)
         for axis, name in zip(axes, ("training loss", "validation loss", "validation accuracy (%)"), strict=True):
             axis.set_title(name)
             _count_along_x(axis, "epoch")
-        axes[0].figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        _legend_below(axes[2], 4)
 
 
 def plot_reliability(path: Path, title: str, probabilities: Mapping[str, np.ndarray], labels: np.ndarray) -> None:
-    """Share of fake images against their predicted probability of being fake, a panel each; how many, below.
-
-    Args:
-        probabilities: what a panel shows, such as "raw" -> (N,).
-        labels: (N,), 0 fake, 1 real.
-    """
-    edges = np.linspace(0, 1, ECE_BINS + 1)
+    """Share of fake images against their probability (N,) of fake, a panel each; how many, below; labels are (N,)."""
     with _panels(path, title, len(probabilities), (2.9, 3.0)) as axes:
         for axis, (name, fake) in zip(axes, probabilities.items(), strict=True):
-            bins = np.minimum((fake * ECE_BINS).astype(int), ECE_BINS - 1)
-            counts = np.bincount(bins, minlength=ECE_BINS)
-            filled = counts > 0
-            mean, share = (
-                np.bincount(bins, weights=values, minlength=ECE_BINS)[filled] / counts[filled]
-                for values in (fake, labels == 0)
-            )
+            share, mean = calibration_curve(labels == 0, fake, n_bins=ECE_BINS)
+            counts, edges = np.histogram(fake, ECE_BINS, (0, 1))
             error = detection_metrics(fake, labels)["ece"]
             axis.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
             axis.bar(edges[:-1], 0.25 * counts / counts.max(), 1 / ECE_BINS, align="edge", color=SKY, alpha=0.5)
@@ -111,25 +89,23 @@ def plot_reliability(path: Path, title: str, probabilities: Mapping[str, np.ndar
         axes[0].set_ylabel("share that is fake; bars: number of images")
 
 
-def plot_roc(path: Path, title: str, models: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    """ROC of each model: fake images found against false alarms, and the left end of it on a logarithmic axis.
+def plot_roc(path: Path, title: str, models: Mapping[str, np.ndarray], labels: np.ndarray) -> None:
+    """ROC of each model: fake images found against false positives, and the left end of it on a logarithmic axis.
 
-    Args:
-        models: name -> (probability of fake, labels), each (N,).
+    `models` has the probabilities of fake (N,) of each; `labels` (N,) are 0 fake, 1 real.
     """
     with _panels(path, title, 2, (3.1, 3.0)) as axes:
-        for (name, (fake, labels)), (colour, line) in zip(models.items(), cycle(LINES), strict=False):
-            alarms, found, _ = roc_curve(labels == 0, fake, drop_intermediate=False)
+        for (name, fake), (colour, line) in zip(models.items(), cycle(LINES), strict=False):
+            false_positives, found, _ = roc_curve(labels == 0, fake, drop_intermediate=False)
             auc = detection_metrics(fake, labels)["auc"]
             for axis in axes:
-                axis.plot(alarms, found, line, color=colour, drawstyle="steps-post", label=f"{name}, AUC {auc:.3f}")
+                axis.step(false_positives, found, line, where="post", color=colour, label=f"{name}, AUC {auc:.3f}")
         for axis in axes:
             axis.plot(np.geomspace(1e-4, 1), np.geomspace(1e-4, 1), color=GREY, linewidth=0.8)
-            axis.set(xlabel="false alarms on real images", ylim=(-0.02, 1.02), xlim=(-0.02, 1.02))
+            axis.set(xlabel="false positives (real images called fake)", ylim=(-0.02, 1.02), xlim=(-0.02, 1.02))
         axes[0].set_ylabel("fake images found")
-        reals = max(int((labels == 1).sum()) for _, labels in models.values())
-        axes[1].set(xscale="log", xlim=(min(0.5, 1 / max(2, reals)), 1.05))
-        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        axes[1].set(xscale="log", xlim=(1 / max(2, (labels == 1).sum()), 1.05))
+        _legend_below(axes[0], 2)
 
 
 def plot_score_histograms(path: Path, title: str, models: Mapping[str, np.ndarray], labels: np.ndarray) -> None:
@@ -141,55 +117,53 @@ def plot_score_histograms(path: Path, title: str, models: Mapping[str, np.ndarra
                 axis.hist(fake[labels == label], edges, color=colour, alpha=0.55, label=f"{what} images")
             axis.set(title=name, xlabel="calibrated probability of fake", xlim=(0, 1))
         axes[0].set_ylabel("images")
-        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        _legend_below(axes[0], 2)
+
+
+def ticks_by_kind(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Kind of perturbation -> name -> tick; native first in each."""
+    kinds: dict[str, dict[str, str]] = {}
+    for name in names:
+        kind, strength = kind_and_strength(name)
+        if name != "native":
+            kinds.setdefault(kind, {"native": "native"})[name] = name if strength is None else f"{strength:g}"
+    return kinds
 
 
 def plot_strengths(path: Path, title: str, metric: str, models: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
     """A metric against the strength of each kind of perturbation, a line a model; bars are 95% intervals.
 
-    Args:
-        metric: what the axis is called.
-        models: name -> perturbation, as jpeg_75 -> (metric, low, high), in the order to be shown; native comes first.
+    `models` has (metric, low, high) of each model and perturbation, native too, in the order to be shown.
     """
-    names = list(next(iter(models.values())))
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        if name != "native":
-            kinds.setdefault(name.partition("_")[0], []).append(name)
+    kinds = ticks_by_kind(next(iter(models.values())))
     with _panels(path, title, len(kinds), (1.75, 2.7), sharey=True) as axes:
-        for axis, (kind, of_kind) in zip(axes, kinds.items(), strict=True):
-            shown = [name for name in ("native", *of_kind) if name in names]
+        for axis, (kind, ticks) in zip(axes, kinds.items(), strict=True):
             for offset, ((model, values), (colour, line)) in enumerate(zip(models.items(), cycle(LINES), strict=False)):
-                middle, low, high = np.array([values[name] for name in shown]).T
-                x = np.arange(len(shown)) + 0.08 * (offset - (len(models) - 1) / 2)
+                middle, low, high = np.array([values[name] for name in ticks]).T
+                x = np.arange(len(ticks)) + 0.08 * (offset - (len(models) - 1) / 2)
                 bars = np.maximum([middle - low, high - middle], 0)
                 axis.errorbar(x, middle, bars, fmt=f"o{line}", color=colour, capsize=2, markersize=3, label=model)
-            ticks = [name if name in ("native", "social") else name.partition("_")[2] for name in shown]
-            axis.set_xticks(range(len(shown)), ticks, rotation=45, ha="right", rotation_mode="anchor")
-            axis.set(title=kind, xlim=(-0.4, len(shown) - 0.6))
+            axis.set_xticks(range(len(ticks)), ticks.values(), rotation=45, ha="right", rotation_mode="anchor")
+            axis.set(title=kind, xlim=(-0.4, len(ticks) - 0.6))
         axes[0].set_ylabel(metric)
-        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        _legend_below(axes[0], 4)
 
 
-def plot_crop_costs(path: Path, title: str, rows: Sequence[Mapping[str, float]], labels: Mapping[str, str]) -> None:
+def plot_crop_costs(path: Path, title: str, costs: Mapping[int, Cost], labels: Mapping[str, str]) -> None:
     """One panel a cost against the number of crops K, with the least-squares line of memory and of time.
 
-    Args:
-        rows: num_crops and costs of each K.
-        labels: cost -> what its axis is called; a cost that was measured for no K has no panel.
+    `labels` names the axis of each field of `Cost`; accuracies are in percent, and left out if they were not measured.
     """
-    shown = [name for name in labels if any(row[name] == row[name] for row in rows)]
+    columns = {name: [getattr(cost, name) for cost in costs.values()] for name in labels}
+    shown = {name: values for name, values in columns.items() if None not in values}
     with _panels(path, title, len(shown), (3.1, 2.6)) as axes:
-        for axis, name in zip(axes, shown, strict=True):
-            points = [(row["num_crops"], row[name]) for row in rows if row[name] == row[name]]
-            x, y = zip(*points, strict=True)
-            axis.plot(x, y, "o", color=BLUE)
+        for axis, (name, y) in zip(axes, shown.items(), strict=True):
+            x, is_accuracy = list(costs), name == "valid_accuracy"
+            axis.plot(x, [100 * share for share in y] if is_accuracy else y, "o:" if is_accuracy else "o", color=BLUE)
             axis.set_ylabel(labels[name])
             _count_along_x(axis, "number of crops K")
-            intercept, slope, r_squared = fit_line(x, y)
-            if name == "valid_accuracy_percent":
-                axis.plot(x, y, ":", color=BLUE)
-            elif slope == slope:
+            if len(x) > 1 and not is_accuracy:
+                intercept, slope, r_squared = fit_line(x, y)
                 ends = [min(x), max(x)]
                 axis.plot(ends, [intercept + slope * end for end in ends], color=VERMILLION, zorder=1)
                 axis.set_title(f"static {intercept:.5g}, per crop {slope:.4g}, R² = {r_squared:.4f}")
@@ -198,22 +172,20 @@ def plot_crop_costs(path: Path, title: str, rows: Sequence[Mapping[str, float]],
 def plot_test_metrics(path: Path, title: str, scores: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
     """Mean and standard deviation over seeds of each metric, a line a model; the small dots are single seeds.
 
-    Args:
-        scores: experiment -> what the metric is called -> its value for each seed, in percent. GLASS is drawn under
-            the standard model of its backbone.
+    `scores` has, of each experiment and metric, the value for each seed; GLASS comes under its standard model.
     """
     family = {name: name.partition("_")[0] for name in scores}
-    pair = {name: name.partition("_")[2] if family[name] in FAMILY_COLOURS else name for name in scores}
-    groups = {of_pair: [name for name in scores if pair[name] == of_pair] for of_pair in pair.values()}
-    heights = {name: 1.0 for names in groups.values() for name in names}
-    heights |= {names[0]: 1.5 for names in groups.values()}  # a new backbone stands a little apart
-    at = dict(zip(heights, accumulate(heights.values()), strict=True))
+    backbone = {name: name.partition("_")[2] if family[name] in FAMILY_COLOURS else name for name in scores}
+    backbones = list(dict.fromkeys(backbone.values()))
+    order = sorted(scores, key=lambda name: backbones.index(backbone[name]))
+    # From the top; a new backbone stands a little apart.
+    at = {name: 1.5 + place + 0.5 * backbones.index(backbone[name]) for place, name in enumerate(order)}
     metrics = list(dict.fromkeys(metric for of_name in scores.values() for metric in of_name))
     with _panels(path, title, len(metrics), (3.2, 0.9 + 0.3 * max(at.values())), sharey=True) as axes:
         for axis, metric in zip(axes, metrics, strict=True):
             for name, y in at.items():
                 values, colour = scores[name][metric], FAMILY_COLOURS.get(family[name], GREEN)
-                if values:
+                if len(values):
                     spread = np.std(values, ddof=1) if len(values) > 1 else None
                     axis.errorbar(np.mean(values), y, xerr=spread, fmt="D", color=colour, capsize=2.5)
                     axis.plot(values, [y + 0.28] * len(values), "o", color=colour, alpha=0.6, markersize=2.5, mew=0)
@@ -225,11 +197,7 @@ def plot_test_metrics(path: Path, title: str, scores: Mapping[str, Mapping[str, 
 
 
 def plot_tuning_history(path: Path, title: str, complete: Mapping[int, float], pruned: Mapping[int, float]) -> None:
-    """Validation accuracy against the trial's number, and the best so far; pruned trials at their last report.
-
-    Args:
-        complete, pruned: trial number -> validation accuracy in percent.
-    """
+    """Validation accuracy in percent of numbered trials, and the best so far; pruned trials at their last report."""
     with _panels(path, title, 1, (4.6, 2.8)) as (axis,):
         if pruned:
             axis.plot(list(pruned), list(pruned.values()), "x", color=ORANGE, label="pruned, last epoch")
@@ -238,7 +206,7 @@ def plot_tuning_history(path: Path, title: str, complete: Mapping[int, float], p
         axis.plot(list(complete), best, color=VERMILLION, drawstyle="steps-post", label="best so far", zorder=1)
         axis.set_ylabel("validation accuracy (%)")
         _count_along_x(axis, "trial")
-        axis.figure.legend(loc="outside lower center", ncols=3)
+        _legend_below(axis, 3)
 
 
 def plot_tuning_importance(path: Path, title: str, importances: Mapping[str, float]) -> None:

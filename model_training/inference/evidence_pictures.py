@@ -1,7 +1,4 @@
-"""A prediction -> a picture that shows what it rests on, drawn with Pillow; knows no file.
-
-Vermillion is what speaks for fake, blue what speaks for real, and every colour has its sign beside it.
-"""
+"""A prediction -> a picture that explains it: vermillion is evidence for fake, blue for real, with signs beside it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +8,10 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from data.pictures import Picture
-from model_training.detector import Prediction
-from model_training.effect_map import EffectMap, spread
-from model_training.figures import BLUE, GREY, VERMILLION
-from model_training.tables import show
+from model_training.inference.detector import Prediction
+from model_training.inference.effect_map import EffectMap, spread
+from model_training.tables.figures import BLUE, GREY, VERMILLION
+from model_training.tables.table import show
 
 INK, PAPER, FAINT = "#222222", "white", "#e4e4e4"
 GAP, LINE = 16, 22  # pixels between parts, and from one line of text to the next
@@ -28,33 +25,29 @@ PLAIN, BOLD = (ImageFont.truetype(FONTS / name, 13) for name in ("DejaVuSans.ttf
 
 # ---------------------------------------------------------------------------------------------------- pictures
 def draw_evidence(picture: Picture, prediction: Prediction) -> Image.Image:
-    """The image with its crops outlined and numbered, the most telling ones at native size, and all in a table.
-
-    Number 1 has the largest effect. Of several draws the first is shown.
-    """
+    """The image with the crops of its first draw outlined, numbered by effect and listed, some at native size."""
     scores = prediction.scores
     boxes, attention, alone = scores.boxes[0], scores.attention[0], scores.alone[0]
     effects = np.where(np.abs(scores.effects[0]) < ROUNDING, 0, scores.effects[0])
-    order = np.lexsort((-attention, -np.abs(effects)))  # NaN, of a crop alone, last
+    order = np.lexsort((-attention, -np.abs(effects)))
     boxes, attention, effects, alone = boxes[order], attention[order], effects[order], alone[order]
     parts = [_outlined(picture, boxes, effects)]
     if len(boxes):
         crops = [_native_crop(picture, i + 1, boxes[i], effects[i]) for i in range(min(len(boxes), SHOWN_CROPS))]
-        rows = [_beside(crops[i : i + 2]) for i in range(0, len(crops), 2)]
-        parts.append(_below([*rows, _table(attention, alone, effects)]))
-    return _page([_headline(prediction), *_notes(prediction)], parts)
+        rows = [_joined(crops[i : i + 2]) for i in range(0, len(crops), 2)]
+        parts.append(_joined([*rows, _table(attention, alone, effects)], below=True))
+    return _page(_lines(prediction), parts)
 
 
 def draw_map(picture: Picture, found: EffectMap) -> Image.Image:
-    """The image, and over it in grey the scores of single tiles and the map of effects, each with its scale."""
-    N, (whole, _) = len(found.boxes), _shown(picture.image, MAP_LARGEST)
+    """The image, and the scores of single tiles and the map of effects over it in grey, each with its scale."""
+    N, score = len(found.boxes), found.scores.values[0]
+    whole, _ = _shown(picture.image, MAP_LARGEST)
     if N == 1:
-        return _page(
-            [f"Map: the image is one tile, with no other to compare it with; score {found.score:+.2f}"], [whole]
-        )
-    alone = spread(found.alone, found.boxes, picture.image.height, picture.image.width)
+        return _page([f"Map: the image is one tile, with no other to compare it with; score {score:+.2f}"], [whole])
+    alone = spread(found.scores.alone[0], found.boxes, picture.image.height, picture.image.width)
     lines = [
-        f"Map: {N:,} tiles over the whole image; with all of them as crops, the score is {found.score:+.2f}",
+        f"Map: {N:,} tiles over the whole image; with all of them as crops, the score is {score:+.2f}",
         "Alone: the score if a tile were the only crop. N x effect: without a tile the score falls by 1 / N of this; "
         "tiles are compared with each other, and the sum is about 0.",
     ]
@@ -64,8 +57,9 @@ def draw_map(picture: Picture, found: EffectMap) -> Image.Image:
         (f"N x effect on the score, N = {N:,}", ("to fake", "to real"), found.pixels),
     ):
         largest = max(float(np.abs(values).max()), ROUNDING)
-        small = Image.fromarray(values).resize(whole.size, Image.Resampling.BOX)
-        parts.append(_titled(title, _overlay(whole, np.asarray(small) / largest)))
+        share = np.asarray(Image.fromarray(values).resize(whole.size, Image.Resampling.BOX)) / largest
+        grey = np.asarray(whole.convert("L"), np.float32)[..., None].repeat(3, 2)
+        parts.append(_titled(title, Image.fromarray(_tinted(grey, share))))
         parts.append(_titled("", _colour_bar(largest, ends, max(SMALLEST, whole.height))))
     return _page(lines, parts)
 
@@ -73,7 +67,7 @@ def draw_map(picture: Picture, found: EffectMap) -> Image.Image:
 # ------------------------------------------------------------------------------------------------------ layout
 def _page(lines: Sequence[str], parts: Sequence[Image.Image]) -> Image.Image:
     """Lines of text, the first one bold, and below them the parts side by side."""
-    body = _beside(parts)
+    body = _joined(parts)
     width = max([body.width, *(int(BOLD.getlength(line)) for line in lines)])
     page = _blank(width + 2 * GAP, body.height + len(lines) * LINE + 3 * GAP)
     draw = ImageDraw.Draw(page)
@@ -83,21 +77,15 @@ def _page(lines: Sequence[str], parts: Sequence[Image.Image]) -> Image.Image:
     return page
 
 
-def _beside(parts: Sequence[Image.Image]) -> Image.Image:
-    joined = _blank(sum(part.width + GAP for part in parts) - GAP, max(part.height for part in parts))
-    left = 0
-    for part in parts:
-        joined.paste(part, (left, 0))
-        left += part.width + GAP
-    return joined
-
-
-def _below(parts: Sequence[Image.Image]) -> Image.Image:
-    joined = _blank(max(part.width for part in parts), sum(part.height + GAP for part in parts) - GAP)
-    top = 0
-    for part in parts:
-        joined.paste(part, (0, top))
-        top += part.height + GAP
+def _joined(parts: Sequence[Image.Image], below: bool = False) -> Image.Image:
+    """The parts side by side, or one below the other."""
+    sizes = np.array([part.size for part in parts])
+    along, across = (1, 0) if below else (0, 1)
+    starts = np.cumsum([0, *(sizes[:, along] + GAP)]).tolist()
+    size = (starts[-1] - GAP, int(sizes[:, across].max()))
+    joined = _blank(*(reversed(size) if below else size))
+    for part, start in zip(parts, starts, strict=False):
+        joined.paste(part, (0, start) if below else (start, 0))
     return joined
 
 
@@ -113,21 +101,17 @@ def _blank(width: int, height: int) -> Image.Image:
 
 
 # ----------------------------------------------------------------------------------------------- what is shown
-def _headline(prediction: Prediction) -> str:
-    deviation, draws = prediction.standard_deviation, len(prediction.scores.values)
+def _lines(prediction: Prediction) -> list[str]:
+    """What is said above the pictures."""
+    (draws, K), deviation = prediction.scores.attention.shape, prediction.standard_deviation
     over_draws = f" ± {deviation:.3f} over {draws} draws" if draws > 1 else ""
-    return f"P(fake) {prediction.probability_fake:.3f}{over_draws}: {prediction.verdict}"
-
-
-def _notes(prediction: Prediction) -> list[str]:
-    K = prediction.scores.attention.shape[1]
-    first = " of the first draw, which is shown" if len(prediction.scores.values) > 1 else ""
+    first = " of the first draw, which is shown" if draws > 1 else ""
     score = f"score {prediction.scores.values[0]:+.2f}{first} (logit of fake minus logit of real)"
-    size = f"{prediction.width} x {prediction.height} pixels"
-    crops = (
-        f"{K} crops" if K > 1 else "1 crop" if K else "the model looks at the whole image, resized, and has no crops"
-    )
-    return [f"{size}; {crops}; {score}"]
+    crops = f"{K} crop{'s' if K > 1 else ''}" if K else "the model looks at the whole image, resized, and has no crops"
+    return [
+        f"P(fake) {prediction.probability_fake:.3f}{over_draws}: {prediction.verdict}",
+        f"{prediction.width} x {prediction.height} pixels; {crops}; {score}",
+    ]
 
 
 def _shown(image: Image.Image, largest: int) -> tuple[Image.Image, float]:
@@ -161,7 +145,7 @@ def _outlined(picture: Picture, boxes: np.ndarray, effects: np.ndarray) -> Image
 
 
 def _free_place(outline: np.ndarray, others: np.ndarray, badges: np.ndarray, size: tuple[int, int]) -> list[int]:
-    """Where a number goes: at its outline, on no other number, and on no line of an outline if that can be had."""
+    """Where a number goes: at its outline, covering no other number and, where possible, no outline."""
     (left, top, right, bottom), (wide, tall) = outline.tolist(), BADGE
     columns = [*range(left - 2, right, 2), *range(left - 4, left - wide, -2)]
     rows = (top - 2 - tall, top + 3, bottom + 2, bottom - 3 - tall)  # above, below, inside
@@ -184,7 +168,7 @@ def _badge(draw: ImageDraw.ImageDraw, left: int, top: int, number: int, effect: 
 
 
 def _native_crop(picture: Picture, number: int, box: np.ndarray, effect: float) -> Image.Image:
-    """The pixels of a crop as they are, under its number and effect."""
+    """The pixels of a crop, unscaled, under its number and effect."""
     top, left, height, width = box.tolist()
     crop = picture.image.crop((left, top, left + width, top + height))
     card = _blank(max(width + 2, CAPTION_WIDTH), height + LINE + 4)
@@ -197,7 +181,7 @@ def _native_crop(picture: Picture, number: int, box: np.ndarray, effect: float) 
 
 
 def _table(attention: np.ndarray, alone: np.ndarray, effects: np.ndarray) -> Image.Image:
-    """A line a crop: number, attention, score alone, effect, and that as a bar to the left (real) or right (fake)."""
+    """A line for each crop: number, attention, score alone, effect, and its bar to the left (real) or right (fake)."""
     ends, middle, reach = (100, 160, 220), 310, 85
     table = _blank(middle + reach + 5, (len(effects) + 3) * LINE)
     draw = ImageDraw.Draw(table)
@@ -227,19 +211,15 @@ def _colour(effect: float) -> str:
     return VERMILLION if effect > 0 else BLUE if effect < 0 else GREY
 
 
-def _overlay(image: Image.Image, share: np.ndarray) -> Image.Image:
-    return Image.fromarray(_tinted(np.asarray(image.convert("L"), np.float32)[..., None].repeat(3, 2), share))
-
-
 def _tinted(grey: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Grey levels (H, W, 3) under the colour of effects (H, W), from -1 to 1 of the largest; nothing at 0."""
+    """Grey levels (H, W, 3) tinted by shares (H, W) of the largest effect, from -1 to 1."""
     colours = np.array([ImageColor.getrgb(BLUE), ImageColor.getrgb(VERMILLION)], np.float32)[(share > 0).astype(int)]
     opacity = 0.85 * np.abs(share)[..., None] ** 0.75
     return np.rint(grey + opacity * (colours - grey)).astype(np.uint8)
 
 
 def _colour_bar(largest: float, ends: Sequence[str], height: int) -> Image.Image:
-    """The colours on mid grey, from +largest on top to -largest; `ends` are what is above and below it."""
+    """The scale of the colours, from +largest at the top to -largest, with `ends` above and below."""
     bar = _blank(90, height)
     draw = ImageDraw.Draw(bar)
     top, bottom = LINE, height - LINE

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from utils import write_csv, write_text
 
 MISSING = "missing"  # how None is shown: a value that is still to come
@@ -14,22 +16,10 @@ UNDEFINED = "n/a"  # how NaN is shown: a value that there cannot be
 Row = dict[str, Any]  # column of the CSV -> value
 Cell = Callable[[Row], str]  # what Markdown and LaTeX show of a row
 
-LATEX_ESCAPES = {
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": "$<$",
-    ">": "$>$",
-    "±": r"$\pm$",
-    "²": "$^2$",
-}
+LATEX_ESCAPES = {character: rf"\{character}" for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": "$<$", ">": "$>$", "±": r"$\pm$", "²": "$^2$",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,34 +35,29 @@ class Table:
 
     @property
     def missing(self) -> list[str]:
-        """What is missing, by name."""
-        sentences = [f"{row['model']}: {row['missing']}" for row in self.rows if row["missing"]]
-        return list(dict.fromkeys(sentences))  # each once, in order
+        """What is missing, by name, each once."""
+        return list(dict.fromkeys(f"{row['model']}: {row['missing']}" for row in self.rows if row["missing"]))
 
     def write(self, folder: Path) -> None:
         """Write <name>.csv, <name>.md and <name>.tex."""
-        keys = dict.fromkeys(key for row in self.rows for key in row)  # an ordered set
-        del keys["missing"]
-        keys["missing"] = None  # the last column
-        values = [[_csv_value(row.get(key)) for key in keys] for row in self.rows]
-        write_csv(folder / f"{self.name}.csv", list(keys), values)
+        keys = [*dict.fromkeys(key for row in self.rows for key in row if key != "missing"), "missing"]
+        values = pd.DataFrame(self.rows, columns=keys, dtype=object)
+        write_csv(folder / f"{self.name}.csv", keys, values.where(values.notna(), "").itertuples(index=False))
         write_text(folder / f"{self.name}.md", self.markdown())
         write_text(folder / f"{self.name}.tex", self.latex())
 
     def markdown(self) -> str:
         """The table under its title, then notes and code."""
         rule = ["---"] + ["---:"] * (len(self.columns) - 1)
-        lines = [f"# {self.title}", ""]
-        for cells in [list(self.columns), rule, *self._cells()]:
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-        lines += [f"- {note}" for note in self._all_notes()]
-        if self.code:
-            lines += ["", "```python", *self.code, "```"]
-        return "\n".join(lines).rstrip() + "\n"
+        lines = [f"| {' | '.join(cells)} |" for cells in (self.columns, rule, *self._cells())]
+        code = ["", "```python", *self.code, "```"] if self.code else []
+        notes = [f"- {note}" for note in self._all_notes()]
+        return "\n".join([f"# {self.title}", "", *lines, "", *notes, *code]).rstrip() + "\n"
 
     def latex(self) -> str:
         """A booktabs table, shrunk to the page if it is wider."""
+        heading, *rows = [" & ".join(map(_latex, cells)) + r" \\" for cells in (self.columns, *self._cells())]
+        text = (r" \\" + "\n").join(map(_latex, self._all_notes()))
         lines = [
             r"% needs \usepackage{booktabs,graphicx}",
             r"\begin{table}",
@@ -80,18 +65,11 @@ class Table:
             rf"\caption{{{_latex(self.title)}}}",
             r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
-            r"\toprule",
-            _latex_row(self.columns),
-            r"\midrule",
-            *[_latex_row(cells) for cells in self._cells()],
-            r"\bottomrule",
+            *(r"\toprule", heading, r"\midrule", *rows, r"\bottomrule"),
             r"\end{tabular}}",
+            *([rf"\par\medskip\parbox{{\linewidth}}{{\footnotesize\raggedright {text}}}"] if text else []),
+            r"\end{table}",
         ]
-        notes = [_latex(note) for note in self._all_notes()]
-        if notes:
-            text = (r" \\" + "\n").join(notes)
-            lines.append(rf"\par\medskip\parbox{{\linewidth}}{{\footnotesize\raggedright {text}}}")
-        lines.append(r"\end{table}")
         return "\n".join(lines) + "\n"
 
     def _cells(self) -> list[list[str]]:
@@ -104,14 +82,6 @@ class Table:
         return notes + [f"Missing: {sentence}." for sentence in self.missing]
 
 
-def _csv_value(value: Any) -> Any:
-    return "" if value is None or value != value else value  # only NaN differs from itself
-
-
-def _latex_row(cells: Iterable[str]) -> str:
-    return " & ".join(_latex(cell) for cell in cells) + r" \\"
-
-
 def _latex(text: str) -> str:
     escaped = text.translate(str.maketrans(LATEX_ESCAPES))
     return re.sub(r"(?<![\w$-])-(?=\d)", "$-$", escaped)  # a minus sign, where it is no hyphen
@@ -122,9 +92,7 @@ def show(value: Any, form: str = "") -> str:
     """A value as text; `form` is a format specification, such as ".2f"."""
     if value is None:
         return MISSING
-    if value != value:
-        return UNDEFINED
-    return format(value, form)
+    return format(value, form) if value == value else UNDEFINED
 
 
 def value_of(key: str, form: str = "") -> Cell:
@@ -136,7 +104,7 @@ def mean_and_std_of(key: str) -> Cell:
     """<key>_mean ± <key>_std."""
 
     def cell(row: Row) -> str:
-        mean, std = show(row[f"{key}_mean"], ".2f"), show(row[f"{key}_std"], ".2f")
+        mean, std = (show(row[f"{key}_{part}"], ".2f") for part in ("mean", "std"))
         return mean if std in (MISSING, UNDEFINED) else f"{mean} ± {std}"
 
     return cell
@@ -146,33 +114,26 @@ def interval_of(key: str) -> Cell:
     """<key> [<key>_low, <key>_high], with signs."""
 
     def cell(row: Row) -> str:
-        middle = show(row[key], "+.2f")
-        if middle in (MISSING, UNDEFINED):
-            return middle
-        return f"{middle} [{show(row[f'{key}_low'], '+.2f')}, {show(row[f'{key}_high'], '+.2f')}]"
+        middle, low, high = (show(row[name], "+.2f") for name in (key, f"{key}_low", f"{key}_high"))
+        return middle if middle in (MISSING, UNDEFINED) else f"{middle} [{low}, {high}]"
 
     return cell
 
 
 # ---------------------------------------------------------------------------------------------------- notes
-def note_of_values(label: str, values: Iterable[tuple[str, Any]]) -> list[str]:
-    """At most one note: the value that all names share, or each value with its names."""
-    names_of: dict[str, list[str]] = {}
-    for name, value in values:
-        text = str(value)
-        if isinstance(value, Mapping):
-            text = ", ".join(f"{key} {item}" for key, item in value.items())
-        names = names_of.setdefault(text, [])
-        if name not in names:
-            names.append(name)
-    if not names_of:
-        return []
-    parts = list(names_of)
-    if len(parts) > 1:
-        parts = [f"{text} ({', '.join(names)})" for text, names in names_of.items()]
-    return [f"{label}: {'; '.join(parts)}."]
+def notes_of(named: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """One note for each label: the value that all names, which may repeat, share, or each value with its names."""
+    by_label: dict[str, dict[str, dict[str, None]]] = {}  # label -> value as text -> names, each once
+    for name, values in named:
+        for label, value in values.items():
+            by_label.setdefault(label, {}).setdefault(str(value), {})[name] = None
+    notes = []
+    for label, by_text in by_label.items():
+        with_names = [f"{text} ({', '.join(names)})" for text, names in by_text.items()]
+        notes.append(f"{label}: {'; '.join(with_names if len(by_text) > 1 else by_text)}.")
+    return notes
 
 
 def listed(numbers: Iterable[int]) -> str:
     """Numbers with commas between them."""
-    return ", ".join(str(number) for number in numbers)
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,238 @@
+"""A trained model as a detector for images of your own: `load_detector(weights).predict("photo.jpg").verdict`.
+
+The same image gives the same prediction on every run, whatever its name and whatever else is predicted with it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from scipy.special import expit
+from torch import nn
+
+from config import Count, Experiment, GlassExperiment, Settings, StandardExperiment
+from data.images import UnreadableImage
+from data.pictures import Picture, Source, read_pictures
+from data.views import ViewSettings
+from data.workers import loading_processes
+from models.build import build_model
+from training.calibration import Calibration, Verdict
+from training.checkpoints import load_model, read_about
+from training.evaluation import sizes_of
+from training.runtime import Runtime, build_runtime
+from utils import UserError, checked
+
+UNCALIBRATED = Calibration(1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.0, 0, 0)
+
+
+@dataclass(frozen=True)
+class PredictionOptions:
+    """How a detector predicts; batch and chunk size change its results by rounding at most."""
+
+    draws: Count = 1  # T, how often each image's crops are drawn; probabilities are means over the draws
+    # of the forward pass on CUDA, where fp32 is without TF32; trained: as in the model's own test (predictions.csv)
+    precision: Literal["fp32", "bf16", "fp16", "trained"] = "fp32"
+    batch_size: Count = 8  # images that are processed together
+    chunk_size: Count = 64  # views that a backbone encodes at a time
+
+    def __post_init__(self) -> None:
+        checked(self)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The outputs of a model for one image and T draws of its K crops; standard models have one draw of no crops."""
+
+    values: np.ndarray  # (T,), logit of fake minus logit of real
+    boxes: np.ndarray  # (T, K, 4)
+    attention: np.ndarray  # (T, K); sums to one over the crops
+    effects: np.ndarray  # (T, K), evidence for fake: the fall of the score without the crop; NaN if K = 1
+    alone: np.ndarray  # (T, K), the score if a crop were the only one
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The prediction for one image; probabilities are means over the draws."""
+
+    probability_fake: float  # calibrated
+    verdict: Verdict
+    standard_deviation: float  # of the calibrated probability over the draws; NaN for one draw
+    flips: float  # share of the draws whose own verdict differs; NaN for one draw
+    raw_probability_fake: float  # uncalibrated, as in the paper's metrics
+    width: int  # of the image, in pixels
+    height: int
+    scores: Scores
+
+
+Outcome = Prediction | UnreadableImage  # of a file
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A model with everything that its predictions depend on; see `load_detector`."""
+
+    model: nn.Module = field(repr=False)
+    experiment: Experiment
+    settings: Settings = field(repr=False)
+    about: dict[str, Any] = field(repr=False)
+    calibration: Calibration
+    runtime: Runtime
+    options: PredictionOptions = PredictionOptions()
+
+    @property
+    def name(self) -> str:
+        """The model's name in tables, shared by its seeds."""
+        return self.experiment.name
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the weights came with a calibration."""
+        return self.calibration is not UNCALIBRATED
+
+    @property
+    def num_crops(self) -> int:
+        """K, or 0."""
+        return getattr(self.experiment, "num_crops", 0)
+
+    def predict(self, image: Source) -> Prediction:
+        """The prediction for one file or PIL image; raises UnreadableImage if the file cannot be decoded."""
+        (prediction,) = self.predict_all([image], workers=0)
+        if isinstance(prediction, UnreadableImage):
+            raise prediction
+        return prediction
+
+    def predict_all(
+        self,
+        sources: Iterable[Source],
+        workers: int | Literal["auto"] = "auto",
+        perturbations: Sequence[str] = ("native",),
+    ) -> Iterator[Outcome]:
+        """The prediction for each source under each perturbation, in order, while `workers` threads decode the next."""
+        if workers == "auto":
+            workers = loading_processes(cpu_computes=self.runtime.device.type == "cpu")
+        settings = self.settings
+        pictures = read_pictures(sources, settings.max_image_pixels, workers, perturbations, settings.reencode_jpeg)
+        while group := list(self._score_group(islice(pictures, self.options.batch_size))):
+            yield from group
+
+    def _score_group(self, pictures: Iterator[Picture | UnreadableImage]) -> Iterator[Outcome]:
+        """A batch; an image's pixels are released as soon as its views are made."""
+        sizes: list[tuple[int, int] | UnreadableImage] = []
+
+        def readable() -> Iterator[Picture]:
+            for picture in pictures:
+                broken = isinstance(picture, UnreadableImage)
+                sizes.append(picture if broken else picture.image.size)
+                if not broken:
+                    yield picture
+
+        scores = iter(self.score(readable()))
+        for size in sizes:
+            yield size if isinstance(size, UnreadableImage) else self._prediction(next(scores), *size)
+
+    def _prediction(self, scores: Scores, width: int, height: int) -> Prediction:
+        if not np.isfinite(scores.values).all():  # which the thresholds would call inconclusive
+            raise UserError(
+                f"{self.name} gives outputs that are infinite or not a number: use other weights, or --precision fp32"
+            )
+        fake = self.calibration.probabilities(scores.values)
+        mean, raw = float(fake.mean()), float(expit(scores.values).mean())
+        verdict, deviation, flips = self.calibration.verdict(mean), float("nan"), float("nan")
+        if len(fake) > 1:
+            deviation = float(fake.std(ddof=1))
+            flips = float(np.mean([self.calibration.verdict(one) != verdict for one in fake]))
+        return Prediction(mean, verdict, deviation, flips, raw, width, height, scores)
+
+    @torch.no_grad()
+    def score(self, pictures: Iterable[Picture], boxes: np.ndarray | None = None) -> list[Scores]:
+        """Scores of pictures, which are consumed one by one; `boxes` (T, K, 4) are used instead of drawing them."""
+        views = ViewSettings.of(self.settings, self.experiment, self.settings.main_seed)
+        if isinstance(self.experiment, StandardExperiment):
+            logits = self._encode(self.model, (picture.resized(views) for picture in pictures))
+            nothing = np.zeros((1, 0))
+            return [Scores(_scores(row[None]), np.zeros((1, 0, 4), int), nothing, nothing, nothing) for row in logits]
+        drawn, global_views = [], []
+
+        def crops() -> Iterator[np.ndarray]:
+            for picture in pictures:
+                of_picture = picture.boxes(views, self.options.draws) if boxes is None else boxes
+                drawn.append(of_picture)
+                global_views.append(picture.resized(views))
+                yield from picture.crops(of_picture.reshape(-1, 4), views.patch_size)
+
+        crop_features = self._encode(self.model.local_model, crops())
+        global_features = self._encode(self.model.global_model, global_views)
+        of_pictures = crop_features.split([of_picture.shape[0] * of_picture.shape[1] for of_picture in drawn])
+        return list(map(self._classify, global_features, of_pictures, drawn))
+
+    def _encode(self, network: Callable[[torch.Tensor], torch.Tensor], views: Iterable[np.ndarray]) -> torch.Tensor:
+        """Outputs (N, ...) in float32 on the device for N views (P, P, 3), `chunk_size` at a time."""
+        remaining, outputs = iter(views), []
+        while chunk := list(islice(remaining, self.options.chunk_size)):
+            batch = torch.from_numpy(np.stack(chunk)).movedim(-1, -3)
+            with self.runtime.memory_for(f"predicting {sizes_of([batch])}"), self.runtime.autocast():
+                outputs.append(network(*self.runtime.to_device(self.model, [batch])).float())
+        return torch.cat(outputs) if outputs else torch.zeros(0)
+
+    def _classify(self, global_features: torch.Tensor, crop_features: torch.Tensor, boxes: np.ndarray) -> Scores:
+        """Features (D,) and (T x K, D) of an image -> its scores with all crops, without each, and with each alone."""
+        draws = []
+        for features in crop_features.unflatten(0, boxes.shape[:2]):
+            with self.runtime.autocast():  # as the model is tested; differences of scores need all their digits
+                tested, _ = self.model.classify(global_features[None], features[None])
+            exact, weights = self.model.classify(global_features[None], features[None])
+            without = self.model.classify_without_each(global_features, features)
+            each, _ = self.model.classify(global_features.expand(len(features), -1), features[:, None])
+            effects = _scores(exact) - _scores(without)
+            draws.append((_scores(tested)[0], weights[0].double().cpu().numpy(), effects, _scores(each)))
+        values, attention, effects, alone = map(np.stack, zip(*draws, strict=True))
+        return Scores(values, boxes, attention, effects, alone)
+
+
+def _scores(logits: torch.Tensor) -> np.ndarray:
+    fake, real = logits.double().cpu().numpy().T
+    return fake - real
+
+
+def load_detector(
+    path: str | Path,
+    device: str = "auto",
+    max_image_pixels: int = Settings.max_image_pixels,
+    options: PredictionOptions | None = None,
+) -> Detector:
+    """The model of a weights file, which holds everything needed to rebuild it: nothing is downloaded or unpickled.
+
+    In fp32, CPU and GPU agree to about 1e-5; with `PredictionOptions(precision="trained")` the detector differs from
+    the predictions.csv of the run by the rounding of its precision at most.
+
+    Raises:
+        UserError: not a weights file of this project, or weights that do not fit the model it describes.
+    """
+    path, options = Path(path), options or PredictionOptions()
+    about = read_about(path)
+    try:
+        experiment, settings, calibration = _described(about)
+    except (KeyError, TypeError, ValueError, UserError) as error:
+        raise UserError(f"{path} does not describe a model of this version ({error}): train it again") from None
+    if options.precision != "trained":
+        settings = replace(settings, precision=options.precision, matmul_precision="highest")
+    settings = replace(settings, device=device, max_image_pixels=max_image_pixels, compile=False, pretrained=False)
+    runtime = build_runtime(checked(settings))
+    model = build_model(experiment, settings)
+    load_model(path, model)
+    runtime.place(model).eval()
+    return Detector(model, experiment, settings, about, calibration, runtime, options)
+
+
+def _described(about: Mapping[str, Any]) -> tuple[Experiment, Settings, Calibration]:
+    """What the metadata of a weights file says; settings that name files of the training are left out."""
+    kind = GlassExperiment if "num_crops" in about["experiment"] else StandardExperiment
+    experiment = checked(kind(**about["experiment"]))
+    known = {field.name for field in fields(Settings)} - {"data_root", "results_root", "cache_root", "weights_files"}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in about["settings"].items() if k in known}
+    calibration = Calibration(**about["calibration"]) if about.get("calibration") else UNCALIBRATED
+    return experiment, checked(replace(Settings(), **values)), calibration

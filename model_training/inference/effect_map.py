@@ -1,0 +1,52 @@
+"""Where in an image a GLASS model finds its evidence: crops slid over all of it, each with its effect on the score."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.crops import tile_boxes
+from data.pictures import Picture
+from model_training.inference.detector import Detector, Scores
+from utils import UserError
+
+
+@dataclass(frozen=True)
+class EffectMap:
+    """The N tiles of an image, scored together as the crops of one draw."""
+
+    pixels: np.ndarray  # float32 (H, W), N x the effect of a tile, averaged over the tiles that cover a pixel
+    scores: Scores  # with T = 1, K = N; effects shrink as 1 / N, so that N x effect does not depend on the grid
+
+    @property
+    def boxes(self) -> np.ndarray:
+        """(N, 4)."""
+        return self.scores.boxes[0]
+
+
+def effect_map(detector: Detector, picture: Picture, stride: int | None = None) -> EffectMap:
+    """The effect of each part of the picture on the score, compared with the rest of it.
+
+    Effects sum to about zero, because a tile is left out in favour of the others: the map shows which parts look more
+    generated than the rest of this picture. `stride` is in pixels from one tile to the next; default half the patch.
+    Raises UserError for a model without crops, or a stride that leaves gaps.
+    """
+    P, (width, height) = detector.settings.patch_size, picture.image.size
+    stride = P // 2 if stride is None else stride
+    if not detector.num_crops:
+        raise UserError(f"{detector.name} looks at the whole image and has no crops: an effect map needs a GLASS model")
+    if not 1 <= stride <= P:
+        raise UserError(f"stride is {stride}: it must be from 1 to the patch size, {P}")
+    boxes = tile_boxes(height, width, P, stride)
+    (scores,) = detector.score([picture], boxes=boxes[None])
+    return EffectMap(spread(len(boxes) * scores.effects[0], boxes, height, width), scores)
+
+
+def spread(values: np.ndarray, boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Values (N,) of boxes (N, 4) that cover an image -> float32 (H, W), the mean of those that cover a pixel."""
+    total, count = np.zeros((2, height, width), np.float32)
+    for value, (top, left, tall, wide) in zip(values, boxes.tolist(), strict=True):
+        covered = np.s_[top : top + tall, left : left + wide]
+        total[covered] += value
+        count[covered] += 1
+    total /= count
+    return total

@@ -1,0 +1,96 @@
+"""Predictions with their evidence: a folder of pictures, and one page that shows them all and needs no network."""
+
+import base64
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from jinja2 import Environment
+from PIL import Image
+
+from data.images import UnreadableImage
+from data.pictures import Picture, read_pictures
+from model_training.inference.detector import Detector, Outcome, Prediction
+from model_training.inference.effect_map import effect_map
+from model_training.inference.evidence_pictures import draw_evidence, draw_map
+from model_training.tables.table import show
+from utils import UserError, locked_folder, replacing, write_text
+
+TEMPLATE = Path(__file__).with_name("evidence.html")
+MARKER = ".evidence"  # in a folder that this module made
+THUMBNAIL = (192, 128)  # shown at half its size
+FILE_QUALITY = {"quality": 92, "subsampling": "4:4:4"}  # of a file; single pixels of crops can still be told apart
+PAGE_QUALITY = {"quality": 70}  # of the same picture in the page
+
+
+def write_evidence(
+    folder: Path, detector: Detector, paths: Sequence[str], predictions: Iterable[Outcome], with_map: bool = False
+) -> list[Outcome]:
+    """Write the pictures of each image and index.html to `folder`, as predictions come in; returns the predictions.
+
+    Each image is decoded once more and written at once, so that no more than a few are in memory. Pictures of an
+    earlier call are removed. Raises UserError for a folder that holds something else.
+    """
+    _check_folder(folder, paths)
+    settings, found = detector.settings, []
+    pictures = read_pictures(paths, settings.max_image_pixels, workers=1, reencode_jpeg=settings.reencode_jpeg)
+    unreadable: dict[str, str] = {}  # complete when the page comes to it
+
+    def images() -> Iterator[tuple[str, Prediction, str, list[tuple[str, str, str]]]]:
+        for number, (path, prediction, picture) in enumerate(zip(paths, predictions, pictures, strict=True), 1):
+            found.append(prediction)
+            problem = next((str(one) for one in (prediction, picture) if isinstance(one, UnreadableImage)), None)
+            if problem:
+                unreadable[path] = problem
+                continue
+            files = [_save(folder, number, path, "evidence", draw_evidence(picture, prediction))]
+            if with_map:
+                drawn = draw_map(picture, effect_map(detector, picture))
+                files.append(_save(folder, number, path, "map of effects", drawn))
+            yield path, prediction, _thumbnail(picture), files
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["show"] = show
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    page = template.stream(detector=detector, images=images(), unreadable=unreadable)
+    with locked_folder(folder), replacing(folder / "index.html") as temporary:
+        write_text(folder / MARKER, "")
+        for picture in folder.glob("[0-9][0-9][0-9][0-9]*_*.jpg"):  # of an earlier run
+            picture.unlink()
+        with open(temporary, "w", encoding="utf-8", errors="xmlcharrefreplace") as file:  # of names that are not UTF-8
+            page.dump(file)
+    return found
+
+
+def _check_folder(folder: Path, paths: Sequence[str]) -> None:
+    if folder.exists() and not (folder / MARKER).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--evidence {folder}: it holds something else; name a folder that is new or empty")
+    inside = next((path for path in paths if folder.resolve() in Path(path).resolve().parents), None)
+    if inside:
+        raise UserError(f"--evidence {folder}: {inside} is an image in it; name another folder")
+
+
+def _save(folder: Path, number: int, path: str, kind: str, image: Image.Image) -> tuple[str, str, str]:
+    """Write a picture; returns its file name, its kind, and the picture for the page."""
+    harmless = re.sub(r"[^\w.-]+", "_", Path(path).stem)[:40]  # 160 bytes at most, as file systems count
+    name = f"{number:04d}_{harmless}{'' if kind == 'evidence' else '_map'}.jpg"
+    with replacing(folder / name) as temporary:
+        temporary.write_bytes(_jpeg(image, **FILE_QUALITY))
+    return name, kind, _embedded(image)
+
+
+def _thumbnail(picture: Picture) -> str:
+    small = picture.image.copy() if max(picture.image.size) < 1024 else picture.image.reduce(4)
+    small.thumbnail(THUMBNAIL)
+    return _embedded(small)
+
+
+def _embedded(image: Image.Image) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(_jpeg(image, **PAGE_QUALITY)).decode()}"
+
+
+def _jpeg(image: Image.Image, **options: int | str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **options)
+    return buffer.getvalue()

@@ -1,0 +1,188 @@
+"""Scores of trained models on a labelled data set, stored in files so that nothing is computed twice.
+
+`results/<preset>/scores/<model>_<key>.csv` has a row for each image and perturbation, written once computed.
+The key covers what the scores depend on besides the images: data root, weights, draws, precision, device, commit and
+library versions. An image whose size or modification time has changed is scored again.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+from tqdm import tqdm
+
+from config import Name, Preset, Settings
+from data.images import UnreadableImage
+from data.index import used_images
+from data.perturbations import perturbation
+from data.splits import groups_of
+from model_training.inference.detector import Detector, Outcome, PredictionOptions, load_detector
+from training.calibration import Calibration
+from training.checkpoints import read_about
+from training.runs import git_commit, library_versions
+from utils import UserError, csv_line, locked_folder, preset_folder, read_csv, reading, sha256_of, stat_of, write_csv
+
+SETTINGS = ("data_root", "results_root", "data_list", "group_by", "device", "max_image_pixels", "num_workers")  # read
+COLUMNS = ("path", "perturbation", "bytes", "mtime_ns", "probability_fake", "raw_probability_fake", "problem")
+Key = tuple[str, str, str, str]  # path, perturbation, bytes, mtime_ns
+Values = tuple[float, float, str]  # calibrated and raw probability of fake, problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringOptions(PredictionOptions):
+    """Which models, how they predict, and where the results go: what the commands that score a data set share."""
+
+    weights: Annotated[tuple[Path, ...], Field(min_length=1)]  # model.safetensors files
+    name: Name | None = None  # of the folder for the results; default the data root's name
+
+    def output_folder(self, preset: Preset, section: str) -> Path:
+        """results/<preset>/<section>/<name>."""
+        return preset_folder(preset) / section / (self.name or preset.settings.data_root.resolve().name)
+
+
+@dataclass(frozen=True)
+class ScoredModel:
+    """The scores of one weights file."""
+
+    seed: int
+    calibration: Calibration
+    probabilities: dict[tuple[str, str], np.ndarray]  # ("calibrated" or "raw", perturbation) -> (N,), of fake
+
+    def threshold(self, which: str) -> float:
+        """The best one on the validation images for calibrated probabilities, 0.5 for raw ones."""
+        return self.calibration.balanced if which == "calibrated" else 0.5
+
+
+@dataclass(frozen=True)
+class ScoredData:
+    """The N images of a data set that could be decoded, and the models that scored them."""
+
+    name: str  # of the data root
+    labels: np.ndarray  # (N,), 0 fake, 1 real
+    sources: np.ndarray  # (N,), generator or origin of each image; "" where it has none
+    models: dict[str, list[ScoredModel]]  # name -> its seeds
+    unreadable: dict[str, str]  # path of each other image -> the reason
+
+    def report_written(self, folder: Path) -> None:
+        """Print where the results are, and which images they lack."""
+        print(f"Written: {folder}")
+        for path, problem in self.unreadable.items():
+            print(f"left out, cannot be decoded: {path} ({problem})")
+
+
+def score_data(
+    preset: Preset, weights: Sequence[Path], perturbations: Sequence[str], options: PredictionOptions
+) -> ScoredData:
+    """Score the preset's data set with each weights file; only scores that are not stored yet are computed.
+
+    Raises UserError for weights, images or perturbations that cannot be used, or no readable image of a class.
+    """
+    for name in perturbations:
+        perturbation(name)
+    settings, scored, unreadable = preset.settings, [], {}
+    paths, labels, sources = labelled_images(settings)
+    for path, digest in _digests(weights).items():
+        detector = load_detector(path, settings.device, settings.max_image_pixels, options)
+        _warn_of_training_images(settings, detector, path)
+        values = _scores_of(preset, detector, digest, paths, perturbations)
+        unreadable |= {image: problem for (image, _), (_, _, problem) in values.items() if problem}
+        scored.append((detector.name, detector.about.get("seed", 0), detector.calibration, values))
+    readable = np.array([path not in unreadable for path in paths])
+    for label, class_name in enumerate(("fake", "real")):
+        if not (readable & (labels == label)).any():
+            raise UserError(f"no image in {settings.data_root / class_name} can be decoded: set another --data-root")
+    models: dict[str, list[ScoredModel]] = {}
+    for model, seed, calibration, values in scored:
+        probabilities = {
+            (which, name): np.array([values[path, name][column] for path in paths if path not in unreadable])
+            for column, which in enumerate(("calibrated", "raw"))
+            for name in perturbations
+        }
+        models.setdefault(model, []).append(ScoredModel(seed, calibration, probabilities))
+    return ScoredData(settings.data_root.resolve().name, labels[readable], sources[readable], models, unreadable)
+
+
+def labelled_images(settings: Settings) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Paths, labels and sources of the images of the data root, or of those that `data_list` names.
+
+    Sources are the folders below fake/ and real/, unless `group_by` names a CSV. Raises UserError as `used_images` and
+    `groups_of` do, and for a class without an image.
+    """
+    paths, labels = zip(*used_images(settings), strict=True)
+    if len(set(labels)) < 2:
+        raise UserError(f"{settings.data_list or settings.data_root} has images of one class only: both are needed")
+    kind = "folder" if settings.group_by in ("none", "stem") else settings.group_by  # pairs are not sources
+    sources = ["" if group == path else group for path, group in zip(paths, groups_of(paths, kind), strict=True)]
+    return list(paths), np.array(labels), np.array(sources)
+
+
+def _digests(weights: Sequence[Path]) -> dict[Path, str]:
+    """SHA-256 of each weights file; refuses a model that would be counted as two seeds."""
+    digests: dict[Path, str] = {}
+    first: dict[object, Path] = {}
+    for path in weights:
+        about, digests[path] = read_about(path), sha256_of(path)
+        for key in (digests[path], (about.get("experiment", {}).get("name"), about.get("seed"))):
+            if first.setdefault(key, path) is not path:
+                raise UserError(f"{first[key]} and {path} are the same model and seed: name each once")
+    return digests
+
+
+def _warn_of_training_images(settings: Settings, detector: Detector, path: Path) -> None:
+    trained_on = Path(detector.about["settings"].get("data_root", ""))
+    if trained_on.absolute() == settings.data_root.absolute() and not settings.data_list:
+        test_split = path.with_name("predictions.csv")
+        print(f"{path} was trained on images of this folder: to use its test split only, pass --data-list {test_split}")
+
+
+def _scores_of(
+    preset: Preset, detector: Detector, weights_digest: str, paths: Sequence[str], perturbations: Sequence[str]
+) -> dict[tuple[str, str], Values]:
+    """(path, perturbation) -> the detector's scores, stored ones first."""
+    root, folder = preset.settings.data_root.resolve(), preset_folder(preset) / "scores"
+    runtime, commit = detector.runtime, git_commit()
+    numerics = [detector.options.draws, runtime.precision, detector.settings.matmul_precision, runtime.device.type]
+    key = json.dumps([str(root), weights_digest, numerics, commit, library_versions()])
+    file = folder / f"{detector.name}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.csv"
+    states = {path: stat_of(root / path) for path in paths}
+    stamps = {path: (str(s.st_size), str(s.st_mtime_ns)) if s else ("", "") for path, s in states.items()}
+    with locked_folder(folder):
+        known = _read(file)
+        missing = [path for path in paths if not all((path, kind, *stamps[path]) in known for kind in perturbations)]
+        if known:
+            print(f"{len(known):,} scores are in {file} (commit {commit}) and are kept: delete it to start over")
+        images = [root / path for path in missing]
+        predictions = detector.predict_all(images, preset.settings.num_workers, perturbations)
+        # Whole again: without a row that a kill cut short.
+        write_csv(file, COLUMNS, [[*row, *values] for row, values in known.items()])
+        with (
+            open(file, "a", encoding="utf-8", errors="surrogateescape", newline="") as output,
+            tqdm(total=len(missing), desc=file.stem, unit=" images", disable=None) as bar,
+        ):
+            for path in missing:
+                rows = {(path, kind, *stamps[path]): _values(next(predictions)) for kind in perturbations}
+                output.write("".join(csv_line([*row, *values]) + "\n" for row, values in rows.items()))
+                output.flush()
+                known |= rows
+                bar.update()
+    return {(path, kind): known[path, kind, *stamps[path]] for path in paths for kind in perturbations}
+
+
+def _values(found: Outcome) -> Values:
+    if isinstance(found, UnreadableImage):
+        return float("nan"), float("nan"), str(found)
+    return found.probability_fake, found.raw_probability_fake, ""
+
+
+def _read(file: Path) -> dict[Key, Values]:
+    """The stored scores, except a row that a kill cut short."""
+    if not file.exists():
+        return {}
+    with reading(file):
+        rows = [[row[column] for column in COLUMNS] for row in read_csv(file) if row["problem"] is not None]
+        return {tuple(row[:4]): (float(row[4]), float(row[5]), row[6]) for row in rows}

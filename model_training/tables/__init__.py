@@ -1,0 +1,1 @@
+"""Result folders to tables and figures."""

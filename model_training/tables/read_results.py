@@ -1,0 +1,198 @@
+"""Result folders -> dataclasses: runs, cost studies and Optuna studies. Reads only, and knows no table."""
+
+import sqlite3
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from training.cost import Cost, read_costs
+from training.detection_metrics import CALIBRATED_METRICS
+from training.metrics import METRICS, NAN, Metric
+from training.progress import EpochRecord
+from training.runs import first_difference, read_metadata
+from training.runtime import CPU_MEMORY, CUDA_MEMORY
+from utils import UserError, first_line, read_csv, read_json, reading
+
+MEMORY_KINDS = {CUDA_MEMORY: "peak GPU memory", CPU_MEMORY: "memory kept for the backward pass, CPU"}
+
+
+def provenance_of(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """What a table's notes say of where its numbers come from: label -> text."""
+    environments = metadata["environments"]
+    return {
+        "Data set fingerprint": _in_words(metadata.get("dataset_fingerprint")),
+        "Commit": _changes(environments, "commit"),
+        "Versions": _changes(environments, "versions"),
+        "Hardware": _in_words(metadata.get("hardware")),
+    }
+
+
+def _changes(environments: Sequence[Mapping[str, Any]], key: str) -> str:
+    """What holds throughout, or "abc from epoch 1, then def from epoch 7"."""
+    by_text = groupby(environments, key=lambda environment: _in_words(environment[key]))
+    changes = [(text, next(same)["from"]) for text, same in by_text]
+    return changes[0][0] if len(changes) == 1 else ", then ".join(f"{text} from {start}" for text, start in changes)
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {item}" for name, item in value.items())
+    return str(value or "unknown")
+
+
+# ----------------------------------------------------------------------------------------------------- runs
+Values = Mapping[str, float | None]  # metric -> value; None: the file is older than the metric, NaN: it is not defined
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed of one experiment."""
+
+    folder: Path
+    seed: int
+    metadata: Mapping[str, Any]
+    history: list[EpochRecord]
+    test: Values | None = None  # None: not finished
+    calibrated: Values | None = None  # None: not finished, or not calibrated
+
+
+def read_runs(results: Path, seeds: Sequence[int]) -> dict[str, list[Run]]:
+    """Experiment -> its runs of these seeds, in their order; those that failed before their first epoch are ignored.
+
+    Raises UserError if a file cannot be read, a run is of another seed than its folder's, or two finished runs differ.
+    """
+    runs = defaultdict(list)
+    for seed in sorted(seeds):
+        for path in results.glob(f"*/seed_{seed}/history.csv"):
+            runs[path.parent.parent.name].append(_read_run(path.parent, seed))
+    for of_experiment in runs.values():
+        finished = [run for run in of_experiment if run.test]
+        for run in finished[1:]:
+            first, difference = finished[0], first_difference(finished[0].metadata, run.metadata, ignore=("seed",))
+            if difference:
+                raise UserError(
+                    f"{first.folder} and {run.folder} differ ({difference}), so a mean of both would mean nothing: "
+                    f"move one of them away"
+                )
+    return dict(runs)
+
+
+def _read_run(folder: Path, seed: int) -> Run:
+    metadata, path = read_metadata(folder / "run.json"), folder / "history.csv"
+    if metadata["settings"].get("seed", seed) != seed:
+        raise UserError(
+            f"{folder} holds a run of seed {metadata['settings']['seed']} (run.json), which would be counted as "
+            f"another: move it away"
+        )
+    with reading(path):
+        history = [_epoch_record(row) for row in read_csv(path)]
+    path = folder / "metrics.json"
+    if not path.exists():
+        return Run(folder, seed, metadata, history)
+    with reading(path):
+        found = read_json(path)
+        calibrated = found.get("test_calibrated") and _values(CALIBRATED_METRICS, found["test_calibrated"])
+        return Run(folder, seed, metadata, history, _values(METRICS, found["test"]), calibrated)
+
+
+def _epoch_record(row: Mapping[str, str]) -> EpochRecord:
+    """A row of history.csv; NaN in columns that the file lacks, as one of an older version may."""
+    names = [item.name for item in fields(EpochRecord)]
+    values: dict[str, Any] = {name: float(row[name] or "") if name in row else NAN for name in names}
+    return EpochRecord(**values | {"epoch": int(row["epoch"]), "valid_accuracy": float(row["valid_accuracy"])})
+
+
+def _values(metrics: Mapping[str, Metric], found: Mapping[str, Any]) -> Values:
+    """The values of a table of metrics in a file, checked; ValueError names one that is out of range."""
+    if not isinstance(found, dict):
+        raise ValueError(f"metrics are {found}")
+    values: dict[str, float | None] = {}
+    for name, metric in metrics.items():
+        value = found.get(name)
+        if value is not None and not metric.low <= float(value) <= metric.high:
+            raise ValueError(f"{name} is {value}, not between {metric.low:g} and {metric.high:g}")
+        values[name] = (NAN if name in found else None) if value is None else float(value)
+    return values
+
+
+# --------------------------------------------------------------------------------------------- cost studies
+@dataclass(frozen=True)
+class CostStudy:
+    """What was measured in one mode: the cost of each crop count, or of a standard model, whose crop count is None."""
+
+    experiment: str
+    mode: str | None = None  # full or quick; None: nothing was measured
+    metadata: Mapping[str, Any] = field(default_factory=lambda: {"settings": {}})
+    costs: Mapping[int | None, Cost] = field(default_factory=dict)
+
+    @property
+    def memory_kind(self) -> str | None:
+        """What its memory is; numbers of two kinds cannot be compared."""
+        return self.metadata.get("memory_kind")
+
+    @property
+    def memory_text(self) -> str:
+        """The kind of its memory, in words."""
+        return MEMORY_KINDS.get(self.memory_kind, str(self.memory_kind))
+
+    @property
+    def epoch_time_text(self) -> str:
+        """How its epoch time was found, in words."""
+        if self.mode == "full":
+            return "full: mean of whole epochs"
+        return f"quick: epoch time extrapolated from {self.metadata['settings'].get('measured_steps')} steps"
+
+
+def read_cost_studies(folder: Path) -> list[CostStudy]:
+    """The full studies, then the quick ones; `folder` is results/<preset>/num_crops or .../standard_memory."""
+    paths = [path for mode in ("full", "quick") for path in folder.glob(f"*/{mode}/costs.csv")]
+    return [CostStudy(p.parts[-3], p.parts[-2], read_metadata(p.with_name("run.json")), read_costs(p)) for p in paths]
+
+
+# ------------------------------------------------------------------------------------------- Optuna studies
+@dataclass(frozen=True)
+class TuningStudy:
+    """One Optuna study, and the metadata that it ran with."""
+
+    study: optuna.Study
+    metadata: Mapping[str, Any]
+    trials: list[FrozenTrial]
+
+    def trials_in(self, state: TrialState) -> list[FrozenTrial]:
+        """Its trials in this state."""
+        return [trial for trial in self.trials if trial.state == state]
+
+    @property
+    def best(self) -> FrozenTrial | None:
+        """The first of the best complete trials."""
+        return max(self.trials_in(TrialState.COMPLETE), key=lambda trial: trial.value, default=None)
+
+
+def read_tuning_studies(folder: Path) -> dict[str, TuningStudy]:
+    """Experiment -> its study, read without a change to its file; `folder` is results/<preset>/tuning."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    studies = {}
+    for path in folder.glob("*/study.db"):
+        name, url = path.parent.name, f"{path.resolve().as_uri()}?mode=ro"
+        try:
+            connection = {"creator": partial(sqlite3.connect, url, uri=True)}
+            storage = optuna.storages.RDBStorage("sqlite://", engine_kwargs=connection)
+            study = optuna.load_study(study_name=name, storage=storage)
+            trials = study.get_trials(deepcopy=False)
+            for trial in trials:
+                best = max(trial.intermediate_values.values(), default=None)
+                if trial.state == TrialState.COMPLETE and trial.value != best:
+                    raise ValueError(f"trial {trial.number} has the value {trial.value}, not {best}, its best epoch's")
+        except (SQLAlchemyError, sqlite3.Error, KeyError, RuntimeError, ValueError) as error:
+            reason = f"{path} cannot be read as the Optuna study {name} ({first_line(error)})"
+            raise UserError(f"{reason}: run its tuning command again, or move the file away") from None
+        studies[name] = TuningStudy(study, read_metadata(path.with_name("run.json")), trials)
+    return studies
