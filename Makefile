@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/python -m model_training.reproduce --preset demo
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check .

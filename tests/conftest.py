@@ -1,11 +1,15 @@
 """Tiny images, a toy preset and a way to run commands as a user does."""
 
+import contextlib
+import io
 import os
+import re
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,15 +20,22 @@ from PIL import Image
 
 import config
 from config import NumCrops, Preset, StandardMemory, Training, Tuning
-from utils import read_json, sha256_of, write_json
+from data.datasets import load_splits
+from training.loop import Job
+from training.runs import Session, build_job
+from training.runtime import build_runtime
+from training.stopping import StopRequest
+from utils import find_experiment, read_json, sha256_of, write_json
 
 REPOSITORY = Path(__file__).parents[1]
+MakePreset = Callable[..., Preset]  # the toy preset with these settings
 FIXTURES = Path(__file__).parent / "fixtures"
 # With a data root and a results root, the toy preset below as a user would ask for it.
 TOY_FLAGS = (
     *("--preset", "demo", "--patch-size", "32", "--valid-size", "6", "--test-size", "6"),
     *("--final-valid-fraction", "0.1", "--num-workers", "0", "--device", "cpu"),
 )
+PREPROCESS_FLAGS = ("--preset", "demo", "--patch-size", "32", "--num-workers", "0")  # the same, for data_preprocess
 
 
 def write_toy_images(root: Path, images_per_class: int = 20) -> None:
@@ -44,33 +55,17 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # of command
 
 def run_module(module: str, *arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess:
     """`python -m module arguments` in the repository, without a terminal."""
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        cwd=REPOSITORY,
-        env=os.environ | ENVIRONMENT,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    command, environment = [sys.executable, "-m", module, *map(str, arguments)], os.environ | ENVIRONMENT
+    options = dict(cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    return subprocess.run(command, timeout=timeout, **options)
 
 
 def start_module(module: str, *arguments: str | Path) -> subprocess.Popen:
     """`python -m module arguments` in the repository, in a process group of its own, not waited for."""
-    return subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, arguments)], cwd=REPOSITORY, env=os.environ | ENVIRONMENT,
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-
-
-def children_of(parent: int) -> list[int]:
-    """Process numbers of a process's children (Linux)."""
-    return [int(n) for file in Path(f"/proc/{parent}/task").glob("*/children") for n in file.read_text().split()]
-
-
-def workers_of(process: subprocess.Popen) -> list[int]:
-    """Process numbers of a command's workers (Linux): the children of its child that forks them."""
-    return [worker for child in children_of(process.pid) for worker in children_of(child)]
+    command, environment = [sys.executable, "-m", module, *map(str, arguments)], os.environ | ENVIRONMENT
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it, and so do their commands
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, **options)
 
 
 def succeed(module: str, *arguments: str | Path, timeout: float = 300) -> str:
@@ -78,6 +73,25 @@ def succeed(module: str, *arguments: str | Path, timeout: float = 300) -> str:
     done = run_module(module, *arguments, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def refused(module: str, *arguments: str | Path) -> str:
+    """`run_module`, which must be refused; returns the one sentence that says why."""
+    done = run_module(module, *arguments)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def help_of(command: Path) -> str:
+    """What the command in this file prints for --help."""
+    argv, printed = sys.argv, io.StringIO()
+    sys.argv = [command.name, "--help"]
+    try:
+        with contextlib.redirect_stdout(printed), pytest.raises(SystemExit, match=r"^0$"):
+            runpy.run_path(str(command), run_name="__main__")
+    finally:
+        sys.argv = argv
+    return re.sub(r"\x1b\[[\d;]*m", "", printed.getvalue())
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +106,7 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def indexed(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A results root that holds nothing but the index of the toy data, made by the real command."""
     results = tmp_path_factory.mktemp("indexed")
-    succeed("data.data_preprocess", *TOY_FLAGS, "--data-root", toy_data, "--results-root", results)
+    succeed("data.data_preprocess", *PREPROCESS_FLAGS, "--data-root", toy_data, "--results-root", results)
     return results
 
 
@@ -102,35 +116,26 @@ def copy_index(source: Path, results: Path) -> Path:
     return results
 
 
-@contextmanager
-def edited_index(results: Path, change: Callable[[str], str]) -> Iterator[None]:
-    """In the block, the index under `results` is another, and vouched for as if preprocessing had written it."""
+@pytest.fixture
+def results(indexed: Path, tmp_path: Path) -> Path:
+    """A results root of the test's own, with the index of the toy data."""
+    return copy_index(indexed, tmp_path / "results")
+
+
+def edit_index(results: Path, change: Callable[[str], str]) -> None:
+    """Change the index under `results`, vouched for as if preprocessing had written it."""
     index, statistics = (results / "demo" / "dataset" / name for name in ("index.csv", "statistics.json"))
-    before = [(path, path.read_bytes()) for path in (index, statistics)]
-    try:
-        index.write_text(change(index.read_text()))
-        write_json(statistics, read_json(statistics) | {"index_sha256": sha256_of(index)})
-        yield
-    finally:
-        for path, content in before:
-            path.write_bytes(content)
+    index.write_text(change(index.read_text()))
+    write_json(statistics, read_json(statistics) | {"index_sha256": sha256_of(index)})
 
 
 @pytest.fixture(scope="session")
-def make_preset(toy_data: Path, indexed: Path) -> Callable[..., Preset]:
-    """As `toy_preset`."""
+def toy_preset(toy_data: Path, indexed: Path) -> MakePreset:
+    """The preset of TOY_FLAGS with the given settings changed; results go to `indexed` unless changed."""
+    toy = dict(data_root=toy_data, results_root=indexed, patch_size=32, valid_size=6, test_size=6)
+    toy |= dict(final_valid_fraction=0.1, num_workers=0, device="cpu")
 
     def make(**settings: object) -> Preset:
-        toy = dict(
-            data_root=toy_data,
-            results_root=indexed,
-            patch_size=32,
-            valid_size=6,
-            test_size=6,
-            final_valid_fraction=0.1,
-            num_workers=0,
-            device="cpu",
-        )
         return replace(
             config.DEMO,
             settings=replace(config.DEMO.settings, **(toy | settings)),
@@ -143,16 +148,22 @@ def make_preset(toy_data: Path, indexed: Path) -> Callable[..., Preset]:
     return make
 
 
-@pytest.fixture
-def toy_preset(make_preset: Callable[..., Preset]) -> Callable[..., Preset]:
-    """The preset of TOY_FLAGS with the given settings changed; results go to `indexed` unless changed."""
-    return make_preset
+class Bomb:
+    """Creates the folder `target` when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.target),)
 
 
-@pytest.fixture(scope="module")
-def module_preset(make_preset: Callable[..., Preset]) -> Preset:
-    """The preset of TOY_FLAGS."""
-    return make_preset()
+def toy_job(preset: Preset, name: str = "standard_resnet", epochs: int = 2, **changes: object) -> Job:
+    """A training of the preset's experiment `name`, with batches of 8 and these hyperparameters changed, of seed 1."""
+    experiment = replace(find_experiment(preset, name), **{"batch_size": 8, **changes})
+    index, splits = load_splits(preset)
+    session = Session(preset.settings, index, splits, build_runtime(preset.settings), StopRequest())
+    return build_job(session, experiment, 1, epochs, (splits.train, splits.valid), name)
 
 
 @pytest.fixture(autouse=True)

@@ -1,44 +1,37 @@
 """What only a CUDA device can show: `pytest -m gpu`."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import config
 from config import Preset
 from data.datasets import load_splits
 from data.loaders import build_loader
 from models.build import build_model
-from training.loop import Trainer, build_trainer, fit
+from tests.conftest import MakePreset, toy_job
+from training.loop import fit
 from training.progress import EpochRecord
-from training.runtime import CUDA_MEMORY, OutOfMemory, build_runtime
-from utils import find_experiment, seed_everything
+from training.runtime import CUDA_MEMORY, OutOfMemory, Runtime, build_runtime
+from training.trainer import Trainer
+from utils import find_experiment
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 NAMES = [experiment.name for experiment in config.DEMO.experiments]
 
 
 def train(preset: Preset, name: str, epochs: int = 2, **changes: object) -> tuple[Trainer, list[EpochRecord]]:
-    experiment = replace(find_experiment(preset, name), batch_size=8, **changes)
-    index, splits = load_splits(preset)
-    seed_everything(1)
-    trainer = build_trainer(build_model(experiment, preset.settings), experiment, preset.settings, epochs)
-    train_loader = build_loader(preset, experiment, index, splits.train, training_seed=1)
-    return trainer, fit(trainer, train_loader, build_loader(preset, experiment, index, splits.valid), epochs)
+    job = toy_job(preset, name, epochs, **changes)
+    return job.trainer, fit(job)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_arrive_in_pinned_memory_and_on_the_device_unchanged(
-    workers: int, toy_preset: Callable[..., Preset]
-) -> None:
+def test_batches_arrive_in_pinned_memory_and_on_the_device_unchanged(workers: int, toy_preset: MakePreset) -> None:
     preset = toy_preset(device="cuda", num_workers=workers)
     index, splits = load_splits(preset)
-    loader = build_loader(preset, find_experiment(preset, "glass_resnet"), index, splits.test)
+    loader = build_loader(preset.settings, find_experiment(preset, "glass_resnet"), index, splits.test)
     model = build_model(find_experiment(preset, "glass_resnet"), preset.settings)
     runtime = build_runtime(preset.settings)
     runtime.place(model)
@@ -54,9 +47,9 @@ def test_batches_arrive_in_pinned_memory_and_on_the_device_unchanged(
 
 
 @pytest.mark.parametrize(("name", "compiled"), [*((name, False) for name in NAMES), ("glass_vit", True)])
-def test_same_seed_gives_the_same_bits_on_cuda(name: str, compiled: bool, toy_preset: Callable[..., Preset]) -> None:
+def test_same_seed_gives_the_same_bits_on_cuda(name: str, compiled: bool, toy_preset: MakePreset) -> None:
     runs = [train(toy_preset(device="cuda", compile=compiled), name) for _ in range(2)]
-    records = [[replace(r, epoch_seconds=0, peak_memory_mb=0) for r in history] for _, history in runs]
+    records = [[(r.train_loss, r.valid_loss, r.valid_accuracy) for r in history] for _, history in runs]
     assert records[0] == records[1]
     states = [trainer.model.state_dict() for trainer, _ in runs]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
@@ -72,7 +65,7 @@ def test_same_seed_gives_the_same_bits_on_cuda(name: str, compiled: bool, toy_pr
     ],
 )
 def test_losses_agree_with_fp32_on_the_cpu(
-    name: str, precision: str, compiled: bool, tolerance: float, toy_preset: Callable[..., Preset]
+    name: str, precision: str, compiled: bool, tolerance: float, toy_preset: MakePreset
 ) -> None:
     _, expected = train(toy_preset(device="cpu"), name, epochs=1, dropout_rate=0.0)
     preset = toy_preset(device="cuda", precision=precision, compile=compiled)
@@ -80,23 +73,45 @@ def test_losses_agree_with_fp32_on_the_cpu(
     assert history[0].train_loss == pytest.approx(expected[0].train_loss, rel=tolerance)
 
 
-def test_convolutional_weights_are_channels_last_and_others_are_not(toy_preset: Callable[..., Preset]) -> None:
+def test_convolutional_weights_are_channels_last_and_others_are_not(toy_preset: MakePreset) -> None:
     for backbone, expected in (("timm:resnet10t", True), ("timm:test_vit", False)):
         trainer, _ = train(toy_preset(device="cuda", compile=False), "glass_vit", epochs=1, backbone=backbone)
         weights = [p for p in trainer.model.parameters() if p.ndim == 4 and min(p.shape[:2]) > 1 and p.shape[2] > 1]
         assert any(p.is_contiguous(memory_format=torch.channels_last) for p in weights) == expected
 
 
-def test_memory_is_the_allocators_peak(toy_preset: Callable[..., Preset]) -> None:
+def test_memory_is_the_allocators_peak(toy_preset: MakePreset) -> None:
     trainer, history = train(toy_preset(device="cuda", compile=False), "glass_resnet", epochs=1)
     assert trainer.runtime.memory_kind == CUDA_MEMORY
     assert history[0].peak_memory_mb == pytest.approx(torch.cuda.max_memory_allocated() / 2**20)
 
 
-def test_out_of_memory_says_what_was_tried(toy_preset: Callable[..., Preset]) -> None:
+def test_out_of_memory_says_what_was_tried(toy_preset: MakePreset) -> None:
     torch.cuda.set_per_process_memory_fraction(0.0005)
     try:
         with pytest.raises(OutOfMemory, match=r"8x3x32x32 and 8x16x3x32x32 .* in fp16: lower --batch-size"):
             train(toy_preset(device="cuda", compile=False), "glass_resnet", num_crops=16)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_precision_compile_and_matmul_precision_act_on_cuda() -> None:
+    def runtime(**settings: object) -> Runtime:
+        return build_runtime(replace(config.DEMO.settings, device="cuda", **settings))
+
+    numbers = torch.randn(256, 256, device="cuda")
+    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        chosen = runtime(precision=name)
+        with chosen.autocast():
+            assert (numbers @ numbers).dtype == dtype
+        assert chosen.grad_scaler().is_enabled() == (name == "fp16")
+    for chosen in (True, False):
+        model = runtime().place(nn.Linear(256, 2))
+        forward = runtime(compile=chosen).compiled(model)
+        assert next(model.parameters()).is_cuda and (forward is not model) == chosen
+        torch.testing.assert_close(forward(numbers), model(numbers), rtol=1e-2, atol=1e-2)  # TF32
+    products = []
+    for precision in ("highest", "high"):
+        runtime(matmul_precision=precision)
+        products.append(numbers @ numbers)
+    assert not torch.equal(*products)  # high is TF32

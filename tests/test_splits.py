@@ -1,16 +1,20 @@
-"""The splits are the paper's, index by index."""
+"""The splits are the paper's, index by index; by group, every group is kept whole, and sizes and classes are met."""
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data.splits import final_split, split_indices
-from tests.conftest import FIXTURES
+from data.datasets import load_splits
+from data.splits import final_group_split, final_split, group_split_indices, groups_of, held_out, split_indices
+from tests.conftest import FIXTURES, MakePreset
 from utils import UserError
 
 CASES = json.loads((FIXTURES / "splits.json").read_text())["splits"]
+LABELS = [0] * 300 + [1] * 300
+PAIRS = [f"{i:03d}" for i in range(300)] * 2
 PARTS = ("train", "valid", "test", "final_train", "final_valid")
 
 
@@ -43,8 +47,73 @@ def test_splits_of_any_size_are_a_stratified_partition(sizes: tuple[int | float,
 def test_too_few_images_is_one_sentence(labels: list[int], sizes: tuple[int | float, int | float]) -> None:
     with pytest.raises(UserError, match="too few"):
         split_indices(labels, *sizes, seed=1)
-
-
-def test_a_final_validation_share_of_less_than_one_image_is_one_sentence() -> None:
     with pytest.raises(UserError, match="final_valid_fraction"):
         final_split([0, 1, 2], [3], 0.05, seed=1)
+
+
+def test_pairs_stay_together_and_sizes_and_classes_are_met_exactly() -> None:
+    parts = group_split_indices(LABELS, PAIRS, set(), (0.15, 90), seed=606)
+    assert [len(part) for part in parts] == [420, 90, 90] and set().union(*parts) == set(range(600))
+    assert all(sum(LABELS[row] for row in part) * 2 == len(part) for part in parts)
+    names = [{PAIRS[row] for row in part} for part in parts]
+    assert [len(part) for part in names] == [210, 45, 45]  # as many as there are pairs: none is in two
+    assert group_split_indices(LABELS, PAIRS, set(), (0.15, 90), seed=607)[2] != parts[2]
+    final = final_group_split([*parts[0], *parts[1]], LABELS, PAIRS, 0.05, seed=606)
+    assert [len(part) for part in final] == [486, 24]  # 25 of 510, in whole pairs
+    assert not {PAIRS[row] for row in final[0]} & {PAIRS[row] for row in final[1]}
+
+
+def test_sources_of_unequal_size_come_as_near_as_they_can() -> None:
+    sources = [f"s{i % 7}" if i % 2 else f"t{i % 23}" for i in range(600)]
+    train, valid, test = group_split_indices(LABELS, sources, {"s3"}, (100, 100), seed=1)
+    for first, second in ((train, valid), (train, test), (valid, test)):
+        assert not {sources[row] for row in first} & {sources[row] for row in second}
+    outside = [row for row in test if sources[row] != "s3"]
+    assert len(test) - len(outside) == sources.count("s3")
+    for part in (valid, outside):
+        assert 70 <= len(part) <= 130 and 0.4 < sum(LABELS[row] for row in part) / len(part) < 0.6
+
+
+def test_a_test_split_of_held_out_groups_alone() -> None:
+    _, _, test = group_split_indices(LABELS, PAIRS, {"007", "008"}, (60, 0), seed=606)
+    assert test == [7, 8, 307, 308]
+
+
+@pytest.mark.parametrize(
+    ("groups", "out", "sizes"),
+    [(["one"] * 600, set(), (100, 100)), (PAIRS, set(PAIRS), (10, 10)), (LABELS, set(), (100, 100))],
+)
+def test_groups_that_leave_a_split_without_a_class_are_refused(
+    groups: list[str], out: set[str], sizes: tuple[int, int]
+) -> None:
+    with pytest.raises(UserError, match="leave no images of both classes to"):
+        group_split_indices(LABELS, [str(group) for group in groups], out, sizes, seed=606)
+
+
+def test_what_a_group_is(tmp_path: Path) -> None:
+    paths = ["fake/sd/a.png", "fake/b.png", "real/sd/a.jpg", "real/x/y/c.jpg"]
+    assert groups_of(paths, "stem") == ["a", "b", "a", "c"]
+    assert groups_of(paths, "folder") == ["sd", "fake/b.png", "sd", "x"]
+    (tmp_path / "m.csv").write_text("camera,file\nK,a.png\nL,fake/b.png\nM,a.jpg\nN,c.jpg\n")
+    assert groups_of(paths, f"{tmp_path}/m.csv:camera") == ["K", "L", "M", "N"]
+    assert held_out(["K", "L", "LL"], ["L*"]) == {"L", "LL"}
+    with pytest.raises(UserError, match="hold_out names X, and no group has this name: the groups are K, L"):
+        held_out(["L", "K"], ["X"])
+    with pytest.raises(UserError, match=r"m\.csv has no row for real/sd/d\.jpg"):
+        groups_of([*paths, "real/sd/d.jpg"], f"{tmp_path}/m.csv:camera")
+    with pytest.raises(UserError, match=r"m\.csv has no column lens: it has camera, file"):
+        groups_of(paths, f"{tmp_path}/m.csv:lens")
+    with pytest.raises(UserError, match=r"group_by is pairs: expected none, stem, folder or FILE\.csv:COLUMN"):
+        groups_of(paths, "pairs")
+
+
+def test_hold_out_without_groups_and_lists_of_other_images_are_refused(toy_preset: MakePreset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"group_by = folder makes every image of .* a group of its own"):
+        load_splits(toy_preset(group_by="folder"))
+    with pytest.raises(UserError, match="hold_out names groups, and group_by is none"):
+        load_splits(toy_preset(hold_out=("a",)))
+    (tmp_path / "list.csv").write_text("path\nfake/0000.png\nfake/none.png\n")
+    with pytest.raises(UserError, match=r"list\.csv lists fake/none\.png, which is no image of"):
+        load_splits(toy_preset(data_list=str(tmp_path / "list.csv")))
+    with pytest.raises(UserError, match=r"nothing\.csv cannot be read as CSV \(No such file or directory\)"):
+        load_splits(toy_preset(data_list=str(tmp_path / "nothing.csv")))

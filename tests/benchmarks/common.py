@@ -16,31 +16,33 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from config import PAPER, Preset
+from data.cache.pixel_cache import PIXELS, open_cache
 from data.data_preprocess import preprocess
 from data.images import UnreadableImage, open_image
-from data.index import CLASSES, Index, list_images, read_index
-from data.pixel_cache import open_cache
-from utils import UserError, git_commit, hardware, leave_with_parent, library_versions, write_json, write_text
+from data.index import Index, list_images, read_index
+from data.records import CLASSES
+from data.workers import exit_with_parent
+from tests.proc import bytes_read, peak_bytes
+from training.runs import git_commit, hardware, library_versions
+from utils import UserError, write_json, write_text
 
 Measured = dict[str, float]
 Repeat = Callable[[int], Measured]  # does the work once; called with the number of the repeat
-Name = TypeVar("Name", bound=Hashable)
 MAX_PIXELS = PAPER.settings.max_image_pixels
 
 
-# ----------------------------------------------------------------------------------------------- measuring
 @contextmanager
 def measured() -> Iterator[Measured]:
     """Seconds of wall clock and of this process, and the bytes that it made the disk read, in the block."""
@@ -55,8 +57,6 @@ def measured() -> Iterator[Measured]:
 
 
 def timed(work: Callable[[int], object]) -> Repeat:
-    """`work`, measured."""
-
     def once(repeat: int) -> Measured:
         with measured() as result:
             work(repeat)
@@ -75,7 +75,7 @@ class Way:
 
     def __init__(self, make: Callable[..., Repeat], *arguments: Any, one_core: bool = True) -> None:
         context = multiprocessing.get_context("spawn")
-        self._process = ProcessPoolExecutor(1, context, _begin, (make, arguments, one_core))
+        self._process = ProcessPoolExecutor(1, context, _start, (make, arguments, one_core))
 
     def __call__(self, repeat: int) -> Measured:
         return self._process.submit(_once, repeat).result()
@@ -85,24 +85,23 @@ class Way:
         self._process.shutdown()
 
 
-_work: Repeat
+_work: list[Repeat] = []  # of the process of a way
 
 
-def _begin(make: Callable[..., Repeat], arguments: Sequence[Any], one_core: bool) -> None:
-    global _work
-    leave_with_parent()
+def _start(make: Callable[..., Repeat], arguments: Sequence[Any], one_core: bool) -> None:
+    exit_with_parent()
     if one_core:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    _work = make(*arguments)
+    _work.append(make(*arguments))
 
 
 def _once(repeat: int) -> Measured:
-    return _work(repeat)
+    return _work[0](repeat)
 
 
-def in_turn(ways: Mapping[Name, Repeat], repeats: int) -> dict[Name, list[Measured]]:
+def take_turns(ways: Mapping[Any, Repeat], repeats: int) -> dict[Any, list[Measured]]:
     """What each way measured, in each repeat; repeat 0, which warms all of them, is left out."""
-    results: dict[Name, list[Measured]] = {name: [] for name in ways}
+    results: dict[Any, list[Measured]] = {name: [] for name in ways}
     for repeat in tqdm(range(repeats + 1), desc="measuring", unit=" repeats", disable=None):
         for name, way in ways.items():
             results[name].append(way(repeat))
@@ -110,14 +109,20 @@ def in_turn(ways: Mapping[Name, Repeat], repeats: int) -> dict[Name, list[Measur
 
 
 def median(measurements: Sequence[Measured], quantity: str = "wall") -> float:
-    """Over the repeats."""
     return statistics.median(measurement[quantity] for measurement in measurements)
 
 
-def bytes_read() -> int:
-    """That the disk has read for this process so far: what the page cache held does not count."""
-    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+def peak_memory(make: Callable[..., Repeat], *arguments: object) -> Repeat:
+    """Bytes that the work once needs, in a new process, beyond what the process has by then."""
+    work = make(*arguments)
+
+    def once(repeat: int) -> Measured:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak so far becomes what is there now
+        before = peak_bytes()
+        work(repeat)
+        return {"peak": peak_bytes() - before}
+
+    return once
 
 
 def forget(path: Path) -> None:
@@ -127,23 +132,26 @@ def forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-# -------------------------------------------------------------------------------------------------- images
 def write_images(root: Path) -> None:
-    """12 images of 6 to 24 megapixels that cost what photographs cost: smooth at all scales, with a little noise."""
+    """12 photographs of 6 to 24 megapixels."""
     random = np.random.default_rng(0)
     for i in tqdm(range(12), desc="writing images", disable=None):
         short = 2000 + 2000 * i // 11
         width, height = (short, short * 3 // 2) if i % 3 == 2 else (short * 3 // 2, short)
-        pixels = np.full((height, width, 3), 128, np.float32)
-        for cells in (5, 20, 80, 320):
-            small = Image.fromarray(random.integers(0, 256, (cells, cells, 3), np.uint8))
-            pixels += (
-                np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)) - np.float32(128)
-            ) / cells**0.4
-        pixels += random.standard_normal(pixels.shape, np.float32) * 2
+        image = photograph(random, height, width)
         path = root / CLASSES[i % 2] / f"{i:02d}.{'png' if i % 4 == 3 else 'jpg'}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90, compress_level=1)
+        image.save(path, quality=90, compress_level=1)
+
+
+def photograph(random: np.random.Generator, height: int, width: int) -> Image.Image:
+    """An image that costs what a photograph costs: smooth at all scales, with a little noise."""
+    pixels = np.full((height, width, 3), 128, np.float32)
+    for cells in (5, 20, 80, 320):
+        small = Image.fromarray(random.integers(0, 256, (cells, cells, 3), np.uint8))
+        pixels += (np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)) - np.float32(128)) / cells**0.4
+    pixels += random.standard_normal(pixels.shape, np.float32) * 2
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def make_preset(data_root: Path, scratch: Path, **settings: Any) -> Preset:
@@ -155,9 +163,9 @@ def make_preset(data_root: Path, scratch: Path, **settings: Any) -> Preset:
 def cached_index(preset: Preset) -> Index:
     """The preset's data set with its pixel cache, both made now."""
     with quiet():
-        preprocess(preset, "pixels")
+        preprocess(preset, (PIXELS,))
         index = read_index(preset)
-        cache, _ = open_cache(preset, index.records)
+        cache, _ = open_cache(preset.settings, index.records)
     return replace(index, cache=cache)
 
 
@@ -169,12 +177,11 @@ def repeated(index: Index, length: int) -> list[int]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what the doors print, and without their progress bars."""
+    """Without what commands print, and without their progress bars."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield
 
 
-# -------------------------------------------------------------------------------------------------- report
 @dataclass(frozen=True)
 class Table:
     """A table of the report, and the measurements behind it; None is a cell that does not apply."""
@@ -219,9 +226,8 @@ def run(
         write: makes that folder, where none is given.
         options: the benchmark's own whole numbers, by name, with their defaults.
     """
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--data-root", type=Path, help="holds fake/ and real/; default: synthetic images")
     for name, default in (dict(repeats=repeats, num_crops=num_crops) | options).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
@@ -233,17 +239,19 @@ def run(
             if arguments.data_root is None:
                 arguments.data_root = Path(folder, "images")
                 write(arguments.data_root, arguments)
-            facts = _facts(arguments.data_root)
+            metadata = _metadata(arguments.data_root)
             tables = measure(arguments, Path(folder))
     except UserError as error:
         sys.exit(f"error: {error}")
-    hard = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts["hardware"].items())
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    size = f"{facts['images']:,} images, {facts['megapixels']:,.1f} megapixels, {facts['megabytes']:,.1f} MB"
+    hard, versions = (
+        ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in metadata[part].items())
+        for part in ("hardware", "versions")
+    )
+    size = "{images:,} images, {megapixels:,.1f} megapixels, {megabytes:,.1f} MB".format(**metadata)
     lines = (
-        f"`{facts['command']}`",
+        f"`{metadata['command']}`",
         f"{size}, {arguments.repeats} repeats",
-        f"commit {facts['commit']}",
+        f"commit {metadata['commit']}",
         hard,
         versions,
     )
@@ -252,10 +260,10 @@ def run(
     if arguments.markdown:
         write_text(arguments.markdown, text)
     if arguments.json:
-        write_json(arguments.json, facts | {"tables": [asdict(table) for table in tables]})
+        write_json(arguments.json, metadata | {"tables": [asdict(table) for table in tables]})
 
 
-def _facts(data_root: Path) -> dict[str, Any]:
+def _metadata(data_root: Path) -> dict[str, Any]:
     pixels, sizes = [], []
     for name, _ in list_images(data_root):
         try:
@@ -264,17 +272,14 @@ def _facts(data_root: Path) -> dict[str, Any]:
         except UnreadableImage:
             continue
         sizes.append((data_root / name).stat().st_size)
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    processor = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
     return {
         "command": shlex.join(["python", "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
         "commit": git_commit(),
-        "hardware": {**hardware(), "processor": _processor(), "load_before": round(os.getloadavg()[0], 2)},
+        "hardware": {**hardware(), "processor": processor, "load_before": round(os.getloadavg()[0], 2)},
         "versions": {"python": platform.python_version(), **library_versions()},
         "images": len(pixels),
         "megapixels": sum(pixels) / 1e6,
         "megabytes": sum(sizes) / 1e6,
     }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.epoch [--data-root DIR] [--repeats 3] [--num-crops 4] [--patch-size 64] [--batches 10]
                                      [--workers 1] [--json FILE] [--markdown FILE]
 
-The demo's glass_resnet, from random weights. Plain: a Dataset as straightforward code writes it, which gives normalised
-floats, in a DataLoader of as many processes. No loading: the same step on one batch that stays in memory, the least
+The demo's glass_resnet, from random weights. Plain: files as straightforward code reads them, to normalised floats, in
+a DataLoader of as many processes. No loading: the same step on one batch that stays in memory, the least
 that an epoch can take. Images are repeated until an epoch has its batches.
 """
 
@@ -12,48 +12,31 @@ import argparse
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, default_collate
 
 from config import DEMO, GlassExperiment, Preset
 from data.index import Index
 from data.loaders import build_loader
+from data.workers import loading_processes
 from models.build import build_model
-from tests.benchmarks.common import (
-    Measured,
-    Repeat,
-    Table,
-    Way,
-    cached_index,
-    in_turn,
-    make_preset,
-    measured,
-    median,
-    repeated,
-    run,
-)
+from tests.benchmarks import common
+from tests.benchmarks.common import Measured, Repeat, Table, Way, measured, median
 from tests.benchmarks.views import plain_process, plain_views
-from training.loop import build_trainer
-from training.runtime import Runtime
-from utils import find_experiment, loading_processes, seed_everything
+from training.runs import seed_everything
+from training.runtime import Runtime, build_runtime
+from training.trainer import build_trainer
+from utils import find_experiment
 
 
-class PlainDataset(Dataset):
-    """A file -> its views, normalised, and its label."""
-
-    def __init__(self, index: Index, rows: list[int], num_crops: int, patch_size: int) -> None:
-        self.files = [(index.root / index.records[row].path, index.records[row].label) for row in rows]
-        self.num_crops, self.patch_size = num_crops, patch_size
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, position: int) -> tuple[torch.Tensor | int, ...]:
-        path, label = self.files[position]
-        return *plain_views(path, self.num_crops, self.patch_size, torch.default_generator), label
+def plain_batch(num_crops: int, patch_size: int, files: list[tuple[Path, int]]) -> list[torch.Tensor]:
+    """Files and labels -> their views, normalised, and the labels."""
+    views = [plain_views(path, num_crops, patch_size, torch.default_generator) for path, _ in files]
+    return default_collate([(*of_file, label) for of_file, (_, label) in zip(views, files, strict=True)])
 
 
 class NormalisedViews(Runtime):
@@ -64,24 +47,25 @@ class NormalisedViews(Runtime):
 
 
 def epochs(way: str, preset: Preset, experiment: GlassExperiment, index: Index, rows: list[int]) -> Repeat:
-    """Epochs of training, as Trainer.train_epoch has them, with a clock around the waiting."""
+    """Epochs of training, as the training loop has them, with a clock around the waiting."""
     settings = preset.settings
     seed_everything(0)
-    trainer = build_trainer(build_model(experiment, settings), experiment, settings, epochs=1)
+    trainer = build_trainer(build_model(experiment, settings), experiment, settings, build_runtime(settings), epochs=1)
     trainer.model.train()
     loader: Iterable[Sequence[torch.Tensor]]
     if way == "plain":
         trainer.runtime = NormalisedViews(**vars(trainer.runtime))
         loader = DataLoader(
-            PlainDataset(index, rows, experiment.num_crops, settings.patch_size),
+            [(index.root / index.records[row].path, index.records[row].label) for row in rows],
             batch_size=experiment.batch_size,
             shuffle=True,
             num_workers=settings.num_workers,
             persistent_workers=settings.num_workers > 0,
             worker_init_fn=plain_process,
+            collate_fn=partial(plain_batch, experiment.num_crops, settings.patch_size),
         )
     else:
-        loader = build_loader(preset, experiment, index, rows, training_seed=0)
+        loader = build_loader(preset.settings, experiment, index, rows, training_seed=0)
     if way == "no loading":
         first = next(iter(loader))
         loader = [first] * len(loader)
@@ -104,25 +88,20 @@ def epochs(way: str, preset: Preset, experiment: GlassExperiment, index: Index, 
 
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> list[Table]:
-    """The one table."""
-    preset = make_preset(arguments.data_root, scratch, patch_size=arguments.patch_size, num_workers=arguments.workers)
+    preset = common.make_preset(
+        arguments.data_root, scratch, patch_size=arguments.patch_size, num_workers=arguments.workers
+    )
     experiment = replace(find_experiment(DEMO, "glass_resnet"), num_crops=arguments.num_crops)
-    index = cached_index(preset)
-    files, rows = replace(index, cache=None), repeated(index, arguments.batches * experiment.batch_size)
+    index = common.cached_index(preset)
+    files, rows = replace(index, cache=None), common.repeated(index, arguments.batches * experiment.batch_size)
     sources = {"plain": files, "from the files": files, "pixel cache": index, "no loading": index}
     ways = {way: Way(epochs, way, preset, experiment, of, rows, one_core=False) for way, of in sources.items()}
-    results = in_turn(ways, arguments.repeats)
-    table = [
-        (
-            way,
-            median(found),
-            median(found, "waiting"),
-            100 * median([{"share": one["waiting"] / one["wall"]} for one in found], "share"),
-            len(rows) / median(found),
-            median(results["plain"]) / median(found),
-        )
-        for way, found in results.items()
-    ]
+    results = common.take_turns(ways, arguments.repeats)
+    table = []
+    for way, found in results.items():
+        wall, share = median(found), median([{"share": one["waiting"] / one["wall"]} for one in found], "share")
+        speed = (len(rows) / wall, median(results["plain"]) / wall)
+        table.append((way, wall, median(found, "waiting"), 100 * share, *speed))
     title = (
         f"An epoch of {len(rows)} images, batches of {experiment.batch_size}, K = {arguments.num_crops}, "
         f"P = {arguments.patch_size}, loading processes: {arguments.workers}"
@@ -133,4 +112,4 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> list[Table]:
 
 if __name__ == "__main__":
     workers = loading_processes(cpu_computes=True)
-    run(__doc__, measure, repeats=3, num_crops=4, patch_size=64, batches=10, workers=workers)
+    common.run(__doc__, measure, repeats=3, num_crops=4, patch_size=64, batches=10, workers=workers)

@@ -18,50 +18,29 @@ import torch
 from config import PAPER, GlassExperiment, Preset
 from data.index import Index
 from data.loaders import build_loader
-from tests.benchmarks.common import (
-    Measured,
-    Repeat,
-    Table,
-    Way,
-    cached_index,
-    in_turn,
-    make_preset,
-    median,
-    repeated,
-    run,
-    timed,
-)
-from utils import available_cores, find_experiment, keep_freed_memory
+from data.workers import available_cores, keep_freed_memory
+from tests.benchmarks import common
+from tests.benchmarks.common import Measured, Repeat, Table, Way, median, timed
+from utils import find_experiment
 
 
-def through_loader(preset: Preset, experiment: GlassExperiment, index: Index, rows: list[int]) -> Repeat:
-    """Epochs of the loader; its process does nothing with the batches."""
+def loading(preset: Preset, experiment: GlassExperiment, index: Index, rows: list[int], direct: bool) -> Repeat:
+    """Epochs of the loader, whose batches are left alone; `direct`: the same batches, from the data set."""
     torch.set_num_threads(1)
-    loader = build_loader(preset, experiment, index, rows, training_seed=0)
+    if direct:
+        keep_freed_memory()
+    loader = build_loader(preset.settings, experiment, index, rows, training_seed=0)
 
     def epoch(number: int) -> None:
         loader.sampler.set_epoch(number)
-        for _ in loader:
-            pass
+        for batch in loader.batch_sampler if direct else loader:
+            if direct:
+                loader.dataset.__getitems__(batch)
 
     return timed(epoch)
 
 
-def direct(preset: Preset, experiment: GlassExperiment, index: Index, rows: list[int]) -> Repeat:
-    """The same batches, from the data set."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    loader = build_loader(preset, experiment, index, rows, training_seed=0)
-
-    def epoch(number: int) -> None:
-        loader.sampler.set_epoch(number)
-        for batch in loader.batch_sampler:
-            loader.dataset.__getitems__(batch)
-
-    return timed(epoch)
-
-
-MEMORY = ("shared", "new", "kept")
+MEMORY, STEPS = ("shared", "new", "kept"), ("make", "fill", "let go")
 
 
 def new_memory(kind: str, size: int) -> Repeat:
@@ -71,49 +50,43 @@ def new_memory(kind: str, size: int) -> Repeat:
 
     def once(_: int) -> Measured:
         clock = [time.perf_counter()]
+        memory = kept if kind == "kept" else torch.empty(size, dtype=torch.uint8)
         if kind == "shared":
-            memory = source.new(source._typed_storage()._new_shared(size, device=source.device))
-        else:
-            memory = kept if kind == "kept" else torch.empty(size, dtype=torch.uint8)
+            memory.share_memory_()
         clock.append(time.perf_counter())
         memory.copy_(source)
         clock.append(time.perf_counter())
         del memory
         clock.append(time.perf_counter())
-        return dict(zip(("make", "fill", "let go"), np.diff(clock).tolist(), strict=True))
+        return dict(zip(STEPS, np.diff(clock).tolist(), strict=True))
 
     return once
 
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> list[Table]:
-    """The one table."""
-    preset = make_preset(arguments.data_root, scratch)
-    experiment = replace(
-        find_experiment(preset, "glass_resnet"), batch_size=arguments.batch_size, num_crops=arguments.num_crops
-    )
-    index = cached_index(preset)
-    rows = repeated(index, arguments.batches * arguments.batch_size)
+    preset = common.make_preset(arguments.data_root, scratch)
+    sizes = dict(batch_size=arguments.batch_size, num_crops=arguments.num_crops)
+    experiment = replace(find_experiment(preset, "glass_resnet"), **sizes)
+    index = common.cached_index(preset)
+    rows = common.repeated(index, arguments.batches * arguments.batch_size)
     ways = {}
     for source, of in (("files", replace(index, cache=None)), ("pixel cache", index)):
-        ways[source, "direct"] = Way(direct, preset, experiment, of, rows)
+        ways[source, "direct"] = Way(loading, preset, experiment, of, rows, True)
         for workers in sorted({0, 1, 2, min(available_cores(), 16)}):
             chosen = replace(preset, settings=replace(preset.settings, num_workers=workers))
-            ways[source, str(workers)] = Way(through_loader, chosen, experiment, of, rows, one_core=False)
-    results = in_turn(ways, arguments.repeats)
+            ways[source, str(workers)] = Way(loading, chosen, experiment, of, rows, False, one_core=False)
+    results = common.take_turns(ways, arguments.repeats)
     rates = {way: len(rows) / median(found) for way, found in results.items()}
     table = [(*way, rate, rate / rates[way[0], "direct"]) for way, rate in rates.items()]
     title = f"{arguments.batches} batches of {arguments.batch_size} images, K = {arguments.num_crops}"
     columns = ("from", "processes", "images/s", "x direct")
-    note = (
-        "Whole epochs, the wait for the first batch included. Direct batches reuse memory; a loader's need new memory."
-    )
+    note = "Whole epochs, with the wait for the first batch. Direct batches reuse memory; a loader's need new memory."
     megabytes = 3 * PAPER.settings.patch_size**2 * (arguments.num_crops + 1) * arguments.batch_size / 1e6
-    new = in_turn({kind: Way(new_memory, kind, int(1e6 * megabytes)) for kind in MEMORY}, arguments.repeats)
-    steps = ("make", "fill", "let go")
+    new = common.take_turns({kind: Way(new_memory, kind, int(1e6 * megabytes)) for kind in MEMORY}, arguments.repeats)
     memory = Table(
         f"Memory for one such batch, {megabytes:.1f} MB: milliseconds",
-        ("memory", *steps),
-        [(kind, *(1000 * median(new[kind], step) for step in steps)) for kind in MEMORY],
+        ("memory", *STEPS),
+        [(kind, *(1000 * median(new[kind], step) for step in STEPS)) for kind in MEMORY],
         "Shared: what a loading process hands over. New: what a process that loads by itself gets. Kept: used before.",
         new,
     )
@@ -121,4 +94,4 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> list[Table]:
 
 
 if __name__ == "__main__":
-    run(__doc__, measure, repeats=3, batch_size=32, batches=10)
+    common.run(__doc__, measure, repeats=3, batch_size=32, batches=10)

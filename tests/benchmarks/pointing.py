@@ -6,7 +6,7 @@
 Each image is one scene of the demo's generator, rendered with the sensor's noise in one half and with the decoder's
 traces in the other (left, right, top and bottom in turn), then saved as the demo's files are; the seed is another than
 the demo's, so that no model has seen the scenes. Pointing accuracy is the share of images whose map is largest in the
-generated half; by chance it were 0.5. --save keeps images and maps to look at.
+generated half; 0.5 by chance. --save keeps images and maps to look at.
 """
 
 import argparse
@@ -21,15 +21,15 @@ from tqdm import tqdm
 
 from data.demo_dataset import CLASSES, SCENES, draw_scene, encode, render
 from data.pictures import Picture, read_pictures
-from model_training.detector import Detector, load_detector
-from model_training.effect_map import effect_map, spread
-from model_training.evidence_pictures import draw_map
+from model_training.inference.detector import Detector, load_detector
+from model_training.inference.effect_map import effect_map, spread
+from model_training.inference.evidence_pictures import draw_map
 
 SIDES = ("left", "right", "top", "bottom")
 
 
 def side_of(index: int) -> int:
-    """Which side is generated: each with each of the four kinds of scene in turn."""
+    """Which side is generated: each in turn, for each of the four kinds of scene."""
     return index // len(SCENES) % len(SIDES)
 
 
@@ -51,35 +51,31 @@ def points_there(pixels: np.ndarray, generated: np.ndarray) -> bool:
 
 
 def auc(pixels: np.ndarray, generated: np.ndarray) -> float:
-    """How well a map tells the pixels of the halves apart; every eighth pixel of every eighth row."""
+    """How well a map separates the pixels of the halves; every eighth pixel of every eighth row."""
     return float(roc_auc_score(generated[::8, ::8].ravel(), pixels[::8, ::8].ravel()))
 
 
 def pointing(detector: Detector, image: Image.Image, generated: np.ndarray, save: Path | None) -> dict[str, float]:
-    """What one image says, each a number from 0 to 1."""
     (picture,) = read_pictures([image], detector.settings.max_image_pixels)
     assert isinstance(picture, Picture)
     found = effect_map(detector, picture)
-    attention, alone = (spread(values, found.boxes, *generated.shape) for values in (found.attention, found.alone))
-    positive = found.pixels.clip(min=0)
+    maps = {"effect": found.pixels}
+    for name, values in (("attention", found.scores.attention[0]), ("tile alone", found.scores.alone[0])):
+        maps[name] = spread(values, found.boxes, *generated.shape)
+    positive, alone = found.pixels.clip(min=0), maps["tile alone"] > 0
     if save:
         draw_map(picture, found).save(save)
     return {
-        "effect: pointing accuracy": points_there(found.pixels, generated),
-        "attention: pointing accuracy": points_there(attention, generated),
-        "tile alone: pointing accuracy": points_there(alone, generated),
-        "effect: AUC of pixels": auc(found.pixels, generated),
-        "attention: AUC of pixels": auc(attention, generated),
-        "tile alone: AUC of pixels": auc(alone, generated),
-        "effect: share of what is positive that is in the generated half": positive[generated].sum() / positive.sum(),
-        "effect: the least is in the real half": points_there(-found.pixels, ~generated),
-        "tile alone: share of the generated half that is positive": (alone[generated] > 0).mean(),
-        "tile alone: share of the real half that is positive": (alone[~generated] > 0).mean(),
+        **{f"{name}: pointing accuracy": points_there(pixels, generated) for name, pixels in maps.items()},
+        **{f"{name}: AUC of pixels": auc(pixels, generated) for name, pixels in maps.items()},
+        "effect: share of the positive part in the generated half": positive[generated].sum() / positive.sum(),
+        "effect: its minimum is in the real half": points_there(-found.pixels, ~generated),
+        "tile alone: share of the generated half that is positive": alone[generated].mean(),
+        "tile alone: share of the real half that is positive": alone[~generated].mean(),
     }
 
 
-def main() -> None:
-    """Measure and print."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--images", type=int, default=50)
@@ -97,7 +93,3 @@ def main() -> None:
     print(f"{arguments.weights}, {arguments.images} images, seed {arguments.seed}")
     for name in results[0]:
         print(f"{name}: {np.mean([result[name] for result in results]):.2f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,14 +3,15 @@
     python -m tests.benchmarks.preprocess [--data-root DIR] [--repeats 5] [--json FILE] [--markdown FILE]
 
 Plain: one pass decodes every file to see whether it can be read, a second one sums its values in float64; one
-process. Ours: data.checks.check_images in a process that has yet to start its workers; the rows of one small file show
-what that takes alone; with --cache, until the disk has the pixel cache. The last rows say what the machine allows:
-writing as many bytes, and decoding in processes that are running already and share nothing.
+process. Ours: data.preparation.checks.check_images in a process that has yet to start its workers; the rows of one
+small file show what that takes alone; with --cache, until the disk has the pixel cache. The last rows say what the
+machine allows: writing as many bytes, and decoding in processes that are running already and share nothing.
 
 Before it measures, it checks that both give the same mean and standard deviation.
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -24,28 +25,16 @@ import numpy as np
 from PIL import Image
 
 from config import Preset
-from data.cache_builder import one_builder, plan_cache
-from data.checks import File, check_images
-from data.data_preprocess import KINDS
+from data.cache.builder import building
+from data.cache.pixel_cache import PIXELS, VIEWS
 from data.images import UnreadableImage, read_image
 from data.index import list_images
-from data.pixel_cache import VIEWS, CheckedImage, bytes_of_image
-from data.report import moments
-from tests.benchmarks.common import (
-    MAX_PIXELS,
-    Measured,
-    Repeat,
-    Table,
-    Way,
-    in_turn,
-    make_preset,
-    measured,
-    median,
-    quiet,
-    run,
-    timed,
-)
-from utils import available_cores, keep_freed_memory
+from data.preparation.checks import File, check_images
+from data.preparation.report import moments
+from data.records import CheckedImage
+from data.workers import available_cores, keep_freed_memory
+from tests.benchmarks import common
+from tests.benchmarks.common import MAX_PIXELS, Measured, Repeat, Table, Way, measured, median, timed
 
 
 def plain_statistics(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
@@ -75,43 +64,30 @@ def plain(paths: list[Path]) -> Repeat:
     return timed(lambda _: plain_statistics(paths))
 
 
-def check(preset: Preset, files: Sequence[File]) -> list[CheckedImage]:
-    """Ours, without a cache."""
-    return check_images(preset, files, {})
+def check(preset: Preset, files: Sequence[File], cache: bool = False) -> list[CheckedImage]:
+    """Ours; `cache`: which also writes the pixel cache."""
+    with building(preset.settings, (PIXELS, VIEWS), files) if cache else contextlib.nullcontext() as builder:
+        return check_images(preset.settings, files, builder)
 
 
-def check_and_cache(preset: Preset, files: Sequence[File]) -> None:
-    """Ours, which also writes both packs of the pixel cache."""
-    with one_builder(preset):
-        packs = plan_cache(preset, KINDS["pixels"], files)
-        for pack in packs.values():
-            pack.begin()
-        check_images(preset, files, packs)
-        for pack in packs.values():
-            pack.seal()
+def quietly(work: Callable[..., object], *arguments: object) -> Repeat:
+    def once(_: int) -> None:
+        with common.quiet():
+            work(*arguments)
+
+    return timed(once)
 
 
-def ours(preset: Preset, files: Sequence[File], work: Callable[[Preset, Sequence[File]], object]) -> Repeat:
-    """`check` or `check_and_cache`, as a command does it: in a new process, which starts its workers, with no cache."""
+def ours(preset: Preset, files: Sequence[File], cache: bool) -> Repeat:
+    """`check` as a command does it: in a new process, which starts its workers, with no cache yet."""
 
     def once(repeat: int) -> Measured:
-        command = Way(quietly, work, preset, files, one_core=False)
-        result = command(repeat)
-        command.close()
+        with contextlib.closing(Way(quietly, check, preset, files, cache, one_core=False)) as command:
+            result = command(repeat)
         shutil.rmtree(preset.settings.cache_root, ignore_errors=True)
         return result
 
     return once
-
-
-def quietly(work: Callable[..., object], *arguments: object) -> Repeat:
-    """`work`, without what it prints."""
-
-    def once(_: int) -> None:
-        with quiet():
-            work(*arguments)
-
-    return timed(once)
 
 
 def decoding(paths: list[Path], processes: int) -> Repeat:
@@ -136,16 +112,13 @@ def writing(path: Path, size: int) -> Repeat:
 
 
 def _decode(path: Path) -> None:
-    try:
+    with contextlib.suppress(UnreadableImage):
         read_image(path, MAX_PIXELS)
-    except UnreadableImage:
-        return
 
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> list[Table]:
-    """The one table."""
     root, files = arguments.data_root, list_images(arguments.data_root)
-    paths, preset = [root / name for name, _ in files], partial(make_preset, root, scratch)
+    paths, preset = [root / name for name, _ in files], partial(common.make_preset, root, scratch)
     images = check(preset(num_workers=0), files)
     readable = [image for image in images if not image.record.problem]
     statistics = moments([image.record for image in readable], [image.sums for image in readable])
@@ -155,14 +128,14 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> list[Table]:
     ways: dict[tuple[str, int], Repeat] = {alone: Way(plain, paths)}
     counts = sorted({1, 2, min(available_cores(), 16)})
     smallest = min(readable, key=lambda image: image.record.width * image.record.height).record
-    for name, work in (("ours", check), ("ours, with --cache", check_and_cache)):
-        ways |= {(name, n): ours(preset(num_workers=n), files, work) for n in (0, *counts)}
+    for name, cache in (("ours", False), ("ours, with --cache", True)):
+        ways |= {(name, n): ours(preset(num_workers=n), files, cache) for n in (0, *counts)}
         one_file = [(smallest.path, smallest.label)]
-        ways[f"{name}, one small file", 1] = ours(preset(num_workers=1), one_file, work)
-    cache_bytes = 3 * statistics["pixels"] + len(readable) * bytes_of_image(VIEWS, 0, 0, preset().settings.patch_size)
+        ways[f"{name}, one small file", 1] = ours(preset(num_workers=1), one_file, cache)
+    cache_bytes = 3 * statistics["pixels"] + len(readable) * 2 * 3 * preset().settings.patch_size ** 2
     ways["writing the cache's bytes", 1] = writing(scratch / "bytes", cache_bytes)
     ways |= {("decoding alone", n): decoding(paths, n) for n in counts}
-    results = in_turn(ways, arguments.repeats)
+    results = common.take_turns(ways, arguments.repeats)
     wall = {way: median(found) for way, found in results.items()}
     rows = []
     for (way, processes), seconds in wall.items():
@@ -177,4 +150,4 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> list[Table]:
 
 
 if __name__ == "__main__":
-    run(__doc__, measure)
+    common.run(__doc__, measure)

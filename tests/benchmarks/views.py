@@ -4,14 +4,13 @@
 
 Every way runs in a process of its own, on the same core. Warm: the page cache holds the pixel cache. Cold: it is
 dropped from there before each repeat. The cold numbers mean something only where the scratch folder (TMPDIR) is on a
-disk; they are from a copy of the cache, since pages that a warm process has mapped cannot be dropped.
+disk; they are from a copy of the cache, so that the warm ones stay warm.
 
 Before it measures, it checks that views from the pixel cache are those from the files, bit by bit.
 """
 
 import argparse
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,34 +20,20 @@ from PIL import Image
 from torchvision.transforms import functional as F
 
 from config import PAPER
+from data.cache.pixel_cache import mapped_files
 from data.crops import crop_generator, sample_crop_boxes
 from data.datasets import ImageDataset
 from data.images import read_image
 from data.index import Index
-from data.pixel_cache import Pack, PixelCache
-from tests.benchmarks.common import (
-    MAX_PIXELS,
-    Measured,
-    Repeat,
-    Table,
-    Way,
-    cached_index,
-    forget,
-    in_turn,
-    make_preset,
-    measured,
-    median,
-    repeated,
-    run,
-    timed,
-)
-from utils import keep_freed_memory
+from data.views import ViewSettings
+from data.workers import keep_freed_memory
+from tests.benchmarks import common
+from tests.benchmarks.common import MAX_PIXELS, Measured, Repeat, Table, Way, measured, median, timed
 
 P = PAPER.settings.patch_size
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-# ---------------------------------------------------------------------------------- what straightforward code does
 def plain_process(_: int = 0) -> None:
     """Pillow as it is by default, and one thread."""
     Image.core.set_use_block_allocator(0)  # data.images sets it to 1
@@ -70,15 +55,12 @@ def plain_views(path: Path, num_crops: int | None, P: int, generator: torch.Gene
     return F.normalize(resized, MEAN, STD), F.normalize(torch.stack(crops), MEAN, STD)
 
 
-# ----------------------------------------------------------------------------------- the ways, each in its process
 def plain(index: Index, rows: list[int], num_crops: int | None) -> Repeat:
-    """As `plain_views`."""
     plain_process()
-    names = [index.records[row].path for row in rows]
 
     def load(epoch: int) -> None:
-        for name in names:
-            plain_views(index.root / name, num_crops, P, crop_generator(0, name, epoch))
+        for record in (index.records[row] for row in rows):
+            plain_views(index.root / record.path, num_crops, P, crop_generator(0, record.key, epoch))
 
     return timed(load)
 
@@ -90,7 +72,6 @@ def worker_process() -> None:
 
 
 def decode(index: Index, rows: list[int]) -> Repeat:
-    """The decoder alone."""
     worker_process()
 
     def load(_: int) -> None:
@@ -101,8 +82,7 @@ def decode(index: Index, rows: list[int]) -> Repeat:
 
 
 def dataset(index: Index, rows: list[int], num_crops: int | None, exact_resize: bool = False) -> ImageDataset:
-    """Ours."""
-    return ImageDataset(index, rows, P, num_crops, 0, MAX_PIXELS, exact_resize)
+    return ImageDataset(index, rows, ViewSettings(P, num_crops or 0, exact_resize=exact_resize), MAX_PIXELS)
 
 
 def ours(index: Index, rows: list[int], num_crops: int | None, normalise: bool = False) -> Repeat:
@@ -126,13 +106,15 @@ def ours(index: Index, rows: list[int], num_crops: int | None, normalise: bool =
 
 
 def cold(index: Index, rows: list[int], num_crops: int) -> Repeat:
-    """The data set from a pixel cache that only the disk has, mapped anew; `used` bytes are those of the views."""
+    """The data set from a pixel cache that only the disk has; `used` bytes are those of the views."""
     worker_process()
+    data = dataset(index, rows, num_crops)
 
     def once(epoch: int) -> Measured:
-        data = dataset(over_packs(index, lambda path: path), rows, num_crops)
-        for pack in (index.cache.pixels, index.cache.views):
-            forget(pack.path)
+        mapped_files.cache_clear()
+        for kind in index.cache.folders:
+            for record in data.records:
+                common.forget(index.cache.path(kind, record))
         with measured() as result:
             for position in range(len(data)):
                 data[position, epoch]
@@ -145,41 +127,15 @@ def used_bytes(data: ImageDataset, epoch: int) -> Measured:
     """Of all crops and global views; and with what several crops of an image share counted once."""
     views = 3 * P * P * len(data)
     used, distinct = views, views
-    for name, height, width in zip(data.names, data.heights, data.widths, strict=True):
-        seen = np.zeros((height, width), bool)
-        for top, left, h, w in sample_crop_boxes(height, width, data.num_crops, P, crop_generator(0, name, epoch)):
+    for record in data.records:
+        seen = np.zeros((record.height, record.width), bool)
+        for top, left, h, w in data.views.boxes(seen.shape, record.key, epoch):
             used += 3 * int(h * w)
             seen[top : top + h, left : left + w] = True
         distinct += 3 * int(np.count_nonzero(seen))
     return {"used": used, "distinct": distinct}
 
 
-def over_packs(index: Index, path: Callable[[Path], Path]) -> Index:
-    """The index with its cache's packs opened anew, at other paths."""
-    packs = (Pack(path(pack.path), pack.offsets) for pack in (index.cache.pixels, index.cache.views))
-    return replace(index, cache=PixelCache(*packs))
-
-
-def peak_memory(make: Callable[..., Repeat], *arguments: object) -> Repeat:
-    """Bytes that the work once needs, in a new process, beyond what the process has by then."""
-    work = make(*arguments)
-
-    def once(repeat: int) -> Measured:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak so far becomes what is there now
-        before = _peak()
-        work(repeat)
-        return {"peak": _peak() - before}
-
-    return once
-
-
-def _peak() -> int:
-    # Not ru_maxrss: a new process begins with the peak of the one that started it.
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
-# ------------------------------------------------------------------------------------------------------ the report
 def check_views(index: Index, rows: list[int], num_crops: int) -> None:
     """The cache's views are the files', and the global view is within a grey level of the exact one."""
     files = replace(index, cache=None)
@@ -193,69 +149,54 @@ def check_views(index: Index, rows: list[int], num_crops: int) -> None:
 
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> list[Table]:
-    """All three tables."""
-    K, index = arguments.num_crops, cached_index(make_preset(arguments.data_root, scratch))
-    rows, files = repeated(index, sum(not record.problem for record in index.records)), replace(index, cache=None)
+    K, index = arguments.num_crops, common.cached_index(common.make_preset(arguments.data_root, scratch))
+    rows, files = index.readable(range(len(index.records))), replace(index, cache=None)
     check_views(index, rows, K)
-    disk = over_packs(index, lambda path: Path(shutil.copy(path, scratch)))
-    # name: (make, its arguments, the plain way it replaces)
-    ways = {
-        "GLASS, plain": (plain, (files, rows, K), "GLASS, plain"),
-        "decoding alone": (decode, (files, rows), None),
-        "GLASS, from the files": (ours, (files, rows, K), "GLASS, plain"),
-        "GLASS, pixel cache, warm": (ours, (index, rows, K), "GLASS, plain"),
-        "... and normalised on the CPU": (ours, (index, rows, K, True), "GLASS, plain"),
-        "GLASS, pixel cache, cold": (cold, (disk, rows, K), "GLASS, plain"),
-        "standard, plain": (plain, (files, rows, None), "standard, plain"),
-        "standard, from the files": (ours, (files, rows, None), "standard, plain"),
-        "standard, pixel cache, warm": (ours, (index, rows, None), "standard, plain"),
+    folders = {kind: Path(shutil.copytree(folder, scratch / kind)) for kind, folder in index.cache.folders.items()}
+    disk = replace(index, cache=replace(index.cache, folders=folders))
+    ways = {  # the plain way first, then what is compared with it
+        "GLASS, plain": (plain, (files, rows, K)),
+        "decoding alone": (decode, (files, rows)),
+        "GLASS, from the files": (ours, (files, rows, K)),
+        "GLASS, pixel cache, warm": (ours, (index, rows, K)),
+        "... and normalised on the CPU": (ours, (index, rows, K, True)),
+        "GLASS, pixel cache, cold": (cold, (disk, rows, K)),
+        "standard, plain": (plain, (files, rows, None)),
+        "standard, from the files": (ours, (files, rows, None)),
+        "standard, pixel cache, warm": (ours, (index, rows, None)),
     }
-    results = in_turn({name: Way(make, *given) for name, (make, given, _) in ways.items()}, arguments.repeats)
+    results = common.take_turns({name: Way(make, *given) for name, (make, given) in ways.items()}, arguments.repeats)
     wall = {name: median(found) for name, found in results.items()}
+    table = []
+    for name in ways:
+        plain_wall = (
+            None if name == "decoding alone" else wall["standard, plain" if "standard" in name else "GLASS, plain"]
+        )
+        milliseconds = (1000 * median(results[name], quantity) / len(rows) for quantity in ("wall", "processor"))
+        faster = plain_wall and plain_wall / wall[name]
+        table.append((name, *milliseconds, len(rows) / wall[name], faster, wall[name] / wall["decoding alone"]))
     times = Table(
         f"Loading an image on one core, K = {K}, P = {P}",
         ("way", "ms an image", "processor ms", "images/s", "x plain", "time / decoding"),
-        [
-            (
-                name,
-                1000 * wall[name] / len(rows),
-                1000 * median(results[name], "processor") / len(rows),
-                len(rows) / wall[name],
-                wall[reference] / wall[name] if reference else None,
-                wall[name] / wall["decoding alone"],
-            )
-            for name, (*_, reference) in ways.items()
-        ],
+        table,
         "x plain: times as fast as the plain way of the same model. Ratios are of wall-clock medians. From the warm "
         "cache a repeat is 20 passes, each of another epoch.",
         results,
     )
-
-    read, used, distinct = (
-        median(results["GLASS, pixel cache, cold"], quantity) for quantity in ("read", "used", "distinct")
-    )
+    cold_pass = "GLASS, pixel cache, cold"
+    read, used, once = (median(results[cold_pass], quantity) / 1e6 for quantity in ("read", "used", "distinct"))
     reading = Table(
         "What the disk reads for a cold pass over all images",
         ("way", "s", "MB read", "MB used", "read / used", "MB used once", "read / used once"),
-        [
-            (
-                "GLASS",
-                wall["GLASS, pixel cache, cold"],
-                read / 1e6,
-                used / 1e6,
-                read / used,
-                distinct / 1e6,
-                read / distinct,
-            )
-        ],
+        [("GLASS", wall[cold_pass], read, used, read / used, once, read / once)],
         "Used once: bytes that several crops of an image share are counted once.",
     )
 
     largest = max(rows, key=lambda row: index.records[row].width * index.records[row].height)
     record = index.records[largest]
     memory = {
-        name: Way(peak_memory, make, given[0], [largest], *given[2:])(0)["peak"]
-        for name, (make, given, _) in ways.items()
+        name: Way(common.peak_memory, make, given[0], [largest], *given[2:])(0)["peak"]
+        for name, (make, given) in ways.items()
         if make is not cold
     }
     peaks = Table(
@@ -269,4 +210,4 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> list[Table]:
 
 
 if __name__ == "__main__":
-    run(__doc__, measure)
+    common.run(__doc__, measure)

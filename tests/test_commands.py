@@ -1,4 +1,4 @@
-"""All eighteen doors, the tables and the reproduction, run as a user runs them, at toy size."""
+"""All eighteen experiments, the tables and the reproduction, run as a user runs them, at toy size."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -12,48 +12,30 @@ from utils import read_csv
 
 BACKBONES = ("vit", "convnext", "resnet")
 NAMES = [f"{family}_{backbone}" for family in ("standard", "glass") for backbone in BACKBONES]
-TUNING = [
-    *("--epochs", "2", "--glass-trials", "2", "--standard-trials", "2"),
-    *("--min-resource", "1", "--max-resource", "2"),
-]
-DOORS = {
-    **{f"hyperparameter_tuning.{name}_tuning": TUNING for name in NAMES},
+TUNING = "--epochs 2 --glass-trials 2 --standard-trials 2 --min-resource 1 --max-resource 2"
+SWEEP = "--quick --crop-counts 1 2 4 --measured-steps 2 --batch-size 8"
+COMMANDS = {
+    **{f"hyperparameter_tuning.{name}_tuning": TUNING.split() for name in NAMES},
     **{f"model_training.{name}_training": ["--epochs", "2", "--seeds", "1", "2"] for name in NAMES},
-    **{
-        f"num_crops.num_crops_{backbone}": [
-            *("--quick", "--crop-counts", "1", "2", "4", "--measured-steps", "2", "--batch-size", "8")
-        ]
-        for backbone in BACKBONES
-    },
+    **{f"num_crops.num_crops_{backbone}": SWEEP.split() for backbone in BACKBONES},
     **{f"standard_memory.standard_memory_{backbone}": ["--epochs", "1", "--no-quick"] for backbone in BACKBONES},
 }
 
 
 @pytest.fixture(scope="module")
 def results(indexed: Path, toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A results root after all eighteen doors and the tables."""
-    root = copy_index(indexed, tmp_path_factory.mktemp("doors"))
+    """A results root after all eighteen commands and the tables."""
+    root = copy_index(indexed, tmp_path_factory.mktemp("commands"))
     places = ("--data-root", toy_data, "--results-root", root)
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda door: succeed(door, *TOY_FLAGS, *places, *DOORS[door]), DOORS))
-    succeed(
-        "model_training.results_tables",
-        *TOY_FLAGS,
-        *places,
-        "--seeds",
-        "1",
-        "2",
-        *TUNING[2:],
-        "--crop-counts",
-        "1",
-        "2",
-        "4",
-    )
+        list(pool.map(lambda command: succeed(command, *TOY_FLAGS, *places, *COMMANDS[command]), COMMANDS))
+    asked = (*TUNING.split()[2:], "--seeds", "1", "2", "--crop-counts", "1", "2", "4")
+    succeed("model_training.results_tables", "--preset", "demo", "--results-root", root, *asked)
     return root / "demo"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_door_leaves_its_results(name: str, results: Path) -> None:
+def test_each_command_leaves_its_results(name: str, results: Path) -> None:
     family, _ = name.split("_")
     for seed in (1, 2):
         folder = results / name / f"seed_{seed}"
@@ -83,7 +65,7 @@ def test_every_table_is_complete(results: Path) -> None:
     assert {png.stem for png in tables.glob("training_curves_*.png")} == {f"training_curves_{name}" for name in NAMES}
 
 
-def test_a_door_opened_again_does_nothing_twice(results: Path, toy_data: Path) -> None:
+def test_a_command_run_again_does_nothing_twice(results: Path, toy_data: Path) -> None:
     before = {
         path: path.read_bytes() for path in results.rglob("*") if path.suffix in (".csv", ".safetensors", ".json")
     }
@@ -95,15 +77,15 @@ def test_a_door_opened_again_does_nothing_twice(results: Path, toy_data: Path) -
     ]
     for path in left_over:
         path.write_bytes(b"")
-    for door in list(DOORS)[5:18:6] + list(DOORS)[12::3]:
-        succeed(door, *TOY_FLAGS, "--data-root", toy_data, "--results-root", results.parent, *DOORS[door])
+    for command in list(COMMANDS)[5:18:6] + list(COMMANDS)[12::3]:
+        succeed(command, *TOY_FLAGS, "--data-root", toy_data, "--results-root", results.parent, *COMMANDS[command])
     after = {path: path.read_bytes() for path in before}
     changed = [path.name for path in before if before[path] != after[path]]
     assert set(changed) <= {"run.json"}  # which tells of the latest command
     assert not any(path.exists() for path in left_over)
 
 
-def test_the_reproduction_runs_its_doors_then_the_tables_and_says_why(toy_data: Path, tmp_path: Path) -> None:
+def test_the_reproduction_runs_its_commands_then_the_tables_and_says_why(toy_data: Path, tmp_path: Path) -> None:
     arguments = [*TOY_FLAGS, "--data-root", toy_data, "--results-root", tmp_path, "--epochs", "1", "--seeds", "3"]
     printed = succeed("model_training.reproduce", *arguments)
     order = [printed.index(f"-m model_training.{name}_training") for name in ("standard_resnet", "glass_resnet")]
@@ -112,10 +94,10 @@ def test_the_reproduction_runs_its_doors_then_the_tables_and_says_why(toy_data: 
     assert (tmp_path / "demo" / "glass_resnet" / "seed_3" / "metrics.json").exists()
 
 
-def test_the_reproduction_names_the_doors_that_failed(toy_data: Path, tmp_path: Path) -> None:
+def test_the_reproduction_names_the_commands_that_failed(toy_data: Path, tmp_path: Path) -> None:
     arguments = [*TOY_FLAGS, "--data-root", toy_data, "--results-root", tmp_path, "--epochs", "1"]
     arguments += ["--final-valid-fraction", "0.05"]  # 33 images to train: four batches and one image
     done = run_module("model_training.reproduce", *arguments)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.count("batch normalisation needs more than one image") == 2
-    assert "2 of 2 doors failed" in done.stderr and "glass_resnet_training" in done.stderr
+    assert done.stderr.count("does not take here") == 2
+    assert "2 of 2 commands failed" in done.stderr and "glass_resnet_training" in done.stderr

@@ -1,0 +1,82 @@
+"""A checkpoint that is damaged, of another model or made to harm is refused in one sentence."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import Bomb, MakePreset, toy_job
+from training.checkpoints import Checkpoint
+from training.loop import fit
+from training.trainer import Trainer
+from utils import UserError
+
+
+def edited(change: Callable[[dict], object]) -> Callable[[Path], object]:
+    def edit(path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        change(state)
+        torch.save(state, path)
+
+    return edit
+
+
+DAMAGES = {
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 100),
+    "another end": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
+    "a tensor": lambda path: torch.save(torch.zeros(3), path),
+    "no progress": edited(lambda state: state.update(progress={})),
+    "another optimizer": edited(lambda state: state.update(optimizer=5)),
+    "another shape": edited(
+        lambda state: next(iter(state["optimizer"]["state"].values())).update(exp_avg=torch.zeros(2))
+    ),
+    "a word for a number": edited(lambda state: state["scheduler"].update(last_epoch="x")),
+    "another learning rate": edited(lambda state: state["optimizer"]["param_groups"][0].update(lr=0.7)),
+    "epochs that were not": edited(lambda state: state["progress"].update(history=state["progress"]["history"] * 40)),
+}
+
+
+@pytest.fixture(scope="module")
+def saved_state(toy_preset: MakePreset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Path]:
+    """A training, and its checkpoint after an epoch."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "standard_resnet" / "seed_1"
+    job = toy_job(toy_preset(), "standard_resnet", 1, backbone="timm:test_convnext")
+    fit(job, Checkpoint(folder / "checkpoint.pt"))
+    return job.trainer, folder / "checkpoint.pt"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named(damage: str, saved_state: tuple[Trainer, Path], tmp_path: Path) -> None:
+    trainer, sound = saved_state
+    path = shutil.copytree(sound.parents[1], tmp_path / "standard_resnet") / "seed_1" / "checkpoint.pt"
+    assert len(Checkpoint(path).history()) == Checkpoint(path).load(trainer).epoch == 1
+    DAMAGES[damage](path)
+    for read in (lambda checkpoint: checkpoint.load(trainer), Checkpoint.history):
+        with pytest.raises(UserError, match=r"cannot resume from .*checkpoint\.pt \(it is damaged"):
+            read(Checkpoint(path))
+
+
+def test_a_checkpoint_of_another_model_is_refused(saved_state: tuple[Trainer, Path]) -> None:
+    trainer, sound = saved_state
+    with pytest.raises(UserError, match=r"cannot resume from .*state_dict"):
+        Checkpoint(sound).load(replace(trainer, model=nn.Linear(2, 2)))
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(
+    saved_state: tuple[Trainer, Path], tmp_path: Path
+) -> None:
+    path, target = tmp_path / "standard_resnet" / "seed_1" / "checkpoint.pt", tmp_path / "the code ran"
+    path.parent.mkdir(parents=True)
+    torch.save({"model": Bomb(target)}, path)
+    path.write_bytes(path.read_bytes() + hashlib.sha256(path.read_bytes()).digest())  # the right end of the wrong thing
+    with pytest.raises(UserError, match=r"cannot resume from .* \(it holds something else than tensors"):
+        Checkpoint(path).load(saved_state[0])
+    assert not target.exists()
+    torch.load(path, weights_only=False)  # it would run
+    assert target.exists()
