@@ -199,11 +199,11 @@ def load_preset(name: str) -> Preset:
             if hasattr(owner, "__dataclass_fields__"):
                 checked(owner)
         for kind, space in ((GlassExperiment, preset.glass_space), (StandardExperiment, preset.standard_space)):
-            _check_space(kind, space)
+            _check_search_space(kind, space)
     return config.PRESETS[name]
 
 
-def _check_space(kind: type[Experiment], space: SearchSpace) -> None:
+def _check_search_space(kind: type[Experiment], space: SearchSpace) -> None:
     known = _adapters_of(kind)
     for name, choices in space.items():
         if name not in known:
