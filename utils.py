@@ -290,7 +290,8 @@ def locked_folder(folder: Path) -> Iterator[None]:
             f"{folder} cannot be written ({error.strerror}): set another --results-root or --cache-root"
         ) from None
     try:
-        for leftover in folder.glob(".*.tmp"):  # of a process that was killed within `replacing`
+        # Of a process that was killed within `replacing`; the second are safetensors', which writes so itself.
+        for leftover in (*folder.glob(".*.tmp"), *folder.glob(".tmp??????")):
             leftover.unlink()
         yield
     finally:
