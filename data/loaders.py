@@ -9,7 +9,6 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from config import Experiment, Settings
-from data.crops import derived_seed
 from data.datasets import ImageDataset
 from data.index import Index
 from data.views import ViewSettings
@@ -20,8 +19,8 @@ from utils import UserError, first_line
 class EpochSampler(Sampler[tuple[int, int | None]]):
     """Yields (position, epoch), so that a worker process knows the epoch without being told.
 
-    In training the order is a shuffle that is a function of (seed, epoch); in evaluation it is 0..n-1 and the
-    epoch None. `set_epoch` comes before each pass over the loader.
+    In training the order is the paper's shuffle, a function of (seed, epoch): docs/method.md, Training. In evaluation
+    it is 0..n-1 and the epoch None. `set_epoch` comes before each pass over the loader.
     """
 
     def __init__(self, length: int, seed: int, training: bool) -> None:
@@ -35,8 +34,12 @@ class EpochSampler(Sampler[tuple[int, int | None]]):
         """Positions in the order of a whole pass."""
         if not self.training:
             return list(range(self.length))
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, "shuffle", self.epoch))
-        return torch.randperm(self.length, generator=generator).tolist()
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.epoch + 1):  # what torch's shuffling loader draws in an epoch, all from one generator
+            torch.empty((), dtype=torch.int64).random_(generator=generator)
+            order = torch.randperm(self.length, generator=generator)
+            torch.randperm(self.length, generator=generator)
+        return order.tolist()
 
     def __iter__(self) -> Iterator[tuple[int, int | None]]:
         epoch = self.epoch if self.training else None

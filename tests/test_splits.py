@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.model_selection import train_test_split
 
 from data.datasets import load_splits
 from data.splits import final_group_split, final_split, group_split_indices, groups_of, held_out, split_indices
@@ -28,6 +29,14 @@ def test_splits_are_the_reference(case: dict) -> None:
         assert rows[:10] == case["first10"][name]
         assert hashlib.sha256(np.array(rows, dtype="<i8").tobytes()).hexdigest() == case["sha256"][name]
         assert rows == case.get("all", parts)[name]
+
+
+@pytest.mark.parametrize(("total", "held_out"), [(12_000, 3600), (11_994, 3601), (4000, 3600)])
+def test_the_held_out_part_is_scikit_learns_of_the_share(total: int, held_out: int) -> None:
+    labels = [0] * (total // 2) + [1] * (total // 2)
+    kept, others = train_test_split(range(total), test_size=3600 / total, stratify=labels, random_state=606)
+    ours = split_indices(labels, 1800, 1800, 606)
+    assert ours[0] == kept and sorted(ours[1] + ours[2]) == sorted(others) and len(others) == held_out
 
 
 @pytest.mark.parametrize("sizes", [(6, 10), (0.15, 0.25), (3, 0.25)])

@@ -3,6 +3,7 @@
 import math
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +17,18 @@ from data.datasets import load_splits
 from data.loaders import build_loader
 from model_training.run import train_and_evaluate
 from models.build import build_model
-from tests.campaigns.kills import state_of
+from tests.campaigns import plain_loop
+from tests.campaigns.kills import MEASURED, state_of
 from tests.conftest import MakePreset, copy_index, edit_index, toy_job
-from training.checkpoints import load_model
+from training.checkpoints import Checkpoint, load_model
 from training.evaluation import evaluate
-from training.loop import fit
+from training.loop import Job, fit
 from training.metrics import compute_metrics
 from training.optimizer import build_optimizer
 from training.runs import seed_folder
 from training.runtime import MEGABYTE, build_runtime
-from utils import UserError, find_experiment, read_csv, read_json
+from training.stopping import StopRequest
+from utils import Stopped, UserError, find_experiment, read_csv, read_json
 
 
 def train(preset: Preset, name: str) -> Path:
@@ -186,14 +189,63 @@ def test_learning_rates_follow_the_cosine_to_eta_min_once_an_epoch() -> None:
     assert optimizer.defaults["betas"] == (0.9, 0.999) and optimizer.defaults["eps"] == 1e-8
 
 
-def test_a_loss_that_is_not_finite_names_epoch_step_and_images(toy_preset: MakePreset) -> None:
-    job = toy_job(toy_preset(), lr=1.0)
-    for group in job.trainer.optimizer.param_groups:
-        group["lr"] = 1e37
-    with pytest.raises(UserError, match=r"epoch 1, step 2: .*(fake|real)/\d{4}\.(jpg|png)") as caught:
+def overflowing(job: Job, *steps: int) -> list[torch.Tensor]:
+    """Makes the gradients of these steps (from 0) infinite; the list gets the weights before each step."""
+    weight, before = next(iter(job.trainer.model.parameters())), []
+
+    def hook(gradient: torch.Tensor) -> torch.Tensor:
+        before.append(weight.detach().clone())
+        return gradient / 0 if len(before) - 1 in steps else gradient
+
+    weight.register_hook(hook)
+    return before
+
+
+def test_a_step_whose_gradients_are_not_finite_is_skipped_and_counted_also_after_a_resume(
+    toy_preset: MakePreset, tmp_path: Path
+) -> None:
+    job = toy_job(toy_preset())
+    before = overflowing(job, 1, 2, 5)
+    whole = fit(job)
+    assert [record.skipped_steps for record in whole] == [2, 1] and all(record.train_loss < 2 for record in whole)
+    assert [torch.equal(a, b) for a, b in pairwise(before)] == [False, True, True, False, False, True, False]
+
+    stop, resumed = StopRequest(), toy_job(toy_preset())
+    step, done = resumed.trainer.train_step, overflowing(resumed, 1, 2, 5)
+
+    def stopping_step(*batch: object) -> torch.Tensor:
+        stop.requested = len(done) == 2  # within the row of two
+        return step(*batch)
+
+    resumed.trainer.train_step = stopping_step
+    with pytest.raises(Stopped):
+        fit(resumed, checkpoint := Checkpoint(tmp_path / "checkpoint.pt"), stop)
+    resumed = toy_job(toy_preset())
+    overflowing(resumed, *(n - len(done) for n in (1, 2, 5)))
+    measured = dict.fromkeys(MEASURED, 0.0)
+    assert [replace(r, **measured) for r in fit(resumed, checkpoint)] == [replace(r, **measured) for r in whole]
+    state, expected = (torch.cat([p.flatten() for p in j.trainer.model.parameters()]) for j in (resumed, job))
+    assert torch.equal(state, expected)
+
+
+def test_training_ends_in_a_sentence_after_many_skipped_steps_in_a_row(toy_preset: MakePreset) -> None:
+    job = toy_job(toy_preset(), epochs=20)
+    overflowing(job, 1, *range(3, 100))  # four steps an epoch
+    with pytest.raises(
+        UserError, match=r"^20 steps in a row, up to epoch 6, step 3, had gradients .*lower the learning"
+    ):
         fit(job)
-    batch = job.train_loader.sampler.order()[8:16]
-    assert all(job.train_loader.dataset.names[position] in str(caught.value) for position in batch)
+
+
+@pytest.mark.parametrize("name", [experiment.name for experiment in config.PAPER.experiments])
+def test_the_losses_and_weights_are_those_of_the_equations_written_down_plainly(
+    name: str, toy_preset: MakePreset
+) -> None:
+    tuned = find_experiment(config.PAPER, name)
+    crops = {"num_crops": 4} if isinstance(tuned, config.GlassExperiment) else {}
+    small = replace(tuned, backbone=find_experiment(config.DEMO, name).backbone, batch_size=8, **crops)
+    found = plain_loop.compare(toy_preset(), small, epochs=2)
+    assert found.loss < 1e-7 and found.weight < 1e-12
 
 
 def test_each_epoch_steps_the_schedule_once(toy_preset: MakePreset) -> None:

@@ -19,6 +19,8 @@ from training.stopping import StopRequest
 from training.trainer import Trainer
 from utils import Stopped, UserError, first_line
 
+SKIPPED_IN_A_ROW = 20  # fp16's loss scale, halved so often, has come from 65,536 to below 1
+
 
 @dataclass(frozen=True)
 class Job:
@@ -55,8 +57,8 @@ def fit(
 
     Raises:
         Stopped: `stop` asked for it.
-        UserError: a loss is not finite, the device has no memory left, or the last batch is one image where batch
-            normalisation needs more.
+        UserError: validation is not finite, or training for many steps in a row; the device has no memory left; or the
+            last batch is one image where batch normalisation needs more.
     """
     trainer = job.trainer
     check_smallest_batch(job)
@@ -109,6 +111,7 @@ def _line(job: Job, history: list[EpochRecord], first: int) -> str:
         f"{job.label}, epoch {last.epoch}/{job.epochs}: training loss {last.train_loss:.4f}, validation loss "
         f"{last.valid_loss:.4f}, validation accuracy {last.valid_accuracy:.2%}, {last.images_per_second:.1f} images/s, "
         f"{last.data_wait_share:.0%} of the time waiting for data, {minutes} left"
+        + (f", {last.skipped_steps} steps skipped: gradients not finite" if last.skipped_steps else "")
     )
 
 
@@ -130,10 +133,11 @@ class _Epoch:
         """The steps of the epoch that are left.
 
         Raises:
-            NonFiniteLoss: names the epoch, the step and its images.
+            NonFiniteLoss: `SKIPPED_IN_A_ROW` steps or more in a row changed nothing.
         """
         trainer, progress = self.job.trainer, self.progress
         trainer.model.train()
+        self.taken = trainer.steps_taken()
         check_every = 1 if trainer.runtime.device.type == "cpu" else 20  # to look at a loss is to wait for the GPU
         self.last = time.perf_counter()
         for *views, labels in self._batches():
@@ -188,24 +192,26 @@ class _Epoch:
         return seconds
 
     def _collect(self) -> None:
-        """Bring the pending losses from the device into the progress."""
+        """Bring the pending losses and the number of skipped steps from the device into the progress."""
+        progress, steps = self.progress, len(self.pending)
         losses = torch.stack([loss for loss, _ in self.pending]).tolist() if self.pending else []
         for loss, (_, size) in zip(losses, self.pending, strict=True):
-            if not math.isfinite(loss):
-                self._raise_non_finite(loss, size)
-            self.progress.steps += 1
-            self.progress.images += size
-            self.progress.loss_sum += loss * size
+            progress.steps += 1
+            progress.images += size
+            if math.isfinite(loss):
+                progress.loss_sum += loss * size
+                progress.loss_images += size
         self.pending.clear()
-
-    def _raise_non_finite(self, loss: float, size: int) -> None:
-        progress, loader = self.progress, self.job.train_loader
-        positions = loader.sampler.order()[progress.images : progress.images + size]
-        raise NonFiniteLoss(
-            f"the training loss became {loss} at epoch {progress.epoch + 1}, step {progress.steps + 1}: lower the "
-            f"learning rate, try --precision fp32, and look at that batch's images: "
-            f"{', '.join(loader.dataset.names[position] for position in positions)}"
-        )
+        before, self.taken = self.taken, self.job.trainer.steps_taken()
+        skipped = steps - (self.taken - before)
+        progress.skipped_steps += skipped
+        progress.skipped_in_a_row = progress.skipped_in_a_row + steps if skipped == steps else 0
+        if progress.skipped_in_a_row >= SKIPPED_IN_A_ROW:
+            raise NonFiniteLoss(
+                f"{progress.skipped_in_a_row} steps in a row, up to epoch {progress.epoch + 1}, step {progress.steps}, "
+                f"had gradients that are infinite or not a number (the last loss is {losses[-1]:g}): lower the "
+                f"learning rate, or try --precision fp32"
+            )
 
     def _note_memory(self) -> None:
         self.progress.peak_memory_mb = max(self.progress.peak_memory_mb, self.memory.peak_mb)

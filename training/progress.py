@@ -8,7 +8,8 @@ class EpochRecord:
     """One line of a training history. Epochs count from 1.
 
     epoch_seconds are of training and validation together; images_per_second and data_wait_share (the share of the time
-    in which the loop waited for the next batch) are of the training part.
+    in which the loop waited for the next batch) are of the training part. skipped_steps had gradients that were
+    infinite or not a number, and left the weights as they were; train_loss is without losses that were so.
     """
 
     epoch: int
@@ -19,6 +20,7 @@ class EpochRecord:
     peak_memory_mb: float
     images_per_second: float = float("nan")
     data_wait_share: float = float("nan")
+    skipped_steps: int = 0
 
 
 @dataclass
@@ -28,7 +30,10 @@ class Progress:
     history: list[EpochRecord] = field(default_factory=list)
     steps: int = 0
     images: int = 0
-    loss_sum: float = 0.0  # over images
+    loss_sum: float = 0.0  # over the images with a finite loss
+    loss_images: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0  # up to now, over epochs
     train_seconds: float = 0.0
     wait_seconds: float = 0.0  # of train_seconds
     valid_seconds: float = 0.0
@@ -43,15 +48,16 @@ class Progress:
         """The progress at the beginning of the next epoch; the training loss is the mean over images."""
         record = EpochRecord(
             epoch=self.epoch + 1,
-            train_loss=self.loss_sum / self.images,
+            train_loss=self.loss_sum / self.loss_images if self.loss_images else float("nan"),
             valid_loss=valid_loss,
             valid_accuracy=valid_accuracy,
             epoch_seconds=self.train_seconds + self.valid_seconds,
             peak_memory_mb=self.peak_memory_mb,
             images_per_second=self.images / self.train_seconds,
             data_wait_share=self.wait_seconds / self.train_seconds,
+            skipped_steps=self.skipped_steps,
         )
-        return Progress([*self.history, record])
+        return Progress([*self.history, record], skipped_in_a_row=self.skipped_in_a_row)
 
 
 def best_epoch(history: list[EpochRecord]) -> EpochRecord:

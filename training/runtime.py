@@ -89,8 +89,10 @@ class Runtime:
         return torch.autocast(self.device.type, dtype)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """Loss scaling, which only fp16 needs; otherwise it passes everything through."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        """Loss scaling, which only fp16 needs; in other precisions by 1, which only skips steps that are not finite."""
+        if self.precision == "fp16":
+            return torch.amp.GradScaler(self.device.type)
+        return torch.amp.GradScaler(self.device.type, init_scale=1.0, growth_interval=2**30)
 
     @contextmanager
     def track_memory(self) -> Iterator["MemoryMeter"]:

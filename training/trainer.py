@@ -36,6 +36,8 @@ class Trainer:
     def train_step(self, views: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         """One optimizer step on a batch of uint8 views; returns the loss, still on the device.
 
+        Where a gradient is infinite or not a number, the weights stay as they are, as the paper's loss scaler has it.
+
         Raises:
             OutOfMemory: names the batch, the views and the precision that did not fit.
         """
@@ -50,6 +52,11 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         return loss.detach()
+
+    def steps_taken(self) -> int:
+        """Steps that changed the weights, by the optimizer's own count; to ask is to wait for the device."""
+        states = iter(self.optimizer.state.values())
+        return int(next(states, {"step": 0})["step"])
 
 
 def build_trainer(
