@@ -80,6 +80,14 @@ def test_convolutional_weights_are_channels_last_and_others_are_not(toy_preset: 
         assert any(p.is_contiguous(memory_format=torch.channels_last) for p in weights) == expected
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(precision: str, toy_preset: MakePreset) -> None:
+    job = toy_job(toy_preset(device="cuda", compile=False, precision=precision))
+    steps, weight = [], next(iter(job.trainer.model.parameters()))
+    weight.register_hook(lambda gradient: steps.append(weight.detach().clone()) or gradient / (len(steps) != 3))
+    assert [record.skipped_steps for record in fit(job)] == [1, 0] and torch.equal(steps[2], steps[3])
+
+
 def test_memory_is_the_allocators_peak(toy_preset: MakePreset) -> None:
     trainer, history = train(toy_preset(device="cuda", compile=False), "glass_resnet", epochs=1)
     assert trainer.runtime.memory_kind == CUDA_MEMORY
@@ -104,7 +112,7 @@ def test_precision_compile_and_matmul_precision_act_on_cuda() -> None:
         chosen = runtime(precision=name)
         with chosen.autocast():
             assert (numbers @ numbers).dtype == dtype
-        assert chosen.grad_scaler().is_enabled() == (name == "fp16")
+        assert chosen.grad_scaler().get_scale() == (65536 if name == "fp16" else 1)
     for chosen in (True, False):
         model = runtime().place(nn.Linear(256, 2))
         forward = runtime(compile=chosen).compiled(model)
