@@ -95,10 +95,10 @@ class _SeedRun:
 
         def on_epoch(history: list[EpochRecord]) -> None:
             write_csv(folder / "history.csv", [field.name for field in fields(EpochRecord)], map(astuple, history))
-            if best_epoch(history) is history[-1]:
-                save_model(weights, model, about | {"epoch": history[-1].epoch})
 
-        checkpoint = self.run.checkpoint()
+        checkpoint = self.run.checkpoint(
+            best_model=lambda state, epoch: save_model(weights, state, about | {"epoch": epoch})
+        )
         history = fit(job, checkpoint, session.stop, lambda done: self.run.record(f"epoch {done.epoch + 1}"), on_epoch)
         load_model(weights, model)
         plot_training_curve(folder / "training_curve.png", self.title, {f"seed {self.seed}": history})
@@ -119,7 +119,7 @@ class _SeedRun:
         about["calibration"] = calibration and calibration.as_json()
         test_loader = build_loader(session.settings, self.experiment, session.index, session.splits.test)
         test = evaluate(trainer.model, test_loader, trainer.runtime, f"{self.title}, test", after_batch)
-        save_model(folder / "model.safetensors", trainer.model, about)
+        save_model(folder / "model.safetensors", trainer.model.state_dict(), about)
         write_csv(
             folder / "predictions.csv",
             ("path", "label", "probability_fake", "probability_real"),

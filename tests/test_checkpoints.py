@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import nn
 from tests.conftest import Bomb, MakePreset, toy_job
 from training.checkpoints import Checkpoint
 from training.loop import fit
+from training.progress import Progress, best_epoch
 from training.trainer import Trainer
 from utils import UserError
 
@@ -80,3 +81,39 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(
     assert not target.exists()
     torch.load(path, weights_only=False)  # it would run
     assert target.exists()
+
+
+def test_the_best_model_is_of_an_epoch_that_the_checkpoint_holds_also_after_a_kill_between_the_two(
+    toy_preset: MakePreset, tmp_path: Path
+) -> None:
+    job, path, seen = toy_job(toy_preset()), tmp_path / "checkpoint.pt", []
+
+    def killed(state: Mapping[str, torch.Tensor], epoch: int) -> None:
+        seen.append((epoch, len(Checkpoint(path).history())))
+        raise UserError("killed")
+
+    with pytest.raises(UserError, match="killed"):
+        fit(job, Checkpoint(path, best_model=killed))
+    assert seen == [(1, 1)]
+
+    def checked(state: Mapping[str, torch.Tensor], epoch: int) -> None:
+        saved = torch.load(path, weights_only=True)
+        seen.append((epoch, len(saved["progress"]["history"])))
+        assert all(torch.equal(state[name], value) for name, value in saved["model"].items())
+
+    resumed = toy_job(toy_preset(), epochs=4)
+    history = fit(resumed, Checkpoint(path, best_model=checked))
+    best = [n for n in range(1, 5) if best_epoch(history[:n]).epoch == n]
+    assert seen[1:] == [(1, 1), *((n, n) for n in best if n > 1)]
+
+
+def test_a_save_that_may_be_left_out_takes_a_twentieth_of_the_time_at_most(
+    saved_state: tuple[Trainer, Path], tmp_path: Path
+) -> None:
+    trainer, checkpoint = saved_state[0], Checkpoint(tmp_path / "checkpoint.pt")
+    written = []
+    for steps, options in enumerate(({"must": False}, {"must": False}, {})):  # the first, one at once, one that must
+        checkpoint.save(trainer, Progress(steps=steps), **options)
+        checkpoint.wait()
+        written.append(Checkpoint(checkpoint.path).load(trainer).steps)
+    assert written == [0, 0, 2]

@@ -58,7 +58,7 @@ def redness() -> Detector:
 
 def weights_of(path: Path, experiment: object) -> Path:
     about = {"experiment": asdict(experiment), "settings": resolved(SETTINGS)}
-    save_model(path, build_model(experiment, SETTINGS), about)
+    save_model(path, build_model(experiment, SETTINGS).state_dict(), about)
     return path
 
 

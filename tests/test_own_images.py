@@ -128,7 +128,7 @@ def test_weights_that_do_not_describe_their_model_are_refused(results: Path, tmp
         (about | {"calibration": about["calibration"] | {"temperature": float("nan")}}, message),
         (about | {"experiment": about["experiment"] | {"backbone": "timm:resnet18"}}, "does not fit this model: "),
     ):
-        save_model(path, detector.model, broken)
+        save_model(path, detector.model.state_dict(), broken)
         with pytest.raises(UserError, match=rf"w\.safetensors {expected}"):
             load_detector(path, device="cpu")
     path.write_bytes(b"no weights")
@@ -141,7 +141,7 @@ def test_outputs_that_are_not_finite_are_refused(results: Path, toy_data: Path, 
     for name, tensor in detector.model.state_dict().items():
         if name.endswith("running_mean"):
             tensor.fill_(-3e38)
-    save_model(tmp_path / "w.safetensors", detector.model, detector.about)
+    save_model(tmp_path / "w.safetensors", detector.model.state_dict(), detector.about)
     done = run_module("model_training.predict", *predict_flags(tmp_path / "w.safetensors", tmp_path), toy_data)
     assert done.returncode == 2 and not (tmp_path / "p.csv").exists()
     assert "error: standard_resnet gives outputs that are infinite or not a number" in done.stderr

@@ -5,7 +5,9 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,15 +20,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from models.weights import state_dict_mismatch
-from training.progress import EpochRecord, Progress
+from training.progress import EpochRecord, Progress, best_epoch
 from training.trainer import Trainer
 from utils import UserError, first_line, replacing
 
 
 # ---------------------------------------------------------------------------------------------------- weights
-def save_model(path: Path, model: nn.Module, about: Mapping[str, Any]) -> None:
-    """Write the model's weights as safetensors, with `about` (JSON-ready: all that rebuilds the model) as metadata."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+def save_model(path: Path, state: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
+    """Write a model's state dict as safetensors, with `about` (JSON-ready: all that rebuilds the model) as metadata."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
         with replacing(path) as temporary:
             save_file(state, temporary, metadata={"about": json.dumps(about)})
@@ -78,40 +80,77 @@ def _about(file: safe_open) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------- training in progress
+SHARE_OF_SAVING = 0.05  # of the time, at most, where a save may be left out
+
+
 class Checkpoint:
     """The file from which a training that was stopped or killed is resumed, bit for bit on the same machine.
 
-    It ends with a digest of itself: most damaged states would load and train, to other numbers.
+    It is written by a thread, from a copy of the state, while training goes on. It ends with a digest of itself: most
+    damaged states would load and train, to other numbers.
 
     Args:
         path: of the file; it holds the last state, never two.
         every_steps: save within an epoch too, after so many steps; 0: only between epochs.
+        best_model: told the model's state dict and the epoch after each epoch that is the best so far, once the file
+            holds that epoch, and again when training resumes there: what it writes is always of an epoch in the file.
+        background: False: `save` returns when all is written, for who measures the time of what follows.
     """
 
-    def __init__(self, path: Path, every_steps: int = 0) -> None:
-        self.path, self.every_steps = path, every_steps
+    def __init__(
+        self,
+        path: Path,
+        every_steps: int = 0,
+        best_model: Callable[[Mapping[str, torch.Tensor], int], None] | None = None,
+        background: bool = True,
+    ) -> None:
+        self.path, self.every_steps, self.best_model, self.background = path, every_steps, best_model, background
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._due = 0.0  # when a save may come that may be left out
 
-    def save(self, trainer: Trainer, progress: Progress) -> None:
-        """Write the state after the last step, whole or not at all."""
+    def save(self, trainer: Trainer, progress: Progress, must: bool = True) -> None:
+        """Write the state after the last step, whole or not at all.
+
+        Args:
+            must: False: if this epoch is not the best, it may be left out, so that saving takes little of the time.
+
+        Raises:
+            UserError: this state, or the one before, cannot be written.
+        """
+        if not (must or self._is_best(progress) or (time.monotonic() >= self._due and not self._is_writing())):
+            return
+        self.wait()
         state = {
             "model": trainer.model.state_dict(),
             "optimizer": trainer.optimizer.state_dict(),
             "scheduler": trainer.scheduler.state_dict(),
             "scaler": trainer.scaler.state_dict(),
-            "random": _random_states(),
+            "random": _random_states(trainer.runtime.device),
             "progress": asdict(progress),
         }
-        with replacing(self.path) as temporary:
-            try:
-                torch.save(state, temporary)
-            except RuntimeError:  # torch's way to say that the disk is full
-                free = shutil.disk_usage(self.path.parent).free
-                raise UserError(
-                    f"{self.path} cannot be written, {free / 1e6:,.0f} MB are free there: make room, and run the same "
-                    f"command again to resume from what was saved before"
-                ) from None
-            with open(temporary, "r+b") as file:
-                file.write(_digest(file, temporary.stat().st_size))
+        self._thread = threading.Thread(target=self._write, args=(_copied(state), self._is_best(progress)))
+        self._thread.start()
+        if not self.background:
+            self.wait()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
+    def wait(self) -> None:
+        """Until the last state is written.
+
+        Raises:
+            UserError: it could not be.
+        """
+        if self._thread:
+            self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if error:
+            raise error
 
     def load(self, trainer: Trainer) -> Progress:
         """Put `trainer` and all random generators into the saved state, if there is one; returns how far it is.
@@ -127,8 +166,11 @@ class Checkpoint:
             trainer.optimizer.load_state_dict(state["optimizer"])
             trainer.scheduler.load_state_dict(state["scheduler"])
             trainer.scaler.load_state_dict(state["scaler"])
-            _set_random_states(state["random"])
-            return _progress(state)
+            _set_random_states(state["random"], trainer.runtime.device)
+            progress = _progress(state)
+        if self._is_best(progress):
+            self.best_model(state["model"], progress.epoch)
+        return progress
 
     def history(self) -> list[EpochRecord]:
         """The finished epochs of the saved state; none without one.
@@ -143,6 +185,33 @@ class Checkpoint:
     def remove(self) -> None:
         """Delete the file: the training is finished."""
         self.path.unlink(missing_ok=True)
+
+    def _is_best(self, progress: Progress) -> bool:
+        """Whether the state is the one after the best epoch, and somebody wants it."""
+        at_end_of_epoch = progress.history and not progress.steps
+        return bool(self.best_model and at_end_of_epoch and best_epoch(progress.history) is progress.history[-1])
+
+    def _is_writing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _write(self, state: dict[str, Any], best: bool) -> None:
+        start = time.monotonic()
+        try:
+            with replacing(self.path) as temporary, open(temporary, "wb") as file:
+                digested = _Digested(file)
+                torch.save(state, digested)
+                file.write(digested.digest.digest())
+            if best:
+                self.best_model(state["model"], len(state["progress"]["history"]))
+        except (OSError, RuntimeError):  # torch's ways to say that the disk is full
+            free = shutil.disk_usage(self.path.parent).free
+            self._error = UserError(
+                f"{self.path} cannot be written, {free / 1e6:,.0f} MB are free there: make room, and run the same "
+                f"command again to resume from what was saved before"
+            )
+        except Exception as error:  # to be raised by who waits
+            self._error = error
+        self._due = time.monotonic() + (time.monotonic() - start) / SHARE_OF_SAVING
 
     @contextmanager
     def _usable(self) -> Iterator[None]:
@@ -164,6 +233,29 @@ class Checkpoint:
         return torch.load(self.path, map_location="cpu", weights_only=True)  # which ignores the digest
 
 
+class _Digested:
+    """A file to write to that keeps the SHA-256 of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _copied(value: Any) -> Any:
+    """`value` with a copy in main memory of every tensor in it, which further training leaves as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
 def _digest(file: BinaryIO, size: int) -> bytes:
     """SHA-256 of the first `size` bytes of a file; leaves it there."""
     digest = hashlib.sha256()
@@ -179,23 +271,23 @@ def _progress(state: Mapping[str, Any]) -> Progress:
     return Progress(history=history, **values)
 
 
-def _random_states() -> dict[str, Any]:
-    """Of Python, NumPy, torch and all CUDA devices."""
+def _random_states(device: torch.device) -> dict[str, Any]:
+    """Of Python, NumPy, torch and the device, whatever other devices there are."""
     version, numbers, spare = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "python": [version, torch.tensor(numbers, dtype=torch.int64), spare],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
 
 
-def _set_random_states(states: Mapping[str, Any]) -> None:
+def _set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
     version, numbers, spare = states["python"]
     random.setstate((version, tuple(numbers.tolist()), spare))
     name, keys, position, has_gauss, cached = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -78,7 +78,8 @@ def run_cost_study(
         with open_run(session, folder, values, results=("costs.csv", "checkpoint*.pt")) as run:
             costs = read_costs(folder / "costs.csv")
             for num_crops in getattr(study, "crop_counts", (None,)):
-                checkpoint = run.checkpoint("checkpoint" if num_crops is None else f"checkpoint_{num_crops}")
+                name = "checkpoint" if num_crops is None else f"checkpoint_{num_crops}"
+                checkpoint = run.checkpoint(name, background=False)  # what is written meanwhile would cost time
                 label = experiment.name if num_crops is None else f"{experiment.name} K = {num_crops}"
                 if num_crops not in costs:
                     session.stop.raise_if_requested(f"before {label}")

@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ def fit(
     """Train for `job.epochs` epochs, validating after each.
 
     Args:
-        checkpoint: where training resumes from, if it is there, and is saved after every epoch.
+        checkpoint: where training resumes from, if it is there, and is saved after epochs, and after the last for sure.
         stop: looked at after each step; the training is then saved, for which it needs a checkpoint.
         on_start: called before the first step, with how far the training is.
         on_epoch: called after each epoch, and before it is saved, with the history so far; what it raises ends the
@@ -60,24 +61,28 @@ def fit(
         UserError: validation is not finite, or training for many steps in a row; the device has no memory left; or the
             last batch is one image where batch normalisation needs more.
     """
-    trainer = job.trainer
+    trainer, stop = job.trainer, stop or StopRequest()
     check_smallest_batch(job)
     progress = checkpoint.load(trainer) if checkpoint else Progress()
     on_start(progress)
     first = progress.epoch
-    while progress.epoch < job.epochs:
-        with trainer.runtime.track_memory() as memory:
-            epoch = _Epoch(job, progress, memory, checkpoint, stop or StopRequest())
-            epoch.train()
-            valid = epoch.validate()
-            trainer.scheduler.step()
-        progress = progress.after_epoch(valid.loss, valid.accuracy)
-        if not sys.stderr.isatty():  # where there is no progress bar
-            print(_line(job, progress.history, first), flush=True)
-        on_epoch(progress.history)
-        if checkpoint:
-            checkpoint.save(trainer, progress)
-            epoch.stop.raise_if_requested(f"saved {checkpoint.path} after epoch {progress.epoch}")
+    with checkpoint or nullcontext():
+        while progress.epoch < job.epochs:
+            with trainer.runtime.track_memory() as memory:
+                epoch = _Epoch(job, progress, memory, checkpoint, stop)
+                epoch.train()
+                valid = epoch.validate()
+                trainer.scheduler.step()
+            progress = progress.after_epoch(valid.loss, valid.accuracy)
+            if not sys.stderr.isatty():  # where there is no progress bar
+                print(_line(job, progress.history, first), flush=True)
+            on_epoch(progress.history)
+            if checkpoint:
+                stopping = stop.requested
+                checkpoint.save(trainer, progress, must=stopping or progress.epoch == job.epochs)
+                if stopping:
+                    checkpoint.wait()
+                    raise Stopped(f"saved {checkpoint.path} after epoch {progress.epoch}")
     return progress.history
 
 
@@ -220,7 +225,9 @@ class _Epoch:
         self._collect()
         self._note_memory()
         self.checkpoint.save(self.job.trainer, self.progress)
+        self._elapsed()  # saving counts as no part of an epoch
 
     def _save_and_stop(self) -> None:
         self._save()
+        self.checkpoint.wait()
         raise Stopped(f"saved {self.checkpoint.path} in epoch {self.progress.epoch + 1}")

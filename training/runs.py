@@ -114,9 +114,9 @@ class RunFolder:
     metadata: dict[str, Any]
     checkpoint_every: int
 
-    def checkpoint(self, name: str = "checkpoint") -> Checkpoint:
-        """Where an unfinished training of this folder is resumed from."""
-        return Checkpoint(self.path / f"{name}.pt", self.checkpoint_every)
+    def checkpoint(self, name: str = "checkpoint", **options: Any) -> Checkpoint:
+        """Where an unfinished training of this folder is resumed from; `options` are the `Checkpoint`'s."""
+        return Checkpoint(self.path / f"{name}.pt", self.checkpoint_every, **options)
 
     def record(self, start: str) -> None:
         """Write run.json, with the present commit and library versions from `start` on, such as "epoch 1".

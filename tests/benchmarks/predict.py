@@ -61,7 +61,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> list[Table]:
     weights = scratch / "model.safetensors"
     torch.manual_seed(0)
     about = {"experiment": asdict(experiment), "settings": resolved(preset.settings), "seed": 0}
-    save_model(weights, build_model(experiment, preset.settings), about)
+    save_model(weights, build_model(experiment, preset.settings).state_dict(), about)
     images, _ = find_images([str(arguments.data_root)])
     images = [images[i % len(images)] for i in range(arguments.images)]
     ways = {name: Way(predicting, name, weights, images, one_core=False) for name in WORK}
