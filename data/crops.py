@@ -48,20 +48,30 @@ def sample_crop_boxes(
     return boxes
 
 
-def tile_boxes(height: int, width: int, patch_size: int, stride: int) -> np.ndarray:
-    """A regular grid of crops that covers the image, its last row and column flush with the border.
+def tile_boxes(height: int, width: int, patch_size: int, stride: int, generator: torch.Generator) -> np.ndarray:
+    """Crops that cover the image: a grid, each of whose crops is moved at random as far as no gap can open.
+
+    A generator's traces repeat every 8 or 16 pixels; crops at equal distances would all meet them in one phase, and
+    a model that has seen all phases may find nothing in that one.
 
     Args:
         height, width: of the image, in pixels, at least 1.
         patch_size: P.
-        stride: pixels from one crop to the next, from 1 to P.
+        stride: pixels of the grid, from 1 to P; with P, nothing is moved.
+        generator: a CPU generator; it is advanced.
 
     Returns:
-        int64 (N, 4), row by row; each box as `sample_crop_boxes` gives it.
+        int64 (N, 4), row by row, the first and last row and column flush with the border; each box as
+        `sample_crop_boxes` gives it.
     """
-    tops, lefts = ([*range(0, last := max(0, side - patch_size), stride), last] for side in (height, width))
-    boxes = [(top, left, min(height, patch_size), min(width, patch_size)) for top in tops for left in lefts]
-    return np.array(boxes, np.int64)
+    P, reach, sides = patch_size, (patch_size - stride) // 2, (height, width)
+    last = [max(0, side - P) for side in sides]
+    tops, lefts = ([*range(0, end, stride), end] for end in last)
+    boxes = np.array([(top, left, min(height, P), min(width, P)) for top in tops for left in lefts], np.int64)
+    moves = torch.randint(-reach, reach + 1, (len(boxes), 2), generator=generator).numpy()
+    inside = (boxes[:, :2] > 0) & (boxes[:, :2] < last)
+    boxes[:, :2] = np.clip(boxes[:, :2] + moves * inside, 0, last)
+    return boxes
 
 
 def crop_generator(seed: int, key: str, number: int = 0) -> torch.Generator:

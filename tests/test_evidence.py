@@ -13,7 +13,7 @@ from PIL import Image, ImageColor
 from torch import nn
 
 from config import DEMO
-from data.crops import tile_boxes
+from data.crops import crop_generator, tile_boxes
 from data.pictures import Picture, read_pictures
 from data.views import ViewSettings
 from model_training.inference.detector import UNCALIBRATED, Detector, Prediction, Scores, load_detector
@@ -45,9 +45,11 @@ def noise(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def redness() -> Detector:
-    """A detector of red: features are mean colours, all crops have the same weight, and red is evidence for fake."""
-    backbone = Backbone(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), 3, (0, 0, 0), (1, 1, 1))
+MEAN_COLOUR = Backbone(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), 3, (0, 0, 0), (1, 1, 1))
+
+
+def redness(backbone: Backbone = MEAN_COLOUR) -> Detector:
+    """A detector of red in the features, colours: all crops have the same weight, and red is evidence for fake."""
     model = GlassModel(backbone, backbone, 0.0).eval()
     with torch.no_grad():
         for parameters in (*model.attention.parameters(), *model.classifier[2].parameters()):
@@ -65,12 +67,26 @@ def weights_of(path: Path, experiment: object) -> Path:
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (20, 30), (32, 32), (97, 131), (20, 300)])
 @pytest.mark.parametrize("stride", [7, 32])
 def test_tiles_cover_every_pixel_and_end_at_the_border(height: int, width: int, stride: int) -> None:
-    boxes, seen = tile_boxes(height, width, P, stride), np.zeros((height, width), bool)
+    boxes, seen = tile_boxes(height, width, P, stride, torch.Generator()), np.zeros((height, width), bool)
     for top, left, tall, wide in boxes.tolist():
         assert (tall, wide) == (min(height, P), min(width, P))
         assert 0 <= top <= height - tall and 0 <= left <= width - wide
         seen[top : top + tall, left : left + wide] = True
-    assert seen.all() and len(np.unique(boxes, axis=0)) == len(boxes)
+    assert seen.all()
+    if (height, width, stride) == (97, 131, 7):
+        assert all(np.bincount(boxes[:, axis] % 8, minlength=8).min() > 10 for axis in (0, 1))  # all phases
+
+
+def test_a_map_shows_a_trace_that_repeats_with_the_grid() -> None:
+    """The model looks at every 16th pixel, the trace is in the others, and the tiles are 16 pixels apart."""
+    pixels = np.zeros((160, 160, 3), np.uint8)
+    rows, columns = np.mgrid[:160, :160]
+    pixels[(rows % 16 >= 4) & (rows % 16 < 12) & (columns >= 96), 0] = 255
+    backbone = Backbone(
+        nn.Sequential(nn.AvgPool2d(1, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 3, (0,) * 3, (1,) * 3
+    )
+    found = effect_map(redness(backbone), picture_of(pixels)).pixels
+    assert found[32:128, 112:].mean() > 0.01 > -0.005 > found[:, :64].max()
 
 
 def test_a_pixel_has_the_mean_of_the_tiles_over_it() -> None:
@@ -83,7 +99,8 @@ def test_a_map_averages_the_effects_of_tiles_and_points_at_what_looks_fake() -> 
     pixels[40:80, 90:130, 0] = 255
     detector, picture = redness(), picture_of(pixels)
     found = effect_map(detector, picture)
-    assert np.array_equal(found.boxes, tile_boxes(100, 140, P, P // 2))
+    generator = crop_generator(SETTINGS.main_seed, picture.key, -1)
+    assert np.array_equal(found.boxes, tile_boxes(100, 140, P, P // 2, generator))
     assert np.array_equal(found.pixels, spread(len(found.boxes) * found.scores.effects[0], found.boxes, 100, 140))
     row, column = divmod(int(found.pixels.argmax()), 140)
     assert 40 <= row < 80 and 90 <= column < 130

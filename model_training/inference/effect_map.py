@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.crops import tile_boxes
+from data.crops import crop_generator, tile_boxes
 from data.pictures import Picture
 from model_training.inference.detector import Detector, Scores
 from utils import UserError
+
+TILES = -1  # in place of a draw's number
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ def effect_map(detector: Detector, picture: Picture, stride: int | None = None) 
     """The effect of each part of the picture on the score, compared with the rest of it.
 
     Effects sum to about zero, because a tile is left out in favour of the others: the map shows which parts look more
-    generated than the rest of this picture. `stride` is in pixels from one tile to the next; default half the patch.
+    generated than the rest of this picture. `stride` is in pixels from one tile to the next, give or take half of what
+    they overlap; default half the patch.
     Raises UserError for a model without crops, or a stride that leaves gaps.
     """
     P, (width, height) = detector.settings.patch_size, picture.image.size
@@ -36,7 +39,7 @@ def effect_map(detector: Detector, picture: Picture, stride: int | None = None) 
         raise UserError(f"{detector.name} looks at the whole image and has no crops: an effect map needs a GLASS model")
     if not 1 <= stride <= P:
         raise UserError(f"stride is {stride}: it must be from 1 to the patch size, {P}")
-    boxes = tile_boxes(height, width, P, stride)
+    boxes = tile_boxes(height, width, P, stride, crop_generator(detector.settings.main_seed, picture.key, TILES))
     (scores,) = detector.score([picture], boxes=boxes[None])
     return EffectMap(spread(len(boxes) * scores.effects[0], boxes, height, width), scores)
 
