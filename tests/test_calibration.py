@@ -66,6 +66,19 @@ def test_the_temperature_undoes_a_scaling_of_the_scores() -> None:
         assert fit_temperature(factor * scores, labels == 0) == pytest.approx(factor, rel=0.03)
 
 
+@pytest.mark.parametrize("factor", [0.5, 1, 2, 4])
+@pytest.mark.parametrize("n", [10, 30, 100, 1000])
+def test_calibration_makes_nothing_worse_however_few_the_images(n: int, factor: float) -> None:
+    """Over 20 validation sets: the mean calibration error on 5,000 other images against that of the raw scores."""
+    scores, labels = scored(5000, seed=1, apart=2)
+    raw, errors = detection_metrics(expit(factor * scores), labels)["ece"], []
+    for seed in range(20):
+        calibration = calibrate(factor * scored(n, 100 + seed, apart=2)[0], scored(n, 100 + seed, apart=2)[1], 0.05)
+        errors.append(detection_metrics(calibration.probabilities(factor * scores), labels)["ece"])
+    assert np.mean(errors) < raw + 0.01
+    assert n < 1000 or np.mean(errors) < 0.02  # and enough images calibrate
+
+
 def test_calibration_lowers_the_calibration_error_on_other_images() -> None:
     calibration = calibrate(4 * scored(500)[0], scored(500)[1], 0.05)
     scores, labels = scored(5000, seed=1)

@@ -75,18 +75,19 @@ def plot_training_curve(path: Path, title: str, histories: Mapping[str, Sequence
 
 
 def plot_reliability(path: Path, title: str, probabilities: Mapping[str, np.ndarray], labels: np.ndarray) -> None:
-    """Share of fake images against their probability (N,) of fake, a panel each; how many, below; labels are (N,)."""
+    """Accuracy against confidence, from probabilities (N,) of fake, a panel each; how many, below; labels are (N,)."""
     with _panels(path, title, len(probabilities), (2.9, 3.0)) as axes:
         for axis, (name, fake) in zip(axes, probabilities.items(), strict=True):
-            share, mean = calibration_curve(labels == 0, fake, n_bins=ECE_BINS)
-            counts, edges = np.histogram(fake, ECE_BINS, (0, 1))
+            confidence, right = np.maximum(fake, 1 - fake), (fake >= 0.5) == (labels == 0)
+            share, mean = calibration_curve(right, confidence, n_bins=ECE_BINS)
+            counts, edges = np.histogram(confidence, ECE_BINS, (0, 1))
             error = detection_metrics(fake, labels)["ece"]
             axis.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
             axis.bar(edges[:-1], 0.25 * counts / counts.max(), 1 / ECE_BINS, align="edge", color=SKY, alpha=0.5)
             axis.plot(mean, share, "o-", color=VERMILLION)
-            axis.set(title=f"{name}\nECE {100 * error:.1f}%", xlim=(0, 1), ylim=(-0.02, 1.02))
-            axis.set(xlabel="predicted probability of fake")
-        axes[0].set_ylabel("share that is fake; bars: number of images")
+            axis.set(title=f"{name}\nECE {100 * error:.1f}%", xlim=(0.45, 1), ylim=(-0.02, 1.02))
+            axis.set(xlabel="confidence: probability of the predicted class")
+        axes[0].set_ylabel("share that is right; bars: number of images")
 
 
 def plot_roc(path: Path, title: str, models: Mapping[str, np.ndarray], labels: np.ndarray) -> None:
