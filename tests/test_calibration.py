@@ -60,6 +60,20 @@ def test_intervals_agree_with_a_plain_bootstrap() -> None:
     assert both["auc"] == bootstrap_intervals([fake], labels, [0.5])["auc"]  # of a mean of equals
 
 
+def test_groups_are_resampled_whole() -> None:
+    """Ten copies of each image in a group say no more than one; pairs whose halves share their noise say more."""
+    scores, labels = scored(60)
+    fake = expit(scores)
+    single = bootstrap_intervals([fake], labels, [0.5])["auc"]
+    copies = bootstrap_intervals([fake.repeat(10)], labels.repeat(10), [0.5], np.arange(60).repeat(10))["auc"]
+    assert copies == pytest.approx(single)
+    assert np.ptp(bootstrap_intervals([fake.repeat(10)], labels.repeat(10), [0.5])["auc"]) < 0.5 * np.ptp(single)
+    scene = np.random.default_rng(3).normal(0, 3, 100)
+    pairs = expit(np.concatenate([scene + 1, scene - 1])), np.repeat([0, 1], 100)
+    grouped = bootstrap_intervals([pairs[0]], pairs[1], [0.5], np.tile(np.arange(100), 2))["auc"]
+    assert np.ptp(grouped) < 0.5 * np.ptp(bootstrap_intervals([pairs[0]], pairs[1], [0.5])["auc"])
+
+
 def test_the_temperature_undoes_a_scaling_of_the_scores() -> None:
     scores, labels = scored(20_000)
     for factor in (0.5, 1, 3):

@@ -31,6 +31,7 @@ def bootstrap_intervals(
     fakes: Sequence[np.ndarray],
     labels: np.ndarray,
     thresholds: Sequence[float],
+    groups: Sequence[str] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
@@ -39,16 +40,20 @@ def bootstrap_intervals(
     Args:
         fakes: for each model (the seeds of one experiment, say) its probabilities of fake for the same images.
         thresholds: for each model.
+        groups: of each image, such as its pair or source. Images of a group are no independent observations: whole
+            groups are resampled, those of fake images, of real ones and of both among themselves.
     """
+    _, group = np.unique(np.arange(len(labels)) if groups is None else groups, return_inverse=True)
+    classes = sum((label + 1) * (np.bincount(group, labels == label) > 0) for label in (0, 1))  # 1, 2, or 3 for both
     generator = np.random.default_rng(seed)
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in DETECTION_METRICS}
     for start in range(0, resamples, _CHUNK):
-        weights = np.zeros((min(_CHUNK, resamples - start), len(labels)))
-        for label in (0, 1):
-            rows = np.flatnonzero(labels == label)
-            if len(rows):
-                weights[:, rows] = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), len(weights))
-        of_models = [_Counts(fake, labels, at, weights) for fake, at in zip(fakes, thresholds, strict=True)]
+        weights = np.zeros((min(_CHUNK, resamples - start), len(classes)))
+        for kind in (1, 2, 3):
+            of_kind = np.flatnonzero(classes == kind)
+            if n := len(of_kind):
+                weights[:, of_kind] = generator.multinomial(n, np.full(n, 1 / n), len(weights))
+        of_models = [_Counts(fake, labels, at, weights[:, group]) for fake, at in zip(fakes, thresholds, strict=True)]
         for name, metric in DETECTION_METRICS.items():
             drawn[name].append(np.mean([metric.compute(counts) for counts in of_models], axis=0))
     return {name: tuple(np.quantile(np.concatenate(parts), (0.025, 0.975)).tolist()) for name, parts in drawn.items()}
