@@ -53,7 +53,7 @@ def split_index(index: Index, settings: Settings) -> tuple[Index, Splits]:
     else:
         groups = groups_of([record.path for record in index.records], settings.group_by)
         if len(set(groups)) == len(groups):
-            raise UserError(f"group_by = {settings.group_by} makes every image of {index.root} a group of its own")
+            print(f"--group-by {settings.group_by}: no two images of {index.root} have the same group")
         index = replace(index, groups=tuple(groups))
         train, valid, test = group_split_indices(labels, groups, held_out(groups, settings.hold_out), sizes, seed)
         final = final_group_split([*train, *valid], labels, groups, fraction, seed)

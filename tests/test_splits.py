@@ -116,9 +116,14 @@ def test_what_a_group_is(tmp_path: Path) -> None:
         groups_of(paths, "pairs")
 
 
+def test_groups_of_one_image_each_are_no_error(toy_preset: MakePreset, capsys: pytest.CaptureFixture[str]) -> None:
+    index, splits = load_splits(toy_preset(group_by="folder"))
+    assert "--group-by folder: no two images of" in capsys.readouterr().out
+    assert sorted(splits.train + splits.valid + splits.test) == list(range(len(index.records)))
+    assert len(splits.valid) == len(splits.test) == 6
+
+
 def test_hold_out_without_groups_and_lists_of_other_images_are_refused(toy_preset: MakePreset, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"group_by = folder makes every image of .* a group of its own"):
-        load_splits(toy_preset(group_by="folder"))
     with pytest.raises(UserError, match="hold_out names groups, and group_by is none"):
         load_splits(toy_preset(hold_out=("a",)))
     (tmp_path / "list.csv").write_text("path\nfake/0000.png\nfake/none.png\n")
