@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
-from config import DEMO, GlassExperiment, Preset
+from config import DEMO, GlassExperiment, Preset, Settings
 from data.index import Index
 from data.loaders import build_loader
 from data.workers import loading_processes
@@ -39,6 +39,21 @@ def plain_batch(num_crops: int, patch_size: int, files: list[tuple[Path, int]]) 
     return default_collate([(*of_file, label) for of_file, (_, label) in zip(views, files, strict=True)])
 
 
+def straightforward_loader(
+    settings: Settings, experiment: GlassExperiment, index: Index, rows: list[int], workers: int
+) -> DataLoader:
+    """Batches of normalised float views, made one by one from the files."""
+    return DataLoader(
+        [(index.root / index.records[row].path, index.records[row].label) for row in rows],
+        batch_size=experiment.batch_size,
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=plain_process,
+        collate_fn=partial(plain_batch, experiment.num_crops, settings.patch_size),
+    )
+
+
 class NormalisedViews(Runtime):
     """For views that are normalised already."""
 
@@ -55,15 +70,7 @@ def epochs(way: str, preset: Preset, experiment: GlassExperiment, index: Index, 
     loader: Iterable[Sequence[torch.Tensor]]
     if way == "plain":
         trainer.runtime = NormalisedViews(**vars(trainer.runtime))
-        loader = DataLoader(
-            [(index.root / index.records[row].path, index.records[row].label) for row in rows],
-            batch_size=experiment.batch_size,
-            shuffle=True,
-            num_workers=settings.num_workers,
-            persistent_workers=settings.num_workers > 0,
-            worker_init_fn=plain_process,
-            collate_fn=partial(plain_batch, experiment.num_crops, settings.patch_size),
-        )
+        loader = straightforward_loader(settings, experiment, index, rows, settings.num_workers)
     else:
         loader = build_loader(preset.settings, experiment, index, rows, training_seed=0)
     if way == "no loading":
