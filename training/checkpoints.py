@@ -26,7 +26,13 @@ from utils import UserError, first_line, replacing
 # ---------------------------------------------------------------------------------------------------- weights
 def save_model(path: Path, model: nn.Module, about: Mapping[str, Any]) -> None:
     """Write the model's weights as safetensors, with `about` (JSON-ready: all that rebuilds the model) as metadata."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state: dict[str, torch.Tensor] = {}
+    stored: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        state[name] = tensor.clone() if place in stored else tensor  # of layers that share weights, each its own
+        stored.add(place)
     try:
         with replacing(path) as temporary:
             save_file(state, temporary, metadata={"about": json.dumps(about)})
