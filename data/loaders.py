@@ -82,7 +82,7 @@ class ImageLoader(DataLoader):
 def _shared_memory_is_full(workers: int, batch_bytes: int) -> str:
     need, free = (BATCHES * workers + 1) * batch_bytes / 1e6, shutil.disk_usage(SHARED_MEMORY).free / 1e6
     return (
-        f"shared memory ({SHARED_MEMORY}) is full or too small: {workers} processes that load images need "
+        f"shared memory ({SHARED_MEMORY}) is full or too small: loading with --num-workers {workers} needs "
         f"{need:,.0f} MB, and {free:,.0f} MB are free: start the container with --shm-size={math.ceil(need / 800)}g or "
         f"--ipc=host, or lower --num-workers (0 needs none)"
     )

@@ -197,7 +197,7 @@ def test_shared_memory_that_is_too_small_or_full_is_one_sentence(run: Run) -> No
         shell = [*namespace, "sh", "-c", SMALL_SHARED_MEMORY, "sh", sys.executable, "-m", *run.command(*more)]
         done = subprocess.run(shell, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-        assert "shared memory (/dev/shm) is full or too small: 1 processes that load images need" in done.stderr
+        assert "shared memory (/dev/shm) is full or too small: loading with --num-workers 1 needs" in done.stderr
         assert "--shm-size=1g or --ipc=host, or lower --num-workers (0 needs none)" in done.stderr
         assert (run.folder / "history.csv").exists() == (batch_size == 4)
 
