@@ -123,6 +123,7 @@ class Training:
 
     epochs: Count = 50  # of each seed
     seeds: Free[Seeds] = (100, 200, 300, 400, 500)  # one training each
+    initial_weights: Free[str] = ""  # a model.safetensors, or a .pt of the author's code, to start from
     band_error: Annotated[float, Field(ge=0, lt=0.5)] = 0.05  # share of each class on the wrong side of "inconclusive"
 
 

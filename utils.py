@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from dataclasses import field, fields, make_dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
@@ -64,6 +65,8 @@ def run_command(doc: str, action: Callable[..., None], **flags: Any) -> NoReturn
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack characters of tables and of file names
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if find_spec("fcntl") is None:  # nor would signals, worker processes and the pixel cache work there
+            raise UserError("this project runs on Linux and macOS, not on Windows: use WSL, the Linux within Windows")
         preset, experiments, options = parse_command_line(doc, **flags)
         if options.get("restart"):
             again = "run the same command without --restart again"
@@ -270,6 +273,12 @@ def as_flags(preset: Preset, groups: Sequence[str] = (), settings: Collection[st
 def preset_folder(preset: Preset) -> Path:
     """results/<preset>: all that a preset writes."""
     return preset.settings.results_root / preset.name
+
+
+def name_of_root(root: Path) -> str:
+    """What no other folder's results are called: the folder's own name, and 8 digits of the hash of its path."""
+    root = root.resolve()
+    return f"{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}"
 
 
 @contextmanager

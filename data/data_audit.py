@@ -7,8 +7,9 @@
 Reads DATA_ROOT/{fake,real} and never writes there; needs no preprocessing. Prints the cross-validated AUC of a
 classifier that sees headers only (format, size, compression, metadata), which of them separate the classes, and exact
 and near duplicates, across the classes and the preset's splits. Writes audit.json, audit.csv (one row a file), tables
-and figures into results/<preset>/dataset/audit. --match pairs fake images with real ones of the same format, colour
-mode, subsampling and, within 5, JPEG quality, whose other headers look equally fake, a pair in two neighbouring lines.
+and figures into results/<preset>/dataset/audit/<NAME>, NAME after the data root. --match pairs fake images with real
+ones of the same format, colour mode, subsampling and, within 5, JPEG quality, whose other headers look equally fake, a
+pair in two neighbouring lines.
 
 Hardware: CPU cores only; with 12,000 images, the classifier adds half a minute.
 """
@@ -36,7 +37,7 @@ from data.lists import check_output, render_table
 from data.preparation.checks import File
 from data.preparation.report import report_left_out
 from data.records import CLASSES, ImageRecord
-from utils import UserError, locked_folder, run_command, write_csv, write_json, write_text
+from utils import UserError, locked_folder, name_of_root, run_command, write_csv, write_json, write_text
 
 MATCHED_PAIRS = 15  # to train a classifier on; with fewer it learns the opposite of what it is tested on
 MATCH_COLUMNS = ("path", "label")
@@ -64,7 +65,7 @@ def audit(preset: Preset, match: Path | None = None, caliper: float = CALIPER, n
 
     Raises UserError for too few images, a file to be written inside the data root, or nothing that can be matched.
     """
-    settings, folder = preset.settings, dataset_folder(preset) / "audit"
+    settings, folder = preset.settings, dataset_folder(preset) / "audit" / name_of_root(preset.settings.data_root)
     root, seed = settings.data_root, settings.main_seed
     for path in (folder, match):
         if path and path.resolve().is_relative_to(root.resolve()):

@@ -12,7 +12,7 @@ from typing import NoReturn
 from config import Preset, Settings
 from data.cache.pixel_cache import PixelCache
 from data.images import IMAGE_ENDINGS
-from data.lists import read_columns
+from data.lists import comparable, read_columns
 from data.records import CLASSES, ImageRecord
 from utils import UserError, as_flags, preset_folder, read_csv, read_json, reading, sha256_of, write_csv
 
@@ -84,25 +84,35 @@ def list_files(root: Path, class_name: str) -> list[str]:
     return [(Path(folder) / name).relative_to(root).as_posix() for folder, names in sorted(found) for name in names]
 
 
-def list_images(root: Path) -> list[tuple[str, int]]:
+def list_images(root: Path, classes: int = len(CLASSES)) -> list[tuple[str, int]]:
     """Relative path and label of every image file under root/fake and root/real, in ImageFolder's order.
 
     Raises:
-        UserError: a class folder is missing or holds no image file.
+        UserError: fewer than `classes` class folders hold an image file.
     """
-    found = []
+    found: list[tuple[str, int]] = []
     for label, class_name in enumerate(CLASSES):
-        folder = root / class_name
-        if not folder.is_dir():
-            raise UserError(
-                f"{folder} does not exist: data_root must hold the folders fake/ and real/ "
-                f"(python -m data.data_download fetches the paper's data, or writes demo data with --demo DIR)"
-            )
-        names = [name for name in list_files(root, class_name) if name.lower().endswith(IMAGE_ENDINGS)]
-        found += [(name, label) for name in names]
-        if not names:
-            raise UserError(f"{folder} holds no image file ({', '.join(IMAGE_ENDINGS)})")
-    return found
+        if (root / class_name).is_dir():
+            names = [name for name in list_files(root, class_name) if name.lower().endswith(IMAGE_ENDINGS)]
+            found += [(name, label) for name in names]
+    present = {label for _, label in found}
+    if len(present) >= classes:
+        return found
+    folder = root / next(name for label, name in enumerate(CLASSES) if label not in present)
+    if folder.is_dir():
+        raise UserError(f"{folder} holds no image file ({', '.join(IMAGE_ENDINGS)}), but {_contents(folder)}")
+    raise UserError(
+        f"{folder} does not exist: data_root must hold the folders fake/ and real/, and {root} holds {_contents(root)} "
+        f"(python -m data.data_download fetches the paper's data, or writes demo data with --demo DIR)"
+    )
+
+
+def _contents(folder: Path) -> str:
+    """What a folder holds, in words: the first names."""
+    if not folder.is_dir():
+        return f"nothing, since it {'is no folder' if folder.exists() else 'does not exist'}"
+    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
+    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "") or "nothing"
 
 
 def dataset_folder(preset: Preset) -> Path:
@@ -146,13 +156,13 @@ def read_index(preset: Preset) -> Index:
     return Index(root, tuple(records))
 
 
-def used_images(settings: Settings) -> list[tuple[str, int]]:
+def used_images(settings: Settings, classes: int = len(CLASSES)) -> list[tuple[str, int]]:
     """`list_images` of the data root, or those of them that `data_list` names.
 
     Raises:
         UserError: as `list_images` and `read_list`.
     """
-    images = list_images(settings.data_root)
+    images = list_images(settings.data_root, classes)
     if not settings.data_list:
         return images
     wanted = read_list(settings.data_list, settings.data_root, [path for path, _ in images])
@@ -160,16 +170,15 @@ def used_images(settings: Settings) -> list[tuple[str, int]]:
 
 
 def read_list(file: str, root: Path, known: Sequence[str]) -> set[str]:
-    """The images that a CSV lists in its column `path`.
-
-    Args:
-        known: all images below the data root `root`.
+    """Those of the images `known`, which are all below the data root `root`, that a CSV lists in its column `path`.
 
     Raises:
         UserError: the file cannot be read, or lists an image that the data set has not.
     """
-    listed = {path for (path,) in read_columns(Path(file), ["path"])}
-    missing = sorted(listed.difference(known))
+    listed = {comparable(path): path for (path,) in read_columns(Path(file), ["path"])}
+    missing = sorted(listed.keys() - set(map(comparable, known)))
     if missing:
-        raise UserError(f"{file} lists {missing[0]}, which is no image of {root}: paths are relative to the data root")
-    return listed
+        raise UserError(
+            f"{file} lists {listed[missing[0]]}, which is no image of {root}: paths are relative to the data root"
+        )
+    return {path for path in known if comparable(path) in listed}

@@ -1,6 +1,8 @@
 """CSV files of the user's: read by column; overwritten only if a command of ours wrote them. And tables as text."""
 
 import csv
+import posixpath
+import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +31,11 @@ def read_columns(path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
     if not rows:
         raise UserError(f"{path} has a heading and no rows: add some")
     return [tuple(row[name] or "" for name in chosen) for row in rows]
+
+
+def comparable(path: str) -> str:
+    """A path as it is compared with another: without ./, and accented letters as one character (macOS takes two)."""
+    return unicodedata.normalize("NFC", posixpath.normpath(path))
 
 
 def check_output(path: Path, columns: Sequence[str]) -> None:

@@ -1,9 +1,12 @@
 """The only `DataLoader` call."""
 
+import math
 import multiprocessing
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from multiprocessing import util
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -14,6 +17,10 @@ from data.index import Index
 from data.views import ViewSettings
 from data.workers import exit_with_parent, keep_freed_memory, loading_processes, signals_held, worker_context
 from utils import UserError, first_line
+
+SHARED_MEMORY = Path("/dev/shm")  # of Linux, through which batches are handed over; 64 MB in most containers
+BATCHES = 2  # that a process has ready; one more is in use
+FULL = ("No space left on device", "Bus error")  # in torch's sentences, where shared memory is full
 
 
 class EpochSampler(Sampler[tuple[int, int | None]]):
@@ -50,11 +57,13 @@ class EpochSampler(Sampler[tuple[int, int | None]]):
 
 
 class ImageLoader(DataLoader):
-    """A DataLoader that raises one kind of error, in a sentence, when one of its processes was killed.
+    """A DataLoader that says in a sentence that one of its processes was killed, or that shared memory is full.
 
     Raises:
         UserError: while batches are asked for.
     """
+
+    batch_bytes: int  # of a batch of views
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         try:
@@ -62,12 +71,36 @@ class ImageLoader(DataLoader):
                 batches = super().__iter__()
             yield from batches
         except (EOFError, ConnectionError, FileNotFoundError, RuntimeError) as error:
+            if SHARED_MEMORY.is_dir() and any(text in str(error) for text in FULL):
+                raise UserError(_shared_memory_is_full(self.num_workers, self.batch_bytes)) from None
             # The first three: what it had handed over is gone with it; RuntimeError: torch noticed that it is gone.
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raised_in_it = str(error).startswith("Caught")
+            if raised_in_it or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
                 raise
             raise UserError(
                 f"a process that loads images was killed ({first_line(error)}): lower --num-workers"
             ) from None
+
+
+def _shared_memory_is_full(workers: int, batch_bytes: int) -> str:
+    need, free = (BATCHES * workers + 1) * batch_bytes / 1e6, shutil.disk_usage(SHARED_MEMORY).free / 1e6
+    return (
+        f"shared memory ({SHARED_MEMORY}) is full or too small: loading with --num-workers {workers} needs "
+        f"{need:,.0f} MB, and {free:,.0f} MB are free: start the container with --shm-size={math.ceil(need / 800)}g or "
+        f"--ipc=host, or lower --num-workers (0 needs none)"
+    )
+
+
+def _that_fit(workers: int, batch_bytes: int, say: bool) -> int:
+    """As many of the processes as shared memory has room for the batches of; raises UserError if that is none."""
+    if not workers or not SHARED_MEMORY.is_dir():
+        return workers
+    fit = min(workers, (shutil.disk_usage(SHARED_MEMORY).free // batch_bytes - 1) // BATCHES)
+    if fit < 1:
+        raise UserError(_shared_memory_is_full(workers, batch_bytes))
+    if fit < workers and say:
+        print(f"{_shared_memory_is_full(workers, batch_bytes)}; going on with {fit}", flush=True)
+    return fit
 
 
 def build_loader(
@@ -90,19 +123,24 @@ def build_loader(
     if workers == "auto":
         workers = loading_processes(cpu_computes=settings.device == "cpu" or not torch.cuda.is_available())
     workers = min(workers, -(-len(rows) // experiment.batch_size))  # no more workers than batches
-    return ImageLoader(
+    views_of_one = views.num_crops + (4 if views.exact_resize else 1)  # in units of a view of bytes
+    batch_bytes = min(experiment.batch_size, len(rows)) * 3 * views.patch_size**2 * views_of_one
+    workers = _that_fit(workers, batch_bytes, say=training)
+    loader = ImageLoader(
         dataset,
         batch_size=experiment.batch_size,
         sampler=EpochSampler(len(dataset), seed, training),
         collate_fn=_as_it_is,
         num_workers=workers,
         persistent_workers=workers > 0,
-        prefetch_factor=2 if workers else None,
+        prefetch_factor=BATCHES if workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, so that loading leaves the global generator alone
         multiprocessing_context=worker_context() if workers else None,
         worker_init_fn=_start_worker,
     )
+    loader.batch_bytes = batch_bytes
+    return loader
 
 
 def _as_it_is(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -1,10 +1,12 @@
 """Any image files, or images in memory -> decoded pictures, a few ahead of the one that is looked at."""
 
 import glob
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from unicodedata import normalize
 
 from PIL import Image
 
@@ -110,7 +112,9 @@ def _find(argument: str) -> Iterator[str]:
         yield argument
     elif table.lower().endswith(".csv") and Path(table).exists():
         for (name,) in read_columns(Path(table), [column]):
-            yield name if Path(name).exists() else str(Path(table).parent / name)
+            spellings = (name, *(normalize(form, name) for form in ("NFC", "NFD")))  # of accented letters
+            places = [str(folder / spelling) for folder in (Path(), Path(table).parent) for spelling in spellings]
+            yield next(filter(os.path.exists, places), places[len(spellings)])
     elif glob.has_magic(argument):
         yield from sorted(name for name in glob.glob(argument, recursive=True) if Path(name).is_file())
     else:

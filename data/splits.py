@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path, PurePosixPath
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch.utils.data import random_split
 
 from config import Settings
 from data.index import Index, read_list
-from data.lists import read_columns
+from data.lists import comparable, read_columns
 from utils import UserError
 
 NAME_COLUMN = "path|file|name"  # of a CSV, the first that is there: of paths below the data root, or of file names
@@ -169,9 +170,10 @@ def groups_of(paths: Sequence[str], group_by: str) -> list[str]:
     """The group of each image, whose `paths` begin with fake/ or real/.
 
     `group_by` is stem (the file name without its ending, as of pairs), folder (the first folder below fake/ or real/;
-    an image in none is a group of its own), or FILE.csv:COLUMN. Raises UserError for another kind, and for a CSV that
-    cannot be read or lacks an image.
+    an image in none is a group of its own), or FILE.csv:COLUMN. Names are as `comparable` makes them. Raises UserError
+    for another kind, and for a CSV that cannot be read, lacks an image or gives one name two groups.
     """
+    paths = list(map(comparable, paths))
     if group_by == "stem":
         return [PurePosixPath(path).stem for path in paths]
     if group_by == "folder":
@@ -179,7 +181,13 @@ def groups_of(paths: Sequence[str], group_by: str) -> list[str]:
     file, _, column = group_by.rpartition(":")
     if not file or not column:
         raise UserError(f"group_by is {group_by}: expected none, stem, folder or FILE.csv:COLUMN")
-    listed = dict(read_columns(Path(file), (NAME_COLUMN, column)))
+    listed: dict[str, str] = {}
+    for name, group in read_columns(Path(file), (NAME_COLUMN, column)):
+        if listed.setdefault(comparable(name), group) != group:
+            raise UserError(
+                f"{file} says of {name} both {listed[comparable(name)]} and {group}: name its files by their paths "
+                f"below the data root, such as {paths[0]}"
+            )
     groups = [listed.get(path, listed.get(PurePosixPath(path).name)) for path in paths]
     if None in groups:
         raise UserError(f"{file} has no row for {paths[groups.index(None)]}: add it, or choose another group_by")
@@ -190,7 +198,7 @@ def held_out(groups: Sequence[str], patterns: Sequence[str]) -> set[str]:
     """The groups that `patterns` name, as "camera_*"; raises UserError for one that would silently hold nothing out."""
     chosen: set[str] = set()
     for pattern in patterns:
-        named = {group for group in groups if fnmatchcase(group, pattern)}
+        named = {group for group in groups if fnmatchcase(*(normalize("NFC", name) for name in (group, pattern)))}
         if not named:
             raise UserError(
                 f"hold_out names {pattern}, and no group has this name: the groups are "

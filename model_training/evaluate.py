@@ -4,14 +4,15 @@
 
 ROOT holds fake/ and real/, each with a folder for each generator or source, if you have them. Prints a row for all
 images and one for each generator: the usual metrics with 95% bootstrap intervals; weights of several seeds give mean ±
-standard deviation. --format-matched 90 adds the same images, all saved as JPEG of quality 90 first: a detector of file
-formats, not of fakes, does worse there. Writes tables and figures to results/<preset>/evaluation/<NAME>. Scores are
-stored: an interrupted evaluation resumes. --precision trained computes as the run's own test did.
+standard deviation. With fake/ or real/ alone: the share called fake at each of the model's thresholds. --format-matched
+90 adds the same images, all saved as JPEG of quality 90 first: a detector of file formats, not of fakes, does worse
+there. Writes tables and figures to results/<preset>/evaluation/<NAME>, NAME after the data root. Scores are stored: an
+interrupted evaluation resumes. --precision trained computes as the run's own test did.
 
 Hardware: a CUDA GPU if there is one, else the CPU. Measured: docs/performance.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from pydantic import Field
 
 from config import Preset
+from data.records import CLASSES
 from model_training.inference.scores import SETTINGS, ScoredData, ScoredModel, ScoringOptions, score_data
 from model_training.tables.figures import plot_reliability, plot_roc, plot_score_histograms
 from model_training.tables.table import Cell, Row, Table, show, value_of
@@ -29,6 +31,19 @@ from utils import run_command
 
 SHOWN = ("auc", "balanced_accuracy")  # where models or formats stand side by side
 PARTS = ("mean", "std", "low", "high")  # of a metric
+COUNTS = {key: value_of(key) for key in ("model", "images", "fake", "real")}  # columns
+THRESHOLDS = {  # of a calibration
+    "balanced": "fake at best balanced accuracy",
+    "fpr_1": "fake at 1% false positives",
+    "fpr_5": "fake at 5% false positives",
+    "real_below": "verdict fake or inconclusive",
+    "fake_from": "verdict fake",
+}
+NOTE = (
+    "In percent, except for the negative log-likelihood (nats); [95% bootstrap interval over images]; fake is the "
+    "positive class. An interval of zero width says that all of these images were classified correctly (or none), "
+    "not that all images would be."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +61,25 @@ def evaluate_weights(preset: Preset, **values: Any) -> None:
     """
     options = Options(**values)
     kinds = ["native"] if options.format_matched is None else ["native", f"jpeg_{options.format_matched}"]
-    data = score_data(preset, options.weights, kinds, options)
+    data = score_data(preset, options.weights, kinds, options, classes=1)
     folder = options.output_folder(preset, "evaluation")
-    notes, calibrated = _notes(data), _rows(data, kinds, "calibrated")
-    columns = {key: value_of(key) for key in ("model", "images", "fake", "real")}
-    columns |= {metric.label: metric_of(name) for name, metric in DETECTION_METRICS.items()}
+    both = len(set(data.labels)) == len(CLASSES)
+    tables = _tables(data, kinds) if both else [_table_of_one_class(data, kinds)]
+    for table in tables:
+        table.write(folder)
+        if table.name != "evaluation_raw":
+            print(f"\n{table.markdown()}")
+    _draw(folder, data, both)
+    data.report_written(folder)
+
+
+def _tables(data: ScoredData, kinds: Sequence[str]) -> list[Table]:
+    notes, calibrated = [NOTE, *data.notes()], _rows(data, kinds, "calibrated")
+    columns = COUNTS | {metric.label: metric_of(name) for name, metric in DETECTION_METRICS.items()}
     title = "Evaluation: calibrated probabilities, the model's own threshold"
     tables = [Table("evaluation", title, [row for row in calibrated if row["format"] == "native"], columns, notes)]
-    raw = _rows(data, ["native"], "raw")
-    Table("evaluation_raw", "Evaluation: raw probabilities, threshold 0.5", raw, columns, notes).write(folder)
+    title, raw = "Evaluation: raw probabilities, threshold 0.5", _rows(data, ["native"], "raw")
+    tables.append(Table("evaluation_raw", title, raw, columns, notes))
     if len(kinds) > 1:
         wide: dict[tuple[str, str], Row] = {}
         for row in calibrated:
@@ -66,22 +91,51 @@ def evaluate_weights(preset: Preset, **values: Any) -> None:
         for metric, kind in product(SHOWN, kinds):
             columns[f"{DETECTION_METRICS[metric].label}, {kind.replace('_', ' ')}"] = metric_of(f"{kind} {metric}")
         tables.append(Table("formats", "Native, and all images in one format", list(wide.values()), columns, notes))
-    for table in tables:
-        table.write(folder)
-        print(f"\n{table.markdown()}")
-    _draw(folder, data)
-    data.report_written(folder)
+    return tables
+
+
+def _table_of_one_class(data: ScoredData, kinds: Sequence[str]) -> Table:
+    """What can be said of images of one class: the share that is called fake at each threshold of the models."""
+    rows, columns = [], COUNTS | {"format": value_of("format")}
+    columns |= {title: _share_of(name) for name, title in THRESHOLDS.items()}
+    missing = ", ".join(metric.label for name, metric in DETECTION_METRICS.items() if name != "accuracy")
+    for row, models, chosen in _counted(data, kinds, "calibrated"):
+        row["missing"] = f"{missing}: they need fake and real images"
+        fake = np.stack([model.probabilities["calibrated", row["format"]][chosen] for model in models])  # (seeds, N)
+        for name in THRESHOLDS:
+            thresholds = np.array([getattr(model.calibration, name) for model in models])
+            shares = (fake >= thresholds[:, None]).mean(axis=1)
+            row[f"{name}_mean"] = float(shares.mean())
+            row[f"{name}_std"] = float(shares.std(ddof=1)) if len(shares) > 1 else float("nan")
+        rows.append(row)
+    title = "Evaluation of one class: share called fake, at each threshold that was set on the validation images"
+    return Table("evaluation", title, rows, columns, ["In percent.", *data.notes()])
+
+
+def _share_of(name: str) -> Cell:
+    def cell(row: Row) -> str:
+        mean, std = (100 * row[f"{name}_{part}"] for part in ("mean", "std"))
+        return show(mean, ".1f") + ("" if std != std else f" ± {show(std, '.1f')}")
+
+    return cell
+
+
+def _counted(
+    data: ScoredData, kinds: Sequence[str], which: str
+) -> Iterator[tuple[Row, Sequence[ScoredModel], np.ndarray]]:
+    """The beginning of a row for each perturbation, model and subset of the images; its models, its images (N,)."""
+    for kind, (name, models), (subset, chosen) in product(kinds, data.models.items(), subsets(data).items()):
+        fakes = int((data.labels[chosen] == 0).sum())
+        row = {"model": name, "images": subset, "format": kind, "probabilities": which, "seeds": len(models)}
+        yield row | {"fake": fakes, "real": int(chosen.sum()) - fakes, "missing": ""}, models, chosen
 
 
 def _rows(data: ScoredData, kinds: Sequence[str], which: str) -> list[Row]:
     """A row for each perturbation, model and subset of the images, from calibrated or raw probabilities."""
-    rows = []
-    for kind, (name, models), (subset, chosen) in product(kinds, data.models.items(), subsets(data).items()):
-        row = {"model": name, "images": subset, "format": kind, "probabilities": which, "seeds": len(models)}
-        fakes = int((data.labels[chosen] == 0).sum())
-        row |= {"fake": fakes, "real": int(chosen.sum()) - fakes, "missing": ""}
-        rows.append(row | metrics_row(models, which, kind, data.labels, chosen))
-    return rows
+    return [
+        row | metrics_row(models, which, row["format"], data.labels, chosen)
+        for row, models, chosen in _counted(data, kinds, which)
+    ]
 
 
 def subsets(data: ScoredData) -> dict[str, np.ndarray]:
@@ -89,11 +143,17 @@ def subsets(data: ScoredData) -> dict[str, np.ndarray]:
     source of the same name."""
     is_fake = data.labels == 0
     found = {"all": np.ones(len(is_fake), bool)}
+
+    def add(name: str, chosen: np.ndarray) -> None:
+        while name in found:  # as of a generator called all
+            name += " (group)"
+        found[name] = chosen
+
     for generator in sorted(set(data.sources[is_fake]) - {""}):
         of_generator, same_source = ((data.sources == generator) & of_class for of_class in (is_fake, ~is_fake))
-        found[generator] = of_generator | ~is_fake
+        add(generator, of_generator | ~is_fake)
         if same_source.any():
-            found[f"{generator}, same source"] = of_generator | same_source
+            add(f"{generator}, same source", of_generator | same_source)
     return found
 
 
@@ -130,32 +190,17 @@ def metric_of(key: str) -> Cell:
     return cell
 
 
-def _notes(data: ScoredData) -> list[str]:
-    notes = [
-        "In percent, except for the negative log-likelihood (nats); [95% bootstrap interval over images]; fake is the "
-        "positive class. An interval of zero width says that all of these images were classified correctly (or none), "
-        "not that all images would be."
-    ]
-    for name, models in data.models.items():
-        seeds = ", ".join(str(model.seed) for model in models)
-        smallest = min(min(model.calibration.fake_images, model.calibration.real_images) for model in models)
-        calibrated = f"calibrated on {smallest} validation images of the smaller class"
-        notes.append(f"{name}: seeds {seeds}; {calibrated if smallest else 'not calibrated: raw probabilities'}")
-    if data.unreadable:
-        notes.append(f"{len(data.unreadable)} files cannot be decoded and are left out.")
-    return notes
-
-
-def _draw(folder: Path, data: ScoredData) -> None:
-    """Figures of the probabilities of each model, averaged over its seeds."""
-    title = f"{data.name}: {len(data.labels):,} images"
+def _draw(folder: Path, data: ScoredData, both: bool) -> None:
+    """Figures of the probabilities of each model, averaged over its seeds; of `both` classes, or the histogram only."""
+    title = f"{data.root.name}: {len(data.labels):,} images"
     panels = {
         f"{name}, {which}": np.mean([model.probabilities[which, "native"] for model in models], axis=0)
         for (name, models), which in product(data.models.items(), ("raw", "calibrated"))
     }
     calibrated = {name: panels[f"{name}, calibrated"] for name in data.models}
-    plot_roc(folder / "roc.png", title, calibrated, data.labels)
-    plot_reliability(folder / "calibration.png", title, panels, data.labels)
+    if both:
+        plot_roc(folder / "roc.png", title, calibrated, data.labels)
+        plot_reliability(folder / "calibration.png", title, panels, data.labels)
     plot_score_histograms(folder / "scores.png", title, calibrated, data.labels)
 
 

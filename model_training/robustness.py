@@ -53,11 +53,10 @@ def measure_robustness(preset: Preset, **values: Any) -> None:
     for shown, model in product(SHOWN, data.models):
         columns[f"{DETECTION_METRICS[shown].label}, {model}"] = metric_of(f"{model} {shown}")
     note = (
-        f"{len(data.labels):,} images of {data.name}, {int((data.labels == 0).sum()):,} of them fake; in percent, [95% "
-        f"bootstrap interval over images]; balanced accuracy at the threshold that was best on the model's validation "
-        f"images."
+        "In percent, [95% bootstrap interval over images]; balanced accuracy at the threshold that was best on the "
+        "model's validation images."
     )
-    table = Table("robustness", "Robustness to perturbations", list(rows.values()), columns, [note])
+    table = Table("robustness", "Robustness to perturbations", list(rows.values()), columns, [note, *data.notes()])
     table.write(folder)
     print(table.markdown())
     plot_strengths(folder / "robustness.png", table.title, f"{drawn.label} ({drawn.unit})", lines)

@@ -1,6 +1,7 @@
 """Final training and evaluation of one experiment over its seeds. docs/method.md, Experiments 2."""
 
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields, replace
+from pathlib import Path
 
 from config import Experiment, Preset, Training
 from data.loaders import build_loader
@@ -23,7 +24,7 @@ from training.runs import (
     resolved,
     seed_folder,
 )
-from utils import read_json, reading, run_command, write_csv, write_json
+from utils import UserError, read_json, reading, run_command, sha256_of, write_csv, write_json
 
 
 def main(name: str, doc: str) -> None:
@@ -55,10 +56,14 @@ def train_and_evaluate(preset: Preset, experiment: Experiment, restart: bool = F
             f"{experiment.name}: {len(splits.final_train)} images to train, {len(splits.final_valid)} to validate, "
             f"{len(splits.test)} to test"
         )
+        initial = training.initial_weights
+        if initial and not Path(initial).is_file():
+            raise UserError(f"the initial weights {initial} do not exist: correct --initial-weights")
+        start = {"initial_weights_sha256": sha256_of(Path(initial))} if initial else {}  # wherever the file lies
         if restart:
             archive(preset, folders.values())
         for seed, folder in folders.items():
-            values = resolved(preset.settings, training, experiment) | {"seed": seed}
+            values = resolved(preset.settings, training, experiment) | {"seed": seed} | start
             with open_run(session, folder, values, results=("history.csv", "checkpoint.pt")) as run:
                 finished = (folder / "metrics.json").exists()
                 if not finished:
@@ -88,10 +93,14 @@ class _SeedRun:
     def train(self) -> None:
         """Train, choose the checkpoint by its validation accuracy, calibrate it, test it."""
         session, folder = self.session, self.run.path
-        rows = (session.splits.final_train, session.splits.final_valid)
+        rows, initial = (session.splits.final_train, session.splits.final_valid), self.training.initial_weights
+        if initial:  # instead of the backbones' own
+            session = replace(session, settings=replace(session.settings, pretrained=False, weights_files=()))
         job = build_job(session, self.experiment, self.seed, self.training.epochs, rows, self.title)
+        if initial:
+            load_model(Path(initial), job.trainer.model)
         model, weights = job.trainer.model, folder / "model.safetensors"
-        about = {"experiment": asdict(self.experiment), "settings": resolved(session.settings), "seed": self.seed}
+        about = {"experiment": asdict(self.experiment), "settings": resolved(self.session.settings), "seed": self.seed}
 
         def on_epoch(history: list[EpochRecord]) -> None:
             write_csv(folder / "history.csv", [field.name for field in fields(EpochRecord)], map(astuple, history))

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights
 
 from config import Settings
-from models.weights import state_dict_mismatch
+from models.weights import read_state_dict, state_dict_mismatch
 from utils import UserError, first_line
 
 NUM_CLASSES = 2  # 0 fake, 1 real
@@ -151,20 +150,8 @@ def _load_weights(network: nn.Module, name: str, file: Path) -> None:
     """Load a state dict from a .safetensors file or a .pth of tensors; nothing in it is executed."""
     if not file.is_file():
         raise UserError(f"the weights file {file} does not exist: correct weights_files")
-    try:
-        is_safetensors = file.suffix == ".safetensors"
-        state = load_file(file) if is_safetensors else torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file of another kind makes the readers raise nearly anything
-        reason = first_line(error)
-        raise UserError(f"{file} is not a weights file that can be loaded safely ({reason}): fetch it again") from None
-    if not isinstance(state, dict) or not all(isinstance(key, str) and _is_plain(state[key]) for key in state):
-        raise UserError(f"{file} holds something else than a state dict (name -> tensor): save model.state_dict()")
+    state = read_state_dict(file)
     problem = state_dict_mismatch(state, network.state_dict())
     if problem:
         raise UserError(f"{file} does not hold the weights of backbone {name} ({problem}): name another file")
     network.load_state_dict(state)
-
-
-def _is_plain(value: object) -> bool:
-    """Whether it is a tensor with its numbers in memory, each of them."""
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"

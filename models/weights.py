@@ -1,7 +1,54 @@
-"""State dicts: what keeps one from being loaded."""
+"""State dicts: read from a file, and what keeps one from being loaded."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from utils import UserError, first_line
+
+
+def written_by_torch(file: Path) -> bool:
+    """Whether a file begins as torch.save writes it, a zip archive or a pickle, and not as safetensors."""
+    if not file.is_file():
+        return False
+    with open(file, "rb") as opened:
+        head = opened.read(9)
+    return head.startswith((b"PK", b"\x80")) and not head.endswith(
+        b"{"
+    )  # there, safetensors' header follows its length
+
+
+def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file or of torch.save; nothing in it is executed.
+
+    A state dict under "model_state_dict" is unwrapped, and what torch.compile adds to names is taken off.
+
+    Raises:
+        UserError: it says what the file holds instead.
+    """
+    try:
+        is_safetensors = file.suffix == ".safetensors"
+        state = load_file(file) if is_safetensors else torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file of another kind makes the readers raise nearly anything
+        reason = first_line(error)
+        raise UserError(f"{file} is not a weights file that can be loaded safely ({reason}): fetch it again") from None
+    if isinstance(state, dict):
+        state = state.get("model_state_dict", state)
+    if not isinstance(state, dict) or not all(isinstance(key, str) and _is_plain(state[key]) for key in state):
+        names = f" of {', '.join(map(str, list(state)[:3]))}" if isinstance(state, dict) else ""
+        raise UserError(
+            f"{file} holds something else than a state dict (name -> tensor), a {type(state).__name__}{names}: save "
+            f"model.state_dict()"
+        )
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a tensor with its numbers in memory, each of them."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def state_dict_mismatch(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 from torchvision.models import ResNet50_Weights, resnet50
 
@@ -21,7 +22,8 @@ from data.loaders import ImageLoader, build_loader
 from model_training.run import train_and_evaluate
 from models.build import build_model
 from tests.conftest import MakePreset, copy_index, run_module, write_toy_images
-from training.checkpoints import Checkpoint
+from training.checkpoints import Checkpoint, save_model
+from training.runs import seed_folder
 from training.runtime import build_runtime
 from training.trainer import Trainer, build_trainer
 from utils import UserError, find_experiment
@@ -117,6 +119,18 @@ effect("Settings.cache_limit_gb", {1e-5: True, 1.0: False})(
         )
     )
 )
+
+
+@effect("Training.initial_weights", {True: True, False: False})
+def a_training_without_a_learning_rate_ends_where_it_starts(lab: Lab, given: bool) -> bool:
+    start = build_model(STANDARD, lab.preset().settings)
+    save_model(file := lab.folder / "start.safetensors", start.state_dict(), {})
+    preset = lab.running(training=Training(epochs=1, seeds=(3,), initial_weights=str(file) if given else ""))
+    train_and_evaluate(preset, replace(STANDARD, lr=0.0))
+    ended = load_file(seed_folder(preset, STANDARD.name, 3) / "model.safetensors")
+    return all(torch.equal(tensor, ended[name]) for name, tensor in start.state_dict().items())
+
+
 effect("Settings.num_workers", {0: 0, 1: 1, 2: 2})(
     lambda lab, workers: loader_of(lab.preset(num_workers=workers), replace(GLASS, batch_size=2)).num_workers
 )

@@ -5,7 +5,7 @@ import pytest
 from scipy.special import expit
 from sklearn import metrics
 
-from training.calibration import calibrate, fit_temperature
+from training.calibration import Calibration, calibrate, fit_temperature
 from training.detection_metrics import bootstrap_intervals, detection_metrics
 from training.metrics import compute_metrics
 
@@ -126,6 +126,13 @@ def test_separable_classes_have_no_inconclusive_images_and_a_finite_temperature(
     calibration = calibrate(scores, labels, 0.05)
     assert 0.5 < calibration.temperature < 1.5 and calibration.real_below == calibration.fake_from
     assert calibration.metrics(scores, labels)["conclusive_accuracy"] == 1
+
+
+def test_probabilities_of_exactly_0_and_1_give_thresholds_that_can_be_read_again() -> None:
+    scores, labels = np.array([-800, 5, 5, -5, -5, -5], float), np.repeat([0, 1], 3)
+    calibration = calibrate(scores, labels, 0.05)
+    assert calibration.real_below == 0 and Calibration(**calibration.as_json()) == calibration
+    assert calibration.verdict(0.0) != "real"
 
 
 def test_ties_at_a_threshold_are_not_false_positives() -> None:

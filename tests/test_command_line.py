@@ -2,6 +2,8 @@
 
 import ast
 import math
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -237,3 +239,20 @@ def test_settings_that_change_numbers_are_compared_and_unknown_ones_have_their_d
     assert difference(fingerprint="other") == "dataset_fingerprint = print, now other"
     assert difference(exact_resize=False, hold_out=[], crop_counts=[2]) is None  # added since, and off
     assert difference(exact_resize=True) == "exact_resize = False, now True"
+
+
+WITHOUT_UNIX = """
+import runpy, sys
+sys.modules.update(dict.fromkeys(("fcntl", "resource")))  # as on Windows
+runpy.run_module(sys.argv[1], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("module", ["data.data_preprocess", "model_training.glass_resnet_training"])
+def test_a_system_without_what_unix_has_is_one_sentence(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_UNIX, module], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and "WSL" in done.stderr
+    assert done.stderr.startswith("error: this project runs on Linux and macOS, not on Windows")

@@ -21,7 +21,7 @@ from data.images import open_image
 from data.index import read_list
 from tests.conftest import refused, succeed
 from tests.odd_images import saved
-from utils import UserError, read_csv
+from utils import UserError, name_of_root, read_csv
 
 RNG = np.random.default_rng(606)
 
@@ -189,7 +189,7 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
         *("data.data_audit", "--valid-size", "0.2", "--test-size", "0.2", "--num-workers", "0"),
         *("--data-root", root, "--results-root", results, "--match", folder / "matched.csv", "--caliper", "0.5"),
     )
-    return root, results / "paper" / "dataset" / "audit", printed
+    return root, results / "paper" / "dataset" / "audit" / name_of_root(root), printed
 
 
 def test_a_leak_is_found_and_named(audited: tuple[Path, Path, str]) -> None:
@@ -248,7 +248,7 @@ def test_a_listed_subset_is_audited_and_shows_no_leak(audited: tuple[Path, Path,
     (tmp_path / "list.csv").write_text("path\n" + "\n".join(shared))
     flags = ("--results-root", tmp_path, "--num-workers", "0", "--data-list", tmp_path / "list.csv")
     printed = succeed("data.data_audit", "--data-root", root, *flags)
-    found = json.loads((tmp_path / "paper" / "dataset" / "audit" / "audit.json").read_text())
+    found = json.loads((tmp_path / "paper" / "dataset" / "audit" / name_of_root(root) / "audit.json").read_text())
     assert found["images"] == {"fake": 20, "real": 20} and found["without_file_size"]["low"] <= 0.5
     assert found["verdict"].startswith(("no evidence", "the headers do not help"))
     assert "Splits are left out of the audit: 40 images" in printed  # the paper's 1,800 do not fit
@@ -267,6 +267,6 @@ def test_what_cannot_be_audited_or_matched_is_refused_in_one_sentence(tmp_path: 
         places = ("--data-root", root, "--results-root", tmp_path, "--num-workers", "0", "--match", match)
         said = refused("data.data_audit", *places)
         assert said.startswith("error: ") and sentence in said and not match.exists()
-    assert (tmp_path / "paper/dataset/audit/audit.json").exists()
+    assert (tmp_path / "paper/dataset/audit" / name_of_root(root) / "audit.json").exists()
     with pytest.raises(UserError, match="4 images in the smaller class are too few"):
         audit_headers(np.zeros((12, len(FEATURES))), np.arange(12) // 4 % 2, np.arange(12), 1)

@@ -20,7 +20,7 @@ from model_training.inference.scores import score_data
 from model_training.predict import predict
 from tests.conftest import ENVIRONMENT, REPOSITORY, TOY_FLAGS, copy_index, run_module, succeed
 from training.checkpoints import save_model
-from utils import UserError, load_preset, read_csv, read_json
+from utils import UserError, load_preset, name_of_root, read_csv, read_json
 
 SAME = 1e-5  # logits; what the order of sums may change
 
@@ -301,7 +301,7 @@ def test_robustness_has_a_row_for_each_perturbation(results: Path, toy_data: Pat
     grid = ("--perturbations", "jpeg_30", "rescale_0.25", "social")
     printed = run_on("robustness", results, toy_data, *both, *test_split, *grid)
     assert "6 images of" in printed and "trained on" not in printed
-    folder = results / "demo" / "robustness" / toy_data.name
+    folder = results / "demo" / "robustness" / name_of_root(toy_data)
     rows = {row["model"]: row for row in read_csv(folder / "robustness.csv")}
     assert list(rows) == ["native", "jpeg_30", "rescale_0.25", "social"]
     of_test = predictions_of(results, "standard_resnet")
@@ -333,9 +333,10 @@ def test_the_commands_for_own_images_do_what_their_document_says(results: Path, 
     printed("bash", "-e", "-c", "\n".join(commands))
     assert len(read_csv(tmp_path / "predictions.csv")) == 2  # of the last predict: a pattern of two files
     demo = tmp_path / "results" / "demo"
-    for written in ("evaluation/demo/evaluation.md", "evaluation/demo/formats.tex", "robustness/demo/robustness.png"):
-        assert (demo / written).stat().st_size > 100
-    assert (demo / "dataset" / "audit" / "audit.json").stat().st_size > 100
+    name = name_of_root(tmp_path / "datasets" / "demo")
+    for written in ("evaluation/{}/evaluation.md", "evaluation/{}/formats.tex", "robustness/{}/robustness.png"):
+        assert (demo / written.format(name)).stat().st_size > 100
+    assert (demo / "dataset" / "audit" / name / "audit.json").stat().st_size > 100
     assert "0001.png" in (tmp_path / "evidence" / "index.html").read_text()
     shutil.copy(toy_data / "fake" / "0000.png", tmp_path / "photo.jpg")
     assert 0 <= float(printed(sys.executable, "-c", programs[0])) <= 1

@@ -16,7 +16,16 @@ import torch
 from safetensors.torch import save_file
 
 from tests.campaigns import kills, mutated_images
-from tests.conftest import PREPROCESS_FLAGS, REPOSITORY, TOY_FLAGS, copy_index, refused, start_module, succeed
+from tests.conftest import (
+    ENVIRONMENT,
+    PREPROCESS_FLAGS,
+    REPOSITORY,
+    TOY_FLAGS,
+    copy_index,
+    refused,
+    start_module,
+    succeed,
+)
 from tests.proc import children_of, workers_of
 from training.stopping import stop_signals
 from utils import STOPPED, UserError, locked_folder, read_json, write_json
@@ -167,6 +176,30 @@ def test_a_killed_loading_process_becomes_a_sentence_and_the_training_resumes(ru
     assert process.returncode == 2 and errors.count("\n") == 1, errors
     assert "a process that loads images was killed" in errors and "--num-workers" in errors
     run.finish("--num-workers", "1")
+
+
+SMALL_SHARED_MEMORY = """
+mount -t tmpfs -o size=1m tmpfs /dev/shm && "$@" & process=$!
+until [ -e "$HISTORY" ]; do sleep 0.01; kill -0 $process 2> /dev/null || break; done
+head -c 1000000 /dev/zero > /dev/shm/filled 2> /dev/null; wait $process
+"""
+
+
+@linux
+def test_shared_memory_that_is_too_small_or_full_is_one_sentence(run: Run) -> None:
+    namespace = ["unshare", "--mount", "--map-root-user"]
+    if not shutil.which("unshare") or subprocess.run([*namespace, "true"], capture_output=True).returncode:
+        pytest.skip("needs a mount namespace of its own")
+    environment = os.environ | ENVIRONMENT | {"HISTORY": str(run.folder / "history.csv")}
+
+    for batch_size, epochs in ((64, 1), (4, 300)):  # refused at first; filled after the first epoch
+        more = ("--patch-size", "96", "--num-workers", "1", "--batch-size", str(batch_size), "--epochs", str(epochs))
+        shell = [*namespace, "sh", "-c", SMALL_SHARED_MEMORY, "sh", sys.executable, "-m", *run.command(*more)]
+        done = subprocess.run(shell, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "shared memory (/dev/shm) is full or too small: loading with --num-workers 1 needs" in done.stderr
+        assert "--shm-size=1g or --ipc=host, or lower --num-workers (0 needs none)" in done.stderr
+        assert (run.folder / "history.csv").exists() == (batch_size == 4)
 
 
 def test_a_process_that_another_one_started_ends_although_its_loader_is_still_there(

@@ -15,11 +15,12 @@ import config
 from config import Preset, Training
 from data.datasets import load_splits
 from data.loaders import build_loader
+from model_training.inference.detector import load_detector
 from model_training.run import train_and_evaluate
 from models.build import build_model
 from tests.campaigns import plain_loop
 from tests.campaigns.kills import MEASURED, state_of
-from tests.conftest import MakePreset, copy_index, edit_index, toy_job
+from tests.conftest import TOY_FLAGS, MakePreset, copy_index, edit_index, succeed, toy_job
 from training.checkpoints import Checkpoint, load_model
 from training.evaluation import evaluate
 from training.loop import Job, fit
@@ -296,3 +297,23 @@ def test_a_last_batch_of_one_image_is_refused_before_the_first_step_where_batche
             fit(toy_job(toy_preset(), batch_size=batch_size))
     assert len(fit(toy_job(toy_preset(patch_size=64), epochs=1, batch_size=9))) == 1  # has several values a channel
     assert len(fit(toy_job(toy_preset(), "standard_convnext", 1, batch_size=9))) == 1  # has no batch normalisation
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--lr", "0.5", "--final-valid-fraction", "0.4"),  # probabilities of exactly 0, to be calibrated
+        ("--backbone", "timm:coat_lite_tiny"),  # whose blocks share layers
+    ],
+)
+def test_a_training_that_reaches_its_last_epoch_finishes(flags: tuple[str, ...], results: Path, toy_data: Path) -> None:
+    roots = ("--data-root", toy_data, "--results-root", results)
+    said = succeed(
+        "model_training.standard_resnet_training", *TOY_FLAGS, *roots, "--epochs", "1", "--seeds", "2", *flags
+    )
+    assert "standard_resnet seed 2: test accuracy" in said
+    path = results / "demo" / "standard_resnet" / "seed_2" / "model.safetensors"
+    detector = load_detector(path, "cpu")
+    row = read_csv(path.with_name("predictions.csv"))[0]
+    found = detector.predict(toy_data / row["path"]).raw_probability_fake
+    assert found == pytest.approx(float(row["probability_fake"]), abs=1e-5)

@@ -89,7 +89,7 @@ def calibrate(scores: np.ndarray, labels: np.ndarray, band_error: float) -> Cali
     probabilities = expit(scores / temperature)
     fake, real = np.sort(probabilities[is_fake]), np.sort(probabilities[~is_fake])
     fake_from = _threshold_over(real, band_error)
-    real_below = 1 - _threshold_over(np.sort(1 - fake), band_error)
+    real_below = max(0.0, 1 - _threshold_over(np.sort(1 - fake), band_error))  # which may be a little over 1
     balanced = _balanced_threshold(fake, real)
     if real_below > fake_from:
         real_below = fake_from = min(max(balanced, fake_from), real_below)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from models.weights import state_dict_mismatch
+from models.weights import read_state_dict, state_dict_mismatch, written_by_torch
 from training.progress import EpochRecord, Progress, best_epoch
 from training.trainer import Trainer
 from utils import UserError, first_line, replacing
@@ -28,7 +28,8 @@ from utils import UserError, first_line, replacing
 # ---------------------------------------------------------------------------------------------------- weights
 def save_model(path: Path, state: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
     """Write a model's state dict as safetensors, with `about` (JSON-ready: all that rebuilds the model) as metadata."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    # Layers that share weights each get their own, which safetensors asks for.
+    state = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
     try:
         with replacing(path) as temporary:
             save_file(state, temporary, metadata={"about": json.dumps(about)})
@@ -37,15 +38,20 @@ def save_model(path: Path, state: Mapping[str, torch.Tensor], about: Mapping[str
 
 
 def load_model(path: Path, model: nn.Module) -> dict[str, Any]:
-    """Load weights that `save_model` wrote into `model`; returns what was told about it.
+    """Load weights that `save_model` wrote, or a state dict of torch.save as of the author's code, into `model`.
+
+    Returns what was told about it; nothing of a state dict.
 
     Raises:
         UserError: not such a file, of another model, or with weights that are not finite numbers; `model` is then
             as it was.
     """
-    with _opened(path) as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        about = _about(file)
+    if written_by_torch(path):
+        state, about = read_state_dict(path), {}
+    else:
+        with _opened(path) as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            about = _about(file)
     problem = state_dict_mismatch(state, model.state_dict())
     if problem:
         raise UserError(f"{path} does not fit this model: {problem}")
@@ -68,8 +74,15 @@ def _opened(path: Path) -> Iterator[safe_open]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is not a weights file of this project: {first_line(error)}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or first_line(error)}): name a weights file") from None
+    except (SafetensorError, ValueError) as error:
+        with open(path, "rb") as other:
+            head = other.read(16)
+        raise UserError(
+            f"{path} is not a weights file of this project, nor a checkpoint of the author's code: it begins with "
+            f"{head!r} ({first_line(error)})"
+        ) from None
 
 
 def _about(file: safe_open) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import hashlib
 import json
 import mmap
 import os
-import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from PIL import Image, features
 
 from config import Settings
 from data.records import ImageRecord
-from utils import stat_of
+from utils import name_of_root, stat_of
 
 FORMAT = 1  # of the files; files of another are not read
 STRIP_WIDTH = 112  # columns; by measurement, see docs/performance.md
@@ -41,9 +40,7 @@ GLOBAL_VIEW, STANDARD_VIEW = 0, 1  # the order of an image's two views
 
 def cache_folder(settings: Settings) -> Path:
     """Where the pixel cache of the data root lies."""
-    root = settings.data_root.resolve()
-    digest = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
-    return settings.cache_root / f"{root.name}-{digest}"
+    return settings.cache_root / name_of_root(settings.data_root)
 
 
 def layout_folder(settings: Settings, kind: Kind) -> Path:
@@ -164,6 +161,8 @@ class _MappedFile:
 
 def _kept_files() -> int:
     """How many files a process keeps mapped: a map keeps its file open, and a process may open only so many."""
+    import resource  # here: Windows lacks it
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < (wanted := hard if 0 <= hard < 2**16 else 2**16):
         with contextlib.suppress(OSError, ValueError):

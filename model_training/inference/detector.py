@@ -3,8 +3,9 @@
 The same image gives the same prediction on every run, whatever its name and whatever else is predicted with it.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -14,18 +15,20 @@ import torch
 from scipy.special import expit
 from torch import nn
 
-from config import Count, Experiment, GlassExperiment, Settings, StandardExperiment
+from config import Count, Crops, Experiment, GlassExperiment, Settings, StandardExperiment
 from data.images import UnreadableImage
 from data.pictures import Picture, Source, read_pictures
 from data.views import ViewSettings
 from data.workers import loading_processes
 from models.build import build_model
+from models.weights import read_state_dict, written_by_torch
 from training.calibration import Calibration, Verdict
 from training.checkpoints import load_model, read_about
 from training.evaluation import sizes_of
 from training.runtime import Runtime, build_runtime
 from utils import UserError, checked
 
+HEADS = {"heads.head.1.weight", "classifier.2.1.weight", "fc.1.weight"}  # of standard vit, convnext and resnet
 UNCALIBRATED = Calibration(1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.0, 0, 0)
 
 
@@ -38,6 +41,8 @@ class PredictionOptions:
     precision: Literal["fp32", "bf16", "fp16", "trained"] = "fp32"
     batch_size: Count = 8  # images that are processed together
     chunk_size: Count = 64  # views that a backbone encodes at a time
+    backbone: str | None = None  # of a checkpoint (.pt) of the author's code, which does not say it: vit, resnet, ...
+    num_crops: Crops | None = None  # likewise, of a GLASS model
 
     def __post_init__(self) -> None:
         checked(self)
@@ -206,6 +211,8 @@ def load_detector(
 ) -> Detector:
     """The model of a weights file, which holds everything needed to rebuild it: nothing is downloaded or unpickled.
 
+    Or of a checkpoint of the author's code; what that lacks is in the options.
+
     In fp32, CPU and GPU agree to about 1e-5; with `PredictionOptions(precision="trained")` the detector differs from
     the predictions.csv of the run by the rounding of its precision at most.
 
@@ -213,11 +220,15 @@ def load_detector(
         UserError: not a weights file of this project, or weights that do not fit the model it describes.
     """
     path, options = Path(path), options or PredictionOptions()
-    about = read_about(path)
+    about = _about_checkpoint(path, options) if written_by_torch(path) else read_about(path)
     try:
         experiment, settings, calibration = _described(about)
     except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{path} does not describe a model of this version ({error}): train it again") from None
+    for name in ("backbone", "num_crops"):
+        given, own = (getattr(of, name, None) for of in (options, experiment))
+        if given and own and given != own:
+            raise UserError(f"{path} says itself that its {name} is {own}, not {given}: leave that option out")
     if options.precision != "trained":
         settings = replace(settings, precision=options.precision, matmul_precision="highest")
     settings = replace(settings, device=device, max_image_pixels=max_image_pixels, compile=False, pretrained=False)
@@ -226,6 +237,31 @@ def load_detector(
     load_model(path, model)
     runtime.place(model).eval()
     return Detector(model, experiment, settings, about, calibration, runtime, options)
+
+
+def _about_checkpoint(path: Path, options: PredictionOptions) -> dict[str, Any]:
+    """What is known of a checkpoint of the author's code, as `read_about` gives it; no calibration is.
+
+    Raises:
+        UserError: it is something else, or the options lack what it does not say.
+    """
+    state, backbone = read_state_dict(path), options.backbone or ""
+    name = re.sub(r"[^\w.-]", "_", path.stem).lstrip(".")
+    if "attention.0.weight" not in state:
+        if not HEADS & state.keys():
+            raise UserError(
+                f"{path} holds {len(state)} tensors ({', '.join(list(state)[:3])}, ...), neither of a GLASS model "
+                f"(global_model.*) nor of a standard one ({', '.join(sorted(HEADS))}): name another file"
+            )
+        what, experiment = "a standard model", StandardExperiment(name, backbone, 1, 0.0, 0.0, 0.0)
+    else:
+        what = f"a GLASS model of width {state['attention.0.weight'].shape[-1]}"
+        experiment = GlassExperiment(name, backbone, 1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, options.num_crops or 0)
+    lacking = {"--backbone": backbone, "--num-crops": getattr(experiment, "num_crops", 1)}
+    options_lacking = " and ".join(flag for flag, value in lacking.items() if not value)
+    if options_lacking:
+        raise UserError(f"{path} is {what} of the author's code and does not say all of it: pass {options_lacking}")
+    return {"experiment": asdict(experiment), "settings": {}}
 
 
 def _described(about: Mapping[str, Any]) -> tuple[Experiment, Settings, Calibration]:

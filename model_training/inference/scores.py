@@ -19,13 +19,27 @@ from tqdm import tqdm
 from config import Name, Preset, Settings
 from data.images import UnreadableImage
 from data.index import used_images
+from data.lists import comparable
 from data.perturbations import perturbation
+from data.records import CLASSES
 from data.splits import groups_of
 from model_training.inference.detector import Detector, Outcome, PredictionOptions, load_detector
+from models.weights import written_by_torch
 from training.calibration import Calibration
 from training.checkpoints import read_about
 from training.runs import git_commit, library_versions
-from utils import UserError, csv_line, locked_folder, preset_folder, read_csv, reading, sha256_of, stat_of, write_csv
+from utils import (
+    UserError,
+    csv_line,
+    locked_folder,
+    name_of_root,
+    preset_folder,
+    read_csv,
+    reading,
+    sha256_of,
+    stat_of,
+    write_csv,
+)
 
 SETTINGS = ("data_root", "results_root", "data_list", "group_by", "device", "max_image_pixels", "num_workers")  # read
 COLUMNS = ("path", "perturbation", "bytes", "mtime_ns", "probability_fake", "raw_probability_fake", "problem")
@@ -38,18 +52,18 @@ class ScoringOptions(PredictionOptions):
     """Which models, how they predict, and where the results go: what the commands that score a data set share."""
 
     weights: Annotated[tuple[Path, ...], Field(min_length=1)]  # model.safetensors files
-    name: Name | None = None  # of the folder for the results; default the data root's name
+    name: Name | None = None  # of the folder for the results; default one after the data root
 
     def output_folder(self, preset: Preset, section: str) -> Path:
         """results/<preset>/<section>/<name>."""
-        return preset_folder(preset) / section / (self.name or preset.settings.data_root.resolve().name)
+        return preset_folder(preset) / section / (self.name or name_of_root(preset.settings.data_root))
 
 
 @dataclass(frozen=True)
 class ScoredModel:
     """The scores of one weights file."""
 
-    seed: int
+    seed: int | str  # "unknown" of weights that do not say it
     calibration: Calibration
     probabilities: dict[tuple[str, str], np.ndarray]  # ("calibrated" or "raw", perturbation) -> (N,), of fake
 
@@ -62,11 +76,26 @@ class ScoredModel:
 class ScoredData:
     """The N images of a data set that could be decoded, and the models that scored them."""
 
-    name: str  # of the data root
+    root: Path  # that it was read from
+    data_list: str  # as the setting
     labels: np.ndarray  # (N,), 0 fake, 1 real
     sources: np.ndarray  # (N,), generator or origin of each image; "" where it has none
     models: dict[str, list[ScoredModel]]  # name -> its seeds
     unreadable: dict[str, str]  # path of each other image -> the reason
+
+    def notes(self) -> list[str]:
+        """Of a table: which images, and how each model was calibrated."""
+        images = f"{len(self.labels):,} images of {self.root}, {int((self.labels == 0).sum()):,} of them fake"
+        notes = [f"{images}{f', listed in {self.data_list}' if self.data_list else ''}."]
+        for name, models in self.models.items():
+            seeds = ", ".join(str(model.seed) for model in models)
+            smallest = min(min(model.calibration.fake_images, model.calibration.real_images) for model in models)
+            calibrated = f"calibrated on {smallest} validation images of the smaller class"
+            uncalibrated = "not calibrated: raw probabilities, threshold 0.5"
+            notes.append(f"{name}: seeds {seeds}; {calibrated if smallest else uncalibrated}.")
+        if self.unreadable:
+            notes.append(f"{len(self.unreadable)} files cannot be decoded and are left out.")
+        return notes
 
     def report_written(self, folder: Path) -> None:
         """Print where the results are, and which images they lack."""
@@ -76,26 +105,31 @@ class ScoredData:
 
 
 def score_data(
-    preset: Preset, weights: Sequence[Path], perturbations: Sequence[str], options: PredictionOptions
+    preset: Preset,
+    weights: Sequence[Path],
+    perturbations: Sequence[str],
+    options: PredictionOptions,
+    classes: int = len(CLASSES),
 ) -> ScoredData:
     """Score the preset's data set with each weights file; only scores that are not stored yet are computed.
 
-    Raises UserError for weights, images or perturbations that cannot be used, or no readable image of a class.
+    Raises UserError for weights, images or perturbations that cannot be used, or readable images of fewer than
+    `classes` classes.
     """
     for name in perturbations:
         perturbation(name)
     settings, scored, unreadable = preset.settings, [], {}
-    paths, labels, sources = labelled_images(settings)
+    paths, labels, sources = labelled_images(settings, classes)
     for path, digest in _digests(weights).items():
         detector = load_detector(path, settings.device, settings.max_image_pixels, options)
         _warn_of_training_images(settings, detector, path)
         values = _scores_of(preset, detector, digest, paths, perturbations)
         unreadable |= {image: problem for (image, _), (_, _, problem) in values.items() if problem}
-        scored.append((detector.name, detector.about.get("seed", 0), detector.calibration, values))
+        scored.append((detector.name, detector.about.get("seed", "unknown"), detector.calibration, values))
     readable = np.array([path not in unreadable for path in paths])
-    for label, class_name in enumerate(("fake", "real")):
-        if not (readable & (labels == label)).any():
-            raise UserError(f"no image in {settings.data_root / class_name} can be decoded: set another --data-root")
+    if len(set(labels[readable])) < classes:
+        missing = CLASSES[next(label for label in range(len(CLASSES)) if label not in labels[readable])]
+        raise UserError(f"no image in {settings.data_root / missing} can be decoded: set another --data-root")
     models: dict[str, list[ScoredModel]] = {}
     for model, seed, calibration, values in scored:
         probabilities = {
@@ -104,20 +138,22 @@ def score_data(
             for name in perturbations
         }
         models.setdefault(model, []).append(ScoredModel(seed, calibration, probabilities))
-    return ScoredData(settings.data_root.resolve().name, labels[readable], sources[readable], models, unreadable)
+    root, chosen = settings.data_root.resolve(), settings.data_list
+    return ScoredData(root, chosen, labels[readable], sources[readable], models, unreadable)
 
 
-def labelled_images(settings: Settings) -> tuple[list[str], np.ndarray, np.ndarray]:
+def labelled_images(settings: Settings, classes: int) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Paths, labels and sources of the images of the data root, or of those that `data_list` names.
 
     Sources are the folders below fake/ and real/, unless `group_by` names a CSV. Raises UserError as `used_images` and
-    `groups_of` do, and for a class without an image.
+    `groups_of` do, and for images of fewer than `classes` classes.
     """
-    paths, labels = zip(*used_images(settings), strict=True)
-    if len(set(labels)) < 2:
+    paths, labels = zip(*used_images(settings, classes), strict=True)
+    if len(set(labels)) < classes:
         raise UserError(f"{settings.data_list or settings.data_root} has images of one class only: both are needed")
     kind = "folder" if settings.group_by in ("none", "stem") else settings.group_by  # pairs are not sources
-    sources = ["" if group == path else group for path, group in zip(paths, groups_of(paths, kind), strict=True)]
+    groups = zip(map(comparable, paths), groups_of(paths, kind), strict=True)
+    sources = ["" if group == path else group for path, group in groups]
     return list(paths), np.array(labels), np.array(sources)
 
 
@@ -126,16 +162,18 @@ def _digests(weights: Sequence[Path]) -> dict[Path, str]:
     digests: dict[Path, str] = {}
     first: dict[object, Path] = {}
     for path in weights:
-        about, digests[path] = read_about(path), sha256_of(path)
-        for key in (digests[path], (about.get("experiment", {}).get("name"), about.get("seed"))):
+        about = {} if written_by_torch(path) else read_about(path)
+        digests[path] = sha256_of(path)
+        name_and_seed = about.get("experiment", {}).get("name"), about.get("seed")
+        for key in (digests[path], *([] if None in name_and_seed else [name_and_seed])):
             if first.setdefault(key, path) is not path:
                 raise UserError(f"{first[key]} and {path} are the same model and seed: name each once")
     return digests
 
 
 def _warn_of_training_images(settings: Settings, detector: Detector, path: Path) -> None:
-    trained_on = Path(detector.about["settings"].get("data_root", ""))
-    if trained_on.absolute() == settings.data_root.absolute() and not settings.data_list:
+    trained_on = detector.about["settings"].get("data_root")
+    if trained_on and Path(trained_on).absolute() == settings.data_root.absolute() and not settings.data_list:
         test_split = path.with_name("predictions.csv")
         print(f"{path} was trained on images of this folder: to use its test split only, pass --data-list {test_split}")
 
@@ -146,7 +184,14 @@ def _scores_of(
     """(path, perturbation) -> the detector's scores, stored ones first."""
     root, folder = preset.settings.data_root.resolve(), preset_folder(preset) / "scores"
     runtime, commit = detector.runtime, git_commit()
-    numerics = [detector.options.draws, runtime.precision, detector.settings.matmul_precision, runtime.device.type]
+    numerics = [
+        detector.experiment.backbone,
+        detector.num_crops,
+        detector.options.draws,
+        runtime.precision,
+        detector.settings.matmul_precision,
+        runtime.device.type,
+    ]
     key = json.dumps([str(root), weights_digest, numerics, commit, library_versions()])
     file = folder / f"{detector.name}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.csv"
     states = {path: stat_of(root / path) for path in paths}

@@ -39,7 +39,7 @@ def _panels(
     """`count` axes side by side, each of `size` inches; written to `path` when the block ends well."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(size[0] * count, size[1]), layout="constrained")
-        figure.suptitle(title)
+        figure.suptitle(title, parse_math=False)  # which may name a folder
         yield list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png")
