@@ -114,7 +114,7 @@ def test_one_class_alone_gives_the_share_called_fake_at_each_threshold(
     fake = np.array([prediction.probability_fake for prediction in found])
     for name in ("balanced", "fpr_1", "fpr_5", "real_below", "fake_from"):
         assert float(row[f"{name}_mean"]) == np.mean(fake >= getattr(detector.calibration, name))
-    assert float(row["real_below_mean"]) > 0 and "balanced accuracy, AUC, average precision, F1, TPR at 1% FPR" in said
+    assert "balanced accuracy, AUC, average precision, F1, TPR at 1% FPR" in said
 
 
 LAYOUTS = {  # files -> the sentence
