@@ -132,7 +132,7 @@ def build_loader(
         sampler=EpochSampler(len(dataset), seed, training),
         collate_fn=_as_it_is,
         num_workers=workers,
-        persistent_workers=workers > 0,
+        persistent_workers=workers > 0 and not settings.author_runtime,
         prefetch_factor=BATCHES if workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, so that loading leaves the global generator alone

@@ -8,8 +8,8 @@ arrive in the very state that they had, and the study continues as if it had nev
 import sqlite3
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from config import Experiment, GlassExperiment, Preset, SearchSpace, StandardExperiment, Tuning
 from hyperparameter_tuning.search_spaces import search_space, suggest_experiment
+from training.checkpoints import Checkpoint
 from training.evaluation import NonFiniteLoss
 from training.loop import fit
 from training.progress import EpochRecord
@@ -40,10 +41,15 @@ from training.runs import (
 from training.runtime import OutOfMemory
 from utils import UserError, first_line, preset_folder, replacing, run_command
 
+PAPER_OPTUNA = "4.6.0"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 HYPERPARAMETERS = {  # come from trials, not from the command line
     field.name for kind in (GlassExperiment, StandardExperiment) for field in fields(kind)
 } - {"name", "backbone"}
+OnEpoch = Callable[[list[EpochRecord]], None]
+# Trains a trial: called with the search, the trial's number and experiment, where it is resumed from, and what to call
+# after each epoch with the history so far.
+Train = Callable[["_Search", int, Experiment, Checkpoint, OnEpoch], object]
 
 
 def main(name: str, doc: str) -> None:
@@ -59,7 +65,17 @@ def main(name: str, doc: str) -> None:
     )
 
 
-def tune(preset: Preset, experiment: Experiment, restart: bool = False) -> None:
+def fit_trial(
+    search: "_Search", number: int, experiment: Experiment, checkpoint: Checkpoint, on_epoch: OnEpoch
+) -> None:
+    """The `Train` of the paper."""
+    session = search.session
+    seed, rows = session.settings.main_seed + number, (session.splits.train, session.splits.valid)
+    job = build_job(session, experiment, seed, search.tuning.epochs, rows, f"{experiment.name} trial {number}")
+    fit(job, checkpoint, session.stop, on_epoch=on_epoch)
+
+
+def tune(preset: Preset, experiment: Experiment, restart: bool = False, train: Train = fit_trial) -> None:
     """Search the experiment's hyperparameters for the best validation accuracy, and print them.
 
     Writes results/<preset>/tuning/<experiment>/study.db (SQLite, opens in optuna-dashboard) and run.json.
@@ -67,6 +83,7 @@ def tune(preset: Preset, experiment: Experiment, restart: bool = False) -> None:
 
     Args:
         restart: archive what was started, and start over.
+        train: what trains a trial.
 
     Raises:
         UserError: no index, no weights, a study that was started with other settings, or one that is in use.
@@ -80,24 +97,36 @@ def tune(preset: Preset, experiment: Experiment, restart: bool = False) -> None:
     glass, space = isinstance(experiment, GlassExperiment), search_space(preset, experiment)
     values = resolved(preset.settings, tuning) | {"name": experiment.name, "backbone": experiment.backbone}
     values["search_space"] = [f"{name}: {choices}" for name, choices in space.items()]
+    values["study_name"] = live_study_name(experiment)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     with open_session(preset) as session:
         if restart:
             archive(preset, [folder])
         with open_run(session, folder, values, results=("study.db",)) as run, _study_file(folder / "study.db"):
-            search = _Search(session, run, experiment, space, tuning)
+            if optuna.__version__ != PAPER_OPTUNA:
+                run.metadata["suggestions"] = (
+                    f"Optuna {optuna.__version__}: they differ from those of the paper's {PAPER_OPTUNA} from about "
+                    f"trial 10 on"
+                )
+                print(f"{experiment.name}: suggestions of {run.metadata['suggestions']}")
+            search = _Search(session, run, experiment, space, tuning, train)
             search.run_trials(tuning.glass_trials if glass else tuning.standard_trials)
             search.report()
 
 
+def live_study_name(experiment: Experiment) -> str:
+    """The author's name of the study: its hash assigns trials to Hyperband's brackets, and TPE sees one bracket."""
+    kind = "gl" if isinstance(experiment, GlassExperiment) else "transfer"
+    return f"{kind}_{experiment.backbone}_hyperparameters_optimization"
+
+
 def build_live_study(name: str, seed: int, tuning: Tuning) -> optuna.Study:
-    """An empty study in memory; Hyperband's brackets depend on its name."""
+    """An empty study in memory, with the paper's sampler and pruner."""
     return optuna.create_study(
         study_name=name,
         direction="maximize",
-        # The defaults that the paper's Optuna had: version 5 changed both.
-        sampler=optuna.samplers.TPESampler(seed=seed, multivariate=False, constant_liar=False),
+        sampler=optuna.samplers.TPESampler(seed=seed),
         pruner=optuna.pruners.HyperbandPruner(
             min_resource=tuning.min_resource, max_resource=tuning.max_resource, reduction_factor=tuning.reduction_factor
         ),
@@ -113,11 +142,12 @@ class _Search:
     experiment: Experiment
     space: SearchSpace
     tuning: Tuning
+    train: Train
 
     def __post_init__(self) -> None:
-        name = self.experiment.name
-        self.stored = _open_study(self.run.path / "study.db", name)
-        self.live = build_live_study(name, self.session.settings.main_seed, self.tuning)
+        self.stored = _open_study(self.run.path / "study.db", self.experiment.name)
+        seed = self.session.settings.main_seed
+        self.live = build_live_study(live_study_name(self.experiment), seed, self.tuning)
 
     def run_trials(self, total: int) -> None:
         """Replay the finished trials, then run the others up to `total`."""
@@ -195,10 +225,7 @@ class _Search:
             past = checkpoint.history()  # of an earlier process
             for epochs in range(1, len(past) + 1):
                 on_epoch(past[:epochs])
-            splits, seed = self.session.splits, self.session.settings.main_seed + live.number
-            label = f"{self.experiment.name} trial {live.number}"
-            job = build_job(self.session, suggested, seed, self.tuning.epochs, (splits.train, splits.valid), label)
-            fit(job, checkpoint, self.session.stop, on_epoch=on_epoch)
+            self.train(self, live.number, suggested, checkpoint, on_epoch)
             value, state = max(accuracies), TrialState.COMPLETE
         except optuna.TrialPruned:
             state = TrialState.PRUNED
@@ -227,13 +254,16 @@ class _Search:
 # ------------------------------------------------------------------------------------------------ the SQLite file
 @contextmanager
 def _study_file(path: Path, *damages: type[Exception]) -> Iterator[None]:
-    """What SQLite and Optuna say of a file that is damaged or cannot be written, and `damages`, become a sentence."""
+    """What SQLite and Optuna say of a file that is damaged, held or unwritable, and `damages`, become a sentence."""
     try:
         yield
     except (SQLAlchemyError, StorageInternalError, sqlite3.Error, *damages) as error:
+        reason = first_line(error.__cause__ or error)
+        if "database is locked" in reason:
+            raise UserError(f"{path} is in use by another program: wait, or close it") from None
         raise UserError(
-            f"cannot resume from {path} ({first_line(error.__cause__ or error)}): make room and let it be written, "
-            f"or, if it is damaged, pass --restart to archive it and start over"
+            f"cannot resume from {path} ({reason}): make room and let it be written, or, if it is damaged, pass "
+            f"--restart to archive it and start over"
         ) from None
 
 
@@ -249,6 +279,8 @@ def _open_study(path: Path, name: str) -> optuna.Study:
             optuna.create_study(study_name=name, storage=created, direction="maximize")
             created.engine.dispose()
     with _study_file(path, KeyError, RuntimeError, TypeError, ValueError):  # of another study, version or content
+        with closing(sqlite3.connect(path, isolation_level=None)) as database:
+            database.execute("BEGIN EXCLUSIVE")  # here: Optuna would try for half a minute to add a trial
         study = optuna.load_study(study_name=name, storage=storage(path))
         study.get_trials(deepcopy=False)
     return study

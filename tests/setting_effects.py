@@ -21,8 +21,9 @@ from data.index import read_index
 from data.loaders import ImageLoader, build_loader
 from model_training.run import train_and_evaluate
 from models.build import build_model
-from tests.conftest import MakePreset, copy_index, run_module, write_toy_images
+from tests.conftest import MakePreset, copy_index, run_module, toy_job, write_toy_images
 from training.checkpoints import Checkpoint, save_model
+from training.loop import Job
 from training.runs import seed_folder
 from training.runtime import build_runtime
 from training.trainer import Trainer, build_trainer
@@ -252,10 +253,33 @@ def the_model_is_compiled(lab: Lab, chosen: bool) -> bool:
     return replace(trainer.runtime, compile=chosen).compiled(trainer.model) is not trainer.model
 
 
-@effect("Settings.channels_last", {True: True, False: False})
-def weights_are_channels_last(lab: Lab, chosen: bool) -> bool:
-    weights = [p for p in trainer_of(lab.preset(channels_last=chosen)).model.parameters() if p.ndim == 4]
-    return all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+def layouts(job: Job) -> set[str]:
+    """The memory layouts of what a ResNet's convolutions give for a batch as it is loaded."""
+    outputs: list[torch.Tensor] = []
+    for module in job.trainer.model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    *views, labels = next(iter(job.train_loader))
+    job.trainer.train_step(views, labels)
+    telling = [output for output in outputs if output.shape[-1] > 1]  # others are both
+    return {"contiguous" if output.is_contiguous() else "channels_last" for output in telling}
+
+
+@effect("Settings.channels_last", {"on": {"channels_last"}, "off": {"contiguous"}, "auto": {"contiguous"}})
+def layout_of_activations(lab: Lab, chosen: str) -> set[str]:
+    of_glass = layouts(toy_job(lab.preset(channels_last=chosen), "glass_resnet"))
+    return layouts(toy_job(lab.preset(channels_last=chosen, exact_resize=True))) | of_glass
+
+
+@effect(
+    "Settings.author_runtime",
+    {True: (True, False, True, {"contiguous"}), False: (False, True, False, {"channels_last"})},
+)
+def runtime_of_the_author(lab: Lab, chosen: bool) -> tuple[bool, bool, bool, set[str]]:
+    preset = lab.preset(author_runtime=chosen, channels_last="on", num_workers=1)
+    job = toy_job(preset)
+    foreach, persistent = job.trainer.optimizer.defaults["foreach"], job.train_loader.persistent_workers
+    return foreach, persistent, job.trainer.runtime.compile_all, layouts(job)
 
 
 @effect(

@@ -100,9 +100,9 @@ def error_of_the_band_of_inconclusive_probabilities(lab: Lab, error: float) -> f
     return read_json(seed_folder(preset, STANDARD.name, 3) / "metrics.json")["calibration"]["band_error"]
 
 
-MODES = {  # epochs, batch_size, quick, warmup_steps, measured_steps -> steps of a training on 28 images
-    (1, 14, False, 3, 10): 2, (2, 14, False, 3, 10): 4, (1, 7, False, 3, 10): 4,
-    (9, 4, True, 1, 2): 3, (9, 4, True, 3, 2): 5, (9, 4, True, 1, 3): 4,
+MODES = {  # epochs, batch_size, quick, warmup_steps, measured_steps -> steps of a training on 28 images, and one a size
+    (1, 14, False, 3, 10): 2 + 1, (2, 14, False, 3, 10): 4 + 1, (1, 8, False, 3, 10): 4 + 2,
+    (9, 4, True, 1, 2): 3 + 1, (9, 4, True, 3, 2): 5 + 1, (9, 4, True, 1, 3): 4 + 1,
 }  # fmt: skip
 
 

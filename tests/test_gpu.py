@@ -1,16 +1,19 @@
 """What only a CUDA device can show: `pytest -m gpu`."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import config
 from config import Preset
 from data.datasets import load_splits
 from data.loaders import build_loader
 from models.build import build_model
+from standard_memory.profile import profile
 from tests.conftest import MakePreset, toy_job
 from training.loop import fit
 from training.progress import EpochRecord
@@ -86,6 +89,23 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(precision: str, toy_pr
     steps, weight = [], next(iter(job.trainer.model.parameters()))
     weight.register_hook(lambda gradient: steps.append(weight.detach().clone()) or gradient / (len(steps) != 3))
     assert [record.skipped_steps for record in fit(job)] == [1, 0] and torch.equal(steps[2], steps[3])
+
+
+@pytest.mark.parametrize("author", [False, True])
+def test_a_cost_study_compiles_before_its_epochs_and_as_the_author_every_forward_pass(
+    author: bool, toy_preset: MakePreset, results: Path
+) -> None:
+    preset = toy_preset(device="cuda", author_runtime=author, results_root=results)
+    stats, graphs = torch._dynamo.utils.counters["stats"], []
+    stats.clear()
+    hook = register_optimizer_step_post_hook(lambda optimizer, *_: graphs.append((stats["unique_graphs"], optimizer)))
+    try:
+        profile(preset, find_experiment(preset, "standard_resnet"))
+    finally:
+        hook.remove()
+    assert len(graphs) == 2 + 4  # batches of 8 and 4, then the epoch
+    assert stats["unique_graphs"] == graphs[2][0] >= (3 if author else 1)  # none since the epoch's first step
+    assert graphs[0][1].defaults["foreach"] == author and graphs[0][1].defaults["fused"] != author
 
 
 def test_memory_is_the_allocators_peak(toy_preset: MakePreset) -> None:

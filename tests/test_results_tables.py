@@ -66,10 +66,12 @@ def write_runs(preset: Preset, accuracies: Mapping[str, Mapping[int, float | Non
             write_run(preset, name, seed, accuracy)
 
 
-def write_costs(preset: Preset, study: str, rows: Sequence[tuple[object, ...]], kind: str = CUDA_MEMORY) -> None:
+def write_costs(
+    preset: Preset, study: str, rows: Sequence[tuple[object, ...]], kind: str = CUDA_MEMORY, **settings: object
+) -> None:
     """`study` is its folder, such as num_crops/glass_vit/full."""
     folder = home(preset) / study
-    settings = {"measured_steps": 7, "batch_size": 32}
+    settings = {"measured_steps": 7, "batch_size": 32, "author_runtime": True} | settings
     write_json(folder / "run.json", {"settings": settings, "memory_kind": kind, "hardware": {"cores": 2}})
     write_csv(folder / "costs.csv", ("num_crops", "peak_memory_mb", "epoch_seconds", "valid_accuracy"), rows)
 
@@ -318,7 +320,13 @@ def test_without_any_result_the_command_says_what_to_run(tmp_path: Path) -> None
 def test_fitted_lines_give_back_the_costs_of_crops_and_the_standard_cost_stands_beside_them(preset: Preset) -> None:
     rows = [(k, 100 + 50 * k, 3 + 0.5 * k, 0.9 + 0.001 * k) for k in (1, 2, 4)]
     write_costs(preset, "num_crops/glass_vit/full", rows)
-    write_costs(preset, "standard_memory/standard_vit/full", [("", 7, 2.5, 0.8)])
+    write_costs(
+        preset,
+        "standard_memory/standard_vit/full",
+        [("", 7, 2.5, 0.8)],
+        author_runtime=False,
+        compilation="before them",
+    )
     write_costs(preset, "standard_memory/standard_resnet/full", [("", 7, 2, 0.8)])
     write_tables(preset)
     row = csv_rows(preset, "crop_cost_lines")["glass_vit"]
@@ -329,9 +337,13 @@ def test_fitted_lines_give_back_the_costs_of_crops_and_the_standard_cost_stands_
     assert "| glass_vit | full | 8 | missing | missing | missing |" in text(preset, "crop_costs.md")
     assert "glass_vit: full: K = 8 not measured" in text(preset, "crop_costs.md")
     assert (home(preset) / "tables" / "crop_costs_glass_vit.png").read_bytes().startswith(PNG)
+    notes = text(preset, "crop_costs.md")
+    assert "compilation in the first epoch." in notes and "Computed: as the author's code." in notes  # as once
     costs = text(preset, "standard_costs.md")  # beside GLASS at its tuned number of crops
     assert "| standard_vit | full | 7.0 | 2.50 | 80.00 | 4 | 300.0 | 5.00 | 90.40 |" in costs
     assert "glass_resnet at its tuned K = 4 not measured" in costs
+    assert "Computed: as config.py says (standard_vit full); as the author's code (" in costs
+    assert "compilation before them (standard_vit full)" in costs
 
 
 def test_quick_costs_and_kinds_of_memory_are_labelled_and_kept_apart(preset: Preset) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import config
 from config import Preset, Training
@@ -18,6 +20,7 @@ from data.loaders import build_loader
 from model_training.inference.detector import load_detector
 from model_training.run import train_and_evaluate
 from models.build import build_model
+from standard_memory.profile import profile
 from tests.campaigns import plain_loop
 from tests.campaigns.kills import MEASURED, state_of
 from tests.conftest import TOY_FLAGS, MakePreset, copy_index, edit_index, succeed, toy_job
@@ -287,6 +290,25 @@ def test_memory_on_the_cpu_is_the_bytes_kept_for_backward(toy_preset: MakePreset
     assert of_linear.peak_bytes == 4000
     assert memory.peak_bytes == 4000 and memory.peak_mb == 4000 / MEGABYTE
     assert runtime.memory_kind == "saved_for_backward"
+
+
+def test_the_warm_up_of_a_cost_study_leaves_no_trace_in_its_training(toy_preset: MakePreset, results: Path) -> None:
+    def last_weights(action: Callable[[], object]) -> list[torch.Tensor]:
+        """Of all that an optimizer's steps have changed, after the last."""
+        hook = register_optimizer_step_post_hook(lambda optimizer, *_: optimizers.append(optimizer))
+        try:
+            action()
+        finally:
+            hook.remove()
+        return [weight for group in optimizers[-1].param_groups for weight in group["params"]]
+
+    optimizers: list[torch.optim.Optimizer] = []
+    preset = toy_preset(results_root=results, main_seed=1)  # the seed of toy_job
+    alone = last_weights(lambda: fit(toy_job(preset, epochs=1)))
+    assert len(optimizers) == 4
+    measured = last_weights(lambda: profile(preset, find_experiment(preset, "standard_resnet")))
+    assert len(optimizers) == 4 + 2 + 4  # two sizes of batches: 8 and 4
+    assert all(map(torch.equal, alone, measured))
 
 
 def test_a_last_batch_of_one_image_is_refused_before_the_first_step_where_batches_are_normalised(

@@ -1,10 +1,12 @@
 """A study suggests what plain Optuna suggests, and an interrupted one what an uninterrupted one does."""
 
 import contextlib
+import random
 import resource
 import shutil
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +16,20 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 import config
-from config import Preset, Tuning
+from config import Experiment, Preset, Tuning
 from hyperparameter_tuning.search_spaces import search_space, suggest_experiment
-from hyperparameter_tuning.study import tune
-from tests.conftest import TOY_FLAGS, MakePreset, copy_index, refused, start_module, succeed
+from hyperparameter_tuning.study import OnEpoch, tune
+from model_training.results_tables import write_tables
+from tests.conftest import REPOSITORY, TOY_FLAGS, MakePreset, copy_index, refused, start_module, succeed
+from tests.reference_studies import STUDIES, as_recorded, given, toy_paper
+from training.checkpoints import Checkpoint
 from training.loop import fit
+from training.progress import EpochRecord
 from training.runs import build_job, open_session
-from utils import UserError, find_experiment
+from utils import UserError, find_experiment, read_json
 
 NAME = "standard_vit"
+VALID = 16  # images; with the toy preset's six, accuracies hardly differ
 
 
 def load(results: Path, name: str = NAME) -> optuna.Study:
@@ -47,7 +54,7 @@ def essence(trial: FrozenTrial) -> tuple:
 def toy(toy_preset: MakePreset, results: Path, trials: int, **settings: int) -> Preset:
     counts = dict(glass_trials=trials, standard_trials=trials)
     tuning = Tuning(epochs=3, min_resource=1, max_resource=3, reduction_factor=2, **counts)
-    return replace(toy_preset(results_root=results, **settings), tuning=tuning)
+    return replace(toy_preset(results_root=results, valid_size=VALID, **settings), tuning=tuning)
 
 
 def tune_toy(toy_preset: MakePreset, results: Path, trials: int, **settings: int) -> None:
@@ -78,13 +85,58 @@ def test_an_uninterrupted_study_suggests_and_prunes_as_plain_optuna(
         return max(study.trials[trial.number].intermediate_values.values())
 
     plain = optuna.create_study(
-        study_name=NAME,
+        study_name="transfer_timm:mobilevit_xxs_hyperparameters_optimization",
         direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=606, multivariate=False, constant_liar=False),
+        sampler=optuna.samplers.TPESampler(seed=606),
         pruner=optuna.pruners.HyperbandPruner(min_resource=1, max_resource=3, reduction_factor=2),
     )
     plain.optimize(replayed, n_trials=14)
     assert [essence(trial) for trial in study.trials] == [essence(trial) for trial in plain.trials]
+
+
+class Killed(BaseException):
+    """In place of a kill."""
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_studies_of_the_author_come_out_the_same_however_often_they_are_killed(
+    name: str, toy_data: Path, results: Path
+) -> None:
+    preset, moments = toy_paper(toy_data, results), random.Random(name)
+    deaths = Counter(moments.randrange(len(STUDIES[name]["trials"])) for _ in range(5))
+
+    def train(search: object, number: int, experiment: Experiment, checkpoint: Checkpoint, on_epoch: OnEpoch) -> None:
+        dies, epoch = deaths[number] > 0, moments.randint(0, 5)  # before the first pruning
+
+        def die_or_report(history: list[EpochRecord]) -> None:
+            if dies and len(history) > epoch:
+                deaths[number] -= 1
+                raise Killed
+            on_epoch(history)
+
+        given(search, number, experiment, checkpoint, die_or_report)
+
+    for _ in range(deaths.total()):
+        with pytest.raises(Killed):
+            tune(preset, find_experiment(preset, name), train=train)
+    tune(preset, find_experiment(preset, name), train=train)
+    assert as_recorded(load(results, name).trials) == STUDIES[name]["trials"]
+    metadata = read_json(results / "demo" / "tuning" / name / "run.json")
+    assert metadata["settings"]["study_name"] == STUDIES[name]["study_name"]
+
+
+def test_another_version_of_optuna_is_named_in_a_line_and_in_the_metadata(
+    toy_preset: MakePreset, results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"\noptuna=={optuna.__version__} " in (REPOSITORY / "requirements.txt").read_text()
+    path = results / "demo" / "tuning" / NAME / "run.json"
+    said = "they differ from those of the paper's 4.6.0 from about trial 10 on"
+    for version, lines in (("4.6.0", 0), ("5.0.0", 1)):
+        monkeypatch.setattr(optuna, "__version__", version)
+        preset = toy(toy_preset, results, 1)
+        tune(preset, find_experiment(preset, NAME), restart=path.exists())
+        assert capsys.readouterr().out.count(said) == lines
+        assert (said in read_json(path).get("suggestions", "")) == bool(lines)
 
 
 @pytest.mark.parametrize("stops", [(1, 2), (11, 13)], ids=str)
@@ -100,7 +152,18 @@ def test_a_study_that_was_stopped_resumes_as_if_it_had_not_been(
 def test_a_killed_trial_is_run_again_with_the_same_values(uninterrupted: Path, results: Path, toy_data: Path) -> None:
     command = [
         *(f"hyperparameter_tuning.{NAME}_tuning", *TOY_FLAGS, "--epochs", "3"),
-        *("--standard-trials", "4", "--min-resource", "1", "--max-resource", "3", "--reduction-factor", "2"),
+        *(
+            "--standard-trials",
+            "4",
+            "--valid-size",
+            str(VALID),
+            "--min-resource",
+            "1",
+            "--max-resource",
+            "3",
+            "--reduction-factor",
+            "2",
+        ),
         *("--data-root", str(toy_data), "--results-root", str(results)),
     ]
 
@@ -174,6 +237,21 @@ def test_a_study_that_cannot_be_written_is_one_sentence(
             tune_toy(toy_preset, tmp_path / "results", 15)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_study_that_another_program_holds_is_one_sentence(
+    uninterrupted: Path, toy_preset: MakePreset, tmp_path: Path
+) -> None:
+    path = copied_study(uninterrupted, tmp_path / "results")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        for begin, action in (
+            ("BEGIN IMMEDIATE", lambda: tune_toy(toy_preset, tmp_path / "results", 15)),  # may be read
+            ("BEGIN EXCLUSIVE", lambda: write_tables(toy(toy_preset, tmp_path / "results", 15))),
+        ):
+            other.execute(begin)
+            with pytest.raises(UserError, match=r"study\.db is in use by another program: wait, or close it"):
+                action()
+            other.execute("ROLLBACK")
 
 
 def test_the_seed_of_a_trial_is_606_and_its_number(uninterrupted: Path, toy_preset: MakePreset) -> None:

@@ -15,9 +15,13 @@ from config import CostSettings, Experiment, Preset
 from training.checkpoints import Checkpoint
 from training.evaluation import predict_batch
 from training.loop import Job, check_smallest_batch, fit
+from training.progress import Progress
 from training.runs import RunFolder, Session, archive, build_job, hardware, open_run, open_session, resolved
 from training.stopping import StopRequest
+from training.trainer import Trainer
 from utils import preset_folder, read_csv, reading, write_csv
+
+Step = Callable[[Sequence[torch.Tensor], torch.Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ def _settings_of(session: Session, study: CostSettings, experiment: Experiment) 
     """What a measured cost depends on: the settings, and, since it is time and memory, the hardware and the loading."""
     machine = {"hardware": hardware(), "loading_processes": session.settings.num_workers}
     values = resolved(session.settings, study, experiment) | machine | {"cached": list(session.index.cached)}
+    values["compilation"] = "before them"  # of the epochs that are measured
     values.pop("num_crops", None)  # each K in turn
     return values
 
@@ -113,13 +118,18 @@ def _in_words(cost: Cost, memory_kind: str, quick: bool) -> str:
 def _measure(job: Job, study: CostSettings, run: RunFolder, checkpoint: Checkpoint, stop: StopRequest) -> Cost:
     """Train and measure: all epochs, resumed from `checkpoint`, or a few steps in quick mode, extrapolated.
 
-    Full mode takes the maximum memory and the mean seconds over epochs, first epoch included, as the paper does. Of a
-    quick measurement that is stopped nothing is saved.
+    Full mode takes the maximum memory and the mean seconds over epochs, first epoch included, as the paper does;
+    compilation comes before them. Of a quick measurement that is stopped nothing is saved.
     """
+    check_smallest_batch(job)
     if study.quick:
-        check_smallest_batch(job)
         run.record(job.label)
+        _warm_up(job)
         return _measure_steps(job, study, stop)
+    if not checkpoint.path.exists():
+        run.record(f"{job.label}, epoch 1")
+        checkpoint.save(job.trainer, Progress())  # the state that `fit` starts from
+    _warm_up(job)
     history = fit(job, checkpoint, stop, lambda done: run.record(f"{job.label}, epoch {done.epoch + 1}"))
     return Cost(
         peak_memory_mb=max(record.peak_memory_mb for record in history),
@@ -128,10 +138,27 @@ def _measure(job: Job, study: CostSettings, run: RunFolder, checkpoint: Checkpoi
     )
 
 
+def _warm_up(job: Job) -> None:
+    """One step with each size of batch that an epoch has, so that all is compiled; it changes the trainer's state."""
+    trainer = job.trainer
+    steps = ((job.train_loader, 0, trainer.train_step), (job.valid_loader, None, _validate(trainer)))
+    for loader, epoch, step in steps:
+        trainer.model.train(epoch is not None)
+        full = min(trainer.batch_size, len(loader.dataset))
+        for size in dict.fromkeys((full, len(loader.dataset) % full or full)):
+            *views, labels = loader.dataset.__getitems__([(0, epoch)] * size)
+            step(views, labels)
+
+
+def _validate(trainer: Trainer) -> Step:
+    """The step of a validation."""
+    return torch.no_grad()(lambda views, _: predict_batch(trainer.valid_model, views, trainer.runtime))
+
+
 def _measure_steps(job: Job, study: CostSettings, stop: StopRequest) -> Cost:
     trainer, runtime = job.trainer, job.trainer.runtime
 
-    def mean_seconds(loader: DataLoader, step: Callable[[Sequence[torch.Tensor], torch.Tensor], object]) -> float:
+    def mean_seconds(loader: DataLoader, step: Step) -> float:
         batches = _repeated(loader, stop)
         # Batches that workers have ready when the clock starts would hide what loading costs.
         in_flight = loader.num_workers * (loader.prefetch_factor or 0)
@@ -149,10 +176,7 @@ def _measure_steps(job: Job, study: CostSettings, stop: StopRequest) -> Cost:
         trainer.model.train()
         train_seconds = mean_seconds(job.train_loader, trainer.train_step)
         trainer.model.eval()
-        with torch.no_grad():
-            valid_seconds = mean_seconds(
-                job.valid_loader, lambda views, labels: predict_batch(trainer.model, views, runtime)
-            )
+        valid_seconds = mean_seconds(job.valid_loader, _validate(trainer))
     epoch_seconds = train_seconds * len(job.train_loader) + valid_seconds * len(job.valid_loader)
     return Cost(memory.peak_mb, epoch_seconds, None)
 

@@ -169,7 +169,7 @@ class _Epoch:
 
         trainer = self.job.trainer
         description = f"{self.description}, validation"
-        predictions = evaluate(trainer.model, self.job.valid_loader, trainer.runtime, description, after_batch)
+        predictions = evaluate(trainer.valid_model, self.job.valid_loader, trainer.runtime, description, after_batch)
         self.progress.valid_seconds += self._elapsed()
         self._note_memory()
         return predictions

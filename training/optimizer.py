@@ -31,9 +31,12 @@ def parameter_groups(model: nn.Module, experiment: Experiment) -> list[dict]:
 
 
 def build_optimizer(
-    model: nn.Module, experiment: Experiment, epochs: int, eta_min: float
+    model: nn.Module, experiment: Experiment, epochs: int, eta_min: float, foreach: bool = False
 ) -> tuple[torch.optim.AdamW, CosineAnnealingLR]:
-    """AdamW over `parameter_groups`, and cosine annealing to `eta_min` over `epochs` steps, one after each epoch."""
+    """AdamW over `parameter_groups`, and cosine annealing to `eta_min` over `epochs` steps, one after each epoch.
+
+    On CUDA, AdamW is fused, or with `foreach` torch's default.
+    """
     on_cuda = next(model.parameters()).is_cuda
-    optimizer = torch.optim.AdamW(parameter_groups(model, experiment), fused=on_cuda)
+    optimizer = torch.optim.AdamW(parameter_groups(model, experiment), foreach=foreach, fused=on_cuda and not foreach)
     return optimizer, CosineAnnealingLR(optimizer, T_max=epochs, eta_min=eta_min)

@@ -19,7 +19,8 @@ class Trainer:
     """One model's training: the objects that every step needs, built by the caller.
 
     `label_smoothing` is of the training loss only. Compilation, where the runtime has it, is for batches of
-    `batch_size`; the smaller last batch of an epoch and evaluation run as they are, which saves three compilations.
+    `batch_size`; the smaller last batch of an epoch and evaluation run as they are, which saves three compilations,
+    unless the runtime compiles all.
     """
 
     model: nn.Module
@@ -33,6 +34,11 @@ class Trainer:
         self.scaler = self.runtime.grad_scaler()
         self.compiled_model = self.runtime.compiled(self.model)
 
+    @property
+    def valid_model(self) -> nn.Module:
+        """The model as it is called in validation."""
+        return self.compiled_model if self.runtime.compile_all else self.model
+
     def train_step(self, views: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         """One optimizer step on a batch of uint8 views; returns the loss, still on the device.
 
@@ -41,7 +47,8 @@ class Trainer:
         Raises:
             OutOfMemory: names the batch, the views and the precision that did not fit.
         """
-        forward = self.compiled_model if len(labels) == self.batch_size else self.model
+        whole = len(labels) == self.batch_size or self.runtime.compile_all
+        forward = self.compiled_model if whole else self.model
         with self.runtime.memory_for(f"a training step on {sizes_of(views)}"):
             self.optimizer.zero_grad(set_to_none=True)
             with self.runtime.autocast():
@@ -64,5 +71,5 @@ def build_trainer(
 ) -> Trainer:
     """Place the model on the device and give it its optimizer and schedule over `epochs` epochs."""
     runtime.place(model)
-    optimizer, scheduler = build_optimizer(model, experiment, epochs, settings.eta_min)
+    optimizer, scheduler = build_optimizer(model, experiment, epochs, settings.eta_min, settings.author_runtime)
     return Trainer(model, optimizer, scheduler, runtime, settings.label_smoothing, experiment.batch_size)

@@ -265,10 +265,11 @@ def _about_checkpoint(path: Path, options: PredictionOptions) -> dict[str, Any]:
 
 
 def _described(about: Mapping[str, Any]) -> tuple[Experiment, Settings, Calibration]:
-    """What the metadata of a weights file says; settings that name files of the training are left out."""
+    """What the metadata of a weights file says; but for settings of the training's files and device."""
     kind = GlassExperiment if "num_crops" in about["experiment"] else StandardExperiment
     experiment = checked(kind(**about["experiment"]))
-    known = {field.name for field in fields(Settings)} - {"data_root", "results_root", "cache_root", "weights_files"}
+    left_out = {"data_root", "results_root", "cache_root", "weights_files", "channels_last", "author_runtime"}
+    known = {field.name for field in fields(Settings)} - left_out
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in about["settings"].items() if k in known}
     calibration = Calibration(**about["calibration"]) if about.get("calibration") else UNCALIBRATED
     return experiment, checked(replace(Settings(), **values)), calibration

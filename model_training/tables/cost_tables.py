@@ -120,6 +120,8 @@ def _cost_notes(studies: Sequence[CostStudy]) -> list[str]:
     about = []
     for study in measured:
         values = {"Memory": study.memory_text, "Time": study.epoch_time_text}
-        values |= {"Batch size": study.metadata["settings"].get("batch_size")} | provenance_of(study.metadata)
+        settings = study.metadata["settings"]
+        values |= {"Computed": "as the author's code" if settings.get("author_runtime") else "as config.py says"}
+        values |= {"Batch size": settings.get("batch_size")} | provenance_of(study.metadata)
         about.append((f"{study.experiment} {study.mode}", values))
     return notes + notes_of(about)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -147,7 +148,8 @@ class CostStudy:
     def epoch_time_text(self) -> str:
         """How its epoch time was found, in words."""
         if self.mode == "full":
-            return "full: mean of whole epochs"
+            compilation = self.metadata["settings"].get("compilation", "in the first epoch")  # of an earlier version
+            return f"full: mean of whole epochs, compilation {compilation}"
         return f"quick: epoch time extrapolated from {self.metadata['settings'].get('measured_steps')} steps"
 
 
@@ -191,8 +193,13 @@ def read_tuning_studies(folder: Path) -> dict[str, TuningStudy]:
                 best = max(trial.intermediate_values.values(), default=None)
                 if trial.state == TrialState.COMPLETE and trial.value != best:
                     raise ValueError(f"trial {trial.number} has the value {trial.value}, not {best}, its best epoch's")
-        except (SQLAlchemyError, sqlite3.Error, KeyError, RuntimeError, ValueError) as error:
-            reason = f"{path} cannot be read as the Optuna study {name} ({first_line(error)})"
-            raise UserError(f"{reason}: run its tuning command again, or move the file away") from None
+        except (SQLAlchemyError, StorageInternalError, sqlite3.Error, KeyError, RuntimeError, ValueError) as error:
+            reason = first_line(error.__cause__ or error)
+            if "database is locked" in reason:
+                raise UserError(f"{path} is in use by another program: wait, or close it") from None
+            raise UserError(
+                f"{path} cannot be read as the Optuna study {name} ({reason}): run its tuning command again, or move "
+                f"the file away"
+            ) from None
         studies[name] = TuningStudy(study, read_metadata(path.with_name("run.json")), trials)
     return studies

@@ -2,6 +2,7 @@
 
     python -m tests.campaigns.kills training [--kills 40] [--seed 1]    GLASS and standard models in turn
     python -m tests.campaigns.kills tuning [--kills 20] [--seed 1]      a study with pruning
+    python -m tests.campaigns.kills reference [--kills 20] [--seed 1]   the author's studies, with training replaced
     python -m tests.campaigns.kills preprocessing [--kills 20] [--seed 1]    with --cache, and what it reads unchanged
 
 Toy size, on the CPU. A moment is drawn between the command's first line of work and its expected end; a command that
@@ -26,6 +27,7 @@ import optuna
 from safetensors.numpy import load_file
 
 from tests.conftest import PREPROCESS_FLAGS, TOY_FLAGS, start_module, succeed, write_toy_images
+from tests.reference_studies import STUDIES
 from utils import read_csv
 
 MEASURED = ("epoch_seconds", "images_per_second", "data_wait_share")  # of the history; differ from run to run
@@ -106,6 +108,7 @@ PREPROCESSING = Campaign(
 CAMPAIGNS = {  # and how often each is killed unless another number is asked for
     "training": ((training("glass_resnet"), training("standard_convnext")), 40),
     "tuning": ((TUNING,), 20),
+    "reference": (tuple(Campaign("tests.reference_studies", (name,), TUNING.started) for name in STUDIES), 20),
     "preprocessing": ((PREPROCESSING,), 20),
 }
 
@@ -158,7 +161,7 @@ if __name__ == "__main__":
     start, differences = time.perf_counter(), []
     for part, campaign in enumerate(campaigns):
         share = (kills + len(campaigns) - 1 - part) // len(campaigns)
-        differences += campaign.run(share, arguments.seed, data, scratch / campaign.module)
+        differences += campaign.run(share, arguments.seed, data, scratch / str(part))
     differences += [f"{path} changed" for path in before if digest(path.read_bytes()) != before[path]]
     print("\n".join(differences))
     took = f"{time.perf_counter() - start:.0f} s"
