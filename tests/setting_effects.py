@@ -265,7 +265,7 @@ def layouts(job: Job) -> set[str]:
     return {"contiguous" if output.is_contiguous() else "channels_last" for output in telling}
 
 
-@effect("Settings.channels_last", {"on": {"channels_last"}, "off": {"contiguous"}, "auto": {"contiguous"}})
+@effect("Settings.channels_last", {"on": {"channels_last"}, "off": {"contiguous"}, "auto": {"channels_last"}})
 def layout_of_activations(lab: Lab, chosen: str) -> set[str]:
     of_glass = layouts(toy_job(lab.preset(channels_last=chosen), "glass_resnet"))
     return layouts(toy_job(lab.preset(channels_last=chosen, exact_resize=True))) | of_glass
@@ -296,7 +296,9 @@ def torchs_switches(lab: Lab, value: tuple[bool, str]) -> tuple[bool, bool, str]
 def saves_of_the_state(lab: Lab, every: int) -> int:
     saves: list[int] = []
     save = Checkpoint.save
-    lab.monkeypatch.setattr(Checkpoint, "save", lambda *arguments: saves.append(1) or save(*arguments))
+    lab.monkeypatch.setattr(
+        Checkpoint, "save", lambda *arguments, **options: saves.append(1) or save(*arguments, **options)
+    )
     preset = lab.running(training=Training(epochs=2, seeds=(1,)))
     preset = replace(preset, settings=replace(preset.settings, checkpoint_every=every))
     train_and_evaluate(preset, replace(STANDARD, batch_size=4))

@@ -252,6 +252,13 @@ def test_the_losses_and_weights_are_those_of_the_equations_written_down_plainly(
     assert found.loss < 1e-7 and found.weight < 1e-12
 
 
+def test_models_that_onednn_damages_are_not_channels_last_on_the_cpu(toy_preset: MakePreset) -> None:
+    runtime = build_runtime(toy_preset().settings)
+    for channels, stride, kernel, expected in ((8, 2, 1, False), (8, 1, 1, True), (64, 2, 1, True), (8, 2, 3, True)):
+        model = nn.Sequential(*(nn.Conv2d(channels, channels, kernel, stride) for _ in range(3)))
+        assert runtime.place(model).channels_last == expected
+
+
 def test_each_epoch_steps_the_schedule_once(toy_preset: MakePreset) -> None:
     job, rates = toy_job(toy_preset(), lr=1e-3), []
     fit(job, on_epoch=lambda history: rates.append(job.trainer.optimizer.param_groups[0]["lr"]))

@@ -30,7 +30,7 @@ class Runtime:
     device: torch.device
     precision: str  # fp16, bf16 or fp32, of the forward pass; always fp32 on the CPU
     compile: bool
-    channels_last: bool
+    channels_last: str  # auto, on or off
     compile_all: bool = False
 
     @property
@@ -40,8 +40,7 @@ class Runtime:
 
     def resolved(self) -> dict[str, Any]:
         """What numbers depend on here, for a run's metadata; the settings may say auto."""
-        names = ("precision", "compile", "channels_last")
-        return {"device_type": self.device.type} | {name: getattr(self, name) for name in names}
+        return {"device_type": self.device.type, "precision": self.precision, "compile": self.compile}
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model on the device, in its memory layout; memory of earlier models is freed first."""
@@ -50,9 +49,21 @@ class Runtime:
             torch.cuda.empty_cache()
         with self.memory_for("the model"):
             model.to(self.device)
-        if self.channels_last and sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 2:
+        model.channels_last = self._suits_channels_last(model)
+        if model.channels_last and sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 2:
             model.to(memory_format=torch.channels_last)  # not for ViTs, whose one convolution cuts patches
         return model
+
+    def _suits_channels_last(self, model: nn.Module) -> bool:
+        """On the CPU, where it is up to twice as fast, not for every model.
+
+        oneDNN writes past its memory in the backward pass of 1x1 convolutions with a stride and few channels (fewer
+        than 16 were seen, as in timm:fastvit_t8), and torch dies without a word.
+        """
+        if self.channels_last != "auto" or self.device.type == "cuda":
+            return self.channels_last != "off"
+        convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+        return not any(c.kernel_size == (1, 1) and max(c.stride) > 1 and c.in_channels < 64 for c in convolutions)
 
     def compiled(self, model: nn.Module) -> nn.Module:
         """The model's forward pass, compiled where the settings say so, for one shape of views unless `compile_all`."""
@@ -64,7 +75,7 @@ class Runtime:
     def to_device(self, model: nn.Module, views: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Views (..., 3, P, P) of 0 to 255 on the device, as float32 normalised with the model's mean and std."""
         on_device = [view.to(self.device, non_blocking=True) for view in views]
-        if not self.channels_last:  # as which they arrive, and whose layout convolutions follow
+        if not getattr(model, "channels_last", True):  # as which they arrive, and whose layout convolutions follow
             on_device = [view.contiguous() for view in on_device]
         return [(view.float() / 255 - model.input_mean) / model.input_std for view in on_device]
 
@@ -145,14 +156,11 @@ def build_runtime(settings: Settings) -> Runtime:
     torch.use_deterministic_algorithms(settings.deterministic)
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
-    # On the CPU channels_last is up to twice as fast, but oneDNN writes past its memory in the backward pass of 1x1
-    # convolutions with a stride and few channels (timm:fastvit_t8): torch dies without a word.
-    channels_last = settings.channels_last == "on" or (settings.channels_last == "auto" and on_cuda)
     return Runtime(
         device,
         precision=settings.precision if on_cuda else "fp32",
         compile=settings.compile and on_cuda,
-        channels_last=channels_last and not settings.author_runtime,
+        channels_last="off" if settings.author_runtime else settings.channels_last,
         compile_all=settings.author_runtime,
     )
 
