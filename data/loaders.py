@@ -134,7 +134,7 @@ def build_loader(
         num_workers=workers,
         persistent_workers=workers > 0 and not settings.author_runtime,
         prefetch_factor=BATCHES if workers else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=settings.device != "cpu" and torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, so that loading leaves the global generator alone
         multiprocessing_context=worker_context() if workers else None,
         worker_init_fn=_start_worker,

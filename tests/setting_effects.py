@@ -287,9 +287,9 @@ def runtime_of_the_author(lab: Lab, chosen: bool) -> tuple[bool, bool, bool, set
     {(True, "high"): (True, False, "high"), (False, "highest"): (False, True, "highest")},
 )
 def torchs_switches(lab: Lab, value: tuple[bool, str]) -> tuple[bool, bool, str]:
-    build_runtime(lab.preset(deterministic=value[0], matmul_precision=value[1]).settings)
-    switches = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    return *switches, torch.get_float32_matmul_precision()
+    with build_runtime(lab.preset(deterministic=value[0], matmul_precision=value[1]).settings).switched():
+        switches = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+        return *switches, torch.get_float32_matmul_precision()
 
 
 @effect("Settings.checkpoint_every", {0: 2, 2: 2 + 2 * 4, 7: 2 + 2})  # two epochs of eight steps

@@ -27,7 +27,8 @@ NAMES = [experiment.name for experiment in config.DEMO.experiments]
 
 def train(preset: Preset, name: str, epochs: int = 2, **changes: object) -> tuple[Trainer, list[EpochRecord]]:
     job = toy_job(preset, name, epochs, **changes)
-    return job.trainer, fit(job)
+    with job.trainer.runtime.switched():
+        return job.trainer, fit(job)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -115,10 +116,13 @@ def test_memory_is_the_allocators_peak(toy_preset: MakePreset) -> None:
 
 
 def test_out_of_memory_says_what_was_tried(toy_preset: MakePreset) -> None:
-    torch.cuda.set_per_process_memory_fraction(0.0005)
+    job = toy_job(toy_preset(device="cuda", compile=False), "glass_resnet", num_crops=16)
+    torch.cuda.empty_cache()
+    placed = torch.cuda.memory_reserved() + 2**21  # and nothing that a step needs
+    torch.cuda.set_per_process_memory_fraction(placed / torch.cuda.get_device_properties().total_memory)
     try:
         with pytest.raises(OutOfMemory, match=r"8x3x32x32 and 8x16x3x32x32 .* in fp16: lower --batch-size"):
-            train(toy_preset(device="cuda", compile=False), "glass_resnet", num_crops=16)
+            fit(job)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -140,6 +144,6 @@ def test_precision_compile_and_matmul_precision_act_on_cuda() -> None:
         torch.testing.assert_close(forward(numbers), model(numbers), rtol=1e-2, atol=1e-2)  # TF32
     products = []
     for precision in ("highest", "high"):
-        runtime(matmul_precision=precision)
-        products.append(numbers @ numbers)
+        with runtime(matmul_precision=precision).switched():
+            products.append(numbers @ numbers)
     assert not torch.equal(*products)  # high is TF32

@@ -63,7 +63,8 @@ def evaluate(
     """
     model.eval()
     logits, labels = [], []
-    for *views, batch_labels in tqdm(loader, desc=description, leave=False, disable=None):
+    batches = tqdm(runtime.batches(loader), desc=description, total=len(loader), leave=False, disable=None)
+    for *views, batch_labels in batches:
         logits.append(predict_batch(model, views, runtime))
         labels.append(batch_labels)
         after_batch()

@@ -180,7 +180,7 @@ class _Epoch:
         loader.sampler.set_epoch(progress.epoch, first=progress.images)
         steps = progress.steps + len(loader)
         with tqdm(desc=self.description, initial=progress.steps, total=steps, leave=False, disable=None) as bar:
-            batches = iter(loader)
+            batches = self.job.trainer.runtime.batches(loader)
             while True:
                 start = time.perf_counter()
                 batch = next(batches, None)

@@ -70,8 +70,9 @@ def open_session(preset: Preset) -> Iterator[Session]:
         UserError: no index, a data set that is not as indexed, or a device that is unavailable.
     """
     index, splits = load_splits(preset)
-    with stop_signals() as stop:
-        yield Session(preset.settings, index, splits, build_runtime(preset.settings), stop)
+    runtime = build_runtime(preset.settings)
+    with stop_signals() as stop, runtime.switched():
+        yield Session(preset.settings, index, splits, runtime, stop)
 
 
 def seed_everything(seed: int) -> None:
@@ -285,6 +286,6 @@ def hardware() -> dict[str, Any]:
     """Processor, number of cores this process may use, GPU and its memory if there is one."""
     found: dict[str, Any] = {"processor": platform.machine(), "cores": available_cores()}
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         found |= {"gpu": properties.name, "gpu_memory_mb": round(properties.total_memory / 2**20)}
     return found

@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,18 @@ CUDA_MEMORY = "cuda_max_memory_allocated"
 CPU_MEMORY = "saved_for_backward"
 
 
+# How errors say it: torch's allocators, CUDA itself (AcceleratorError), cuBLAS; Triton.
+NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+NO_COMPILER = ("Failed to find C compiler", "No working C++ compiler")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what caused it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 class OutOfMemory(UserError):
     """The device had no memory left."""
 
@@ -31,6 +43,8 @@ class Runtime:
     precision: str  # fp16, bf16 or fp32, of the forward pass; always fp32 on the CPU
     compile: bool
     channels_last: str  # auto, on or off
+    deterministic: bool
+    matmul_precision: str
     compile_all: bool = False
 
     @property
@@ -41,6 +55,25 @@ class Runtime:
     def resolved(self) -> dict[str, Any]:
         """What numbers depend on here, for a run's metadata; the settings may say auto."""
         return {"device_type": self.device.type, "precision": self.precision, "compile": self.compile}
+
+    @contextmanager
+    def switched(self) -> Iterator[None]:
+        """In the block, torch's global switches are this runtime's, and its device is the current one."""
+        before = _switches()
+        deterministic, high = self.deterministic, self.matmul_precision != "highest"
+        threads = before[0]
+        if (
+            self.device.type == "cpu"
+        ):  # whatever num_workers is: sums over another number of threads may round otherwise
+            threads = min(threads, max(1, available_cores() - loading_processes(cpu_computes=True)))
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            try:
+                # Deterministic algorithms would fill all new memory with NaN, a tenth of a step.
+                _set_switches(threads, self.matmul_precision, high, not deterministic, deterministic, False, False)
+                yield
+            finally:
+                _set_switches(*before)
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model on the device, in its memory layout; memory of earlier models is freed first."""
@@ -88,13 +121,28 @@ class Runtime:
         """
         try:
             yield
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what its compiler wraps it in
+            causes = list(_chain(error))
+            if any(sign in str(cause) for cause in causes for sign in NO_COMPILER):
+                raise UserError(
+                    f"torch.compile finds no C compiler ({causes[-1]}): install gcc, or pass --no-compile"
+                ) from None
+            if not any(sign in str(cause) for cause in causes for sign in NO_MEMORY):
                 raise
             raise OutOfMemory(
                 f"{self.device} has no memory left for {what} in {self.precision}: lower --batch-size or, for GLASS, "
                 f"the number of crops"
             ) from None
+
+    def batches(self, loader: Iterable[Sequence[torch.Tensor]]) -> Iterator[Sequence[torch.Tensor]]:
+        """The loader's batches; its thread that pins memory runs out of it in the same words."""
+        iterator = iter(loader)
+        while True:
+            with self.memory_for("a batch in pinned memory"):
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
 
     def autocast(self) -> AbstractContextManager:
         """Mixed precision for a forward pass; nothing in fp32."""
@@ -127,7 +175,7 @@ class Runtime:
 
 
 def build_runtime(settings: Settings) -> Runtime:
-    """Choose the device and set torch's global switches.
+    """Choose the device; `Runtime.switched` sets torch's global switches.
 
     Raises:
         UserError: a device that is not there, or a precision that it cannot compute in.
@@ -144,25 +192,47 @@ def build_runtime(settings: Settings) -> Runtime:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device is {name}: this project runs on cpu and cuda")
     on_cuda = device.type == "cuda"
-    if on_cuda and settings.precision == "bf16" and not torch.cuda.is_bf16_supported():
-        raise UserError(f"precision is bf16, which {torch.cuda.get_device_name(device)} lacks: set --precision fp16")
-    if not on_cuda:  # whatever num_workers is: sums over another number of threads may round otherwise
-        torch.set_num_threads(
-            min(torch.get_num_threads(), max(1, available_cores() - loading_processes(cpu_computes=True)))
-        )
-    torch.set_float32_matmul_precision(settings.matmul_precision)
-    torch.backends.cudnn.allow_tf32 = settings.matmul_precision != "highest"
-    torch.backends.cudnn.benchmark = not settings.deterministic
-    torch.use_deterministic_algorithms(settings.deterministic)
-    if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
+    if on_cuda and settings.precision == "bf16":
+        with torch.cuda.device(device):
+            supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        if not supported:
+            raise UserError(
+                f"precision is bf16, which {torch.cuda.get_device_name(device)} lacks: set --precision fp16"
+            )
     return Runtime(
         device,
         precision=settings.precision if on_cuda else "fp32",
         compile=settings.compile and on_cuda,
         channels_last="off" if settings.author_runtime else settings.channels_last,
+        deterministic=settings.deterministic,
+        matmul_precision=settings.matmul_precision,
         compile_all=settings.author_runtime,
     )
+
+
+def _switches() -> tuple[Any, ...]:
+    """What `_set_switches` sets."""
+    return (
+        torch.get_num_threads(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+
+
+def _set_switches(
+    threads: int, products: str, tf32: bool, benchmark: bool, deterministic: bool, only_warn: bool, fill_memory: bool
+) -> None:
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(products)
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = benchmark
+    torch.use_deterministic_algorithms(deterministic, warn_only=only_warn)
+    torch.utils.deterministic.fill_uninitialized_memory = fill_memory
 
 
 class MemoryMeter:

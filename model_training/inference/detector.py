@@ -155,6 +155,10 @@ class Detector:
     @torch.no_grad()
     def score(self, pictures: Iterable[Picture], boxes: np.ndarray | None = None) -> list[Scores]:
         """Scores of pictures, which are consumed one by one; `boxes` (T, K, 4) are used instead of drawing them."""
+        with self.runtime.switched():
+            return self._score(pictures, boxes)
+
+    def _score(self, pictures: Iterable[Picture], boxes: np.ndarray | None) -> list[Scores]:
         views = ViewSettings.of(self.settings, self.experiment, self.settings.main_seed)
         if isinstance(self.experiment, StandardExperiment):
             logits = self._encode(self.model, (picture.resized(views) for picture in pictures))

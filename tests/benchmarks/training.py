@@ -40,7 +40,7 @@ from tests.benchmarks.epoch import NormalisedViews, straightforward_loader
 from training.checkpoints import Checkpoint
 from training.progress import Progress
 from training.runs import git_commit, hardware, library_versions, seed_everything
-from training.runtime import MEGABYTE, build_runtime
+from training.runtime import MEGABYTE, Runtime, build_runtime
 from training.trainer import Trainer, build_trainer
 from utils import find_experiment, write_json, write_text
 
@@ -104,11 +104,17 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     preset = preset_in(folder)
     settings = replace(preset.settings, device="auto", **dict(case.settings))
     experiment, runtime = experiment_of(case), build_runtime(settings)
-    torch.utils.deterministic.fill_uninitialized_memory = case.fill_memory
+    with runtime.switched():
+        torch.utils.deterministic.fill_uninitialized_memory = case.fill_memory
+        return _measure(case, replace(preset, settings=settings), experiment, runtime, folder)
+
+
+def _measure(case: Case, preset: Preset, experiment: Experiment, runtime: Runtime, folder: Path) -> dict[str, Any]:
+    settings = preset.settings
     seed_everything(0)
     trainer = build_trainer(build_model(experiment, settings), experiment, settings, runtime, epochs=1)
     trainer.model.train()
-    batches = batches_of(case, replace(preset, settings=settings), experiment, trainer)
+    batches = batches_of(case, preset, experiment, trainer)
     if case.source == "straightforward":
         trainer.runtime = NormalisedViews(**vars(runtime))
     flop = flop_an_image(trainer, next(batches))
