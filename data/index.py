@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from config import Preset, Settings
 from data.cache.pixel_cache import PixelCache
-from data.images import IMAGE_ENDINGS
+from data.images import IMAGE_ENDINGS, is_image_name
 from data.lists import read_columns
 from data.records import CLASSES, ImageRecord
 from utils import UserError, as_flags, preset_folder, read_csv, read_json, reading, sha256_of, write_csv
@@ -85,7 +85,7 @@ def list_files(root: Path, class_name: str) -> list[str]:
 
 
 def list_images(root: Path) -> list[tuple[str, int]]:
-    """Relative path and label of every image file under root/fake and root/real, in ImageFolder's order.
+    """Relative path and label of each image under root/fake and root/real, in ImageFolder's order; no hidden ones.
 
     Raises:
         UserError: a class folder is missing or holds no image file.
@@ -98,7 +98,7 @@ def list_images(root: Path) -> list[tuple[str, int]]:
                 f"{folder} does not exist: data_root must hold the folders fake/ and real/ "
                 f"(python -m data.data_download fetches the paper's data, or writes demo data with --demo DIR)"
             )
-        names = [name for name in list_files(root, class_name) if name.lower().endswith(IMAGE_ENDINGS)]
+        names = [name for name in list_files(root, class_name) if is_image_name(name)]
         found += [(name, label) for name in names]
         if not names:
             raise UserError(f"{folder} holds no image file ({', '.join(IMAGE_ENDINGS)})")

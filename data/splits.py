@@ -188,7 +188,7 @@ def held_out(groups: Sequence[str], patterns: Sequence[str]) -> set[str]:
     """The groups that `patterns` name, as "camera_*"; raises UserError for one that would silently hold nothing out."""
     chosen: set[str] = set()
     for pattern in patterns:
-        named = {group for group in groups if fnmatchcase(group, pattern)}
+        named = {group for group in groups if group == pattern or fnmatchcase(group, pattern)}
         if not named:
             raise UserError(
                 f"hold_out names {pattern}, and no group has this name: the groups are "
