@@ -162,11 +162,14 @@ def _ends_early(image: Image.Image) -> bool:
 
     The decoder fills up with grey, and says so where Pillow does not listen.
     """
-    if not os.path.isfile(_path_of(image)):  # it is in memory
+    if image.info.get("progressive") or not os.path.isfile(_path_of(image)):  # less sharp, not grey; in memory
         return False
-    data = Path(image.filename).read_bytes()
-    first, second = (_open(io.BytesIO(each), ("JPEG",)).tobytes() for each in (data, with_filling(data)))
-    return first != second
+    data, pictures = Path(image.filename).read_bytes(), []
+    for content in (data, with_filling(data)):
+        picture = _open(io.BytesIO(content), ("JPEG",))
+        picture.draft(None, (picture.width // 8, picture.height // 8))  # at an eighth of its size, in little memory
+        pictures.append(picture.tobytes())
+    return pictures[0] != pictures[1]
 
 
 def read_image(path: str | Path, max_pixels: int) -> Image.Image:

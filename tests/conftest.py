@@ -98,6 +98,7 @@ def help_of(command: Path) -> str:
 
 def untrained_weights(path: Path, name: str) -> Path:
     """The weights file of the demo's experiment `name`, with patches of 32 and as its training begins."""
+    torch.manual_seed(0)
     settings = replace(config.DEMO.settings, patch_size=32, device="cpu")
     experiment = find_experiment(config.DEMO, name)
     about = {"experiment": asdict(experiment), "settings": resolved(settings)}

@@ -137,7 +137,7 @@ def test_all_commands_name_the_same_files_with_the_same_reasons_and_start_no_pro
 def test_metadata_changes_no_score(told: Told) -> None:
     scores = {name: float(row["raw_probability_fake"] or "nan") for name, row in told.rows.items()}
     for name, whole in SAME.items():
-        assert scores[name] == pytest.approx(scores[whole], abs=1e-7), name  # the order of sums in a batch
+        assert scores[name] == pytest.approx(scores[whole], abs=1e-6), name  # the order of sums in a batch
     assert np.nanstd(list(scores.values())) > 1e-4
 
 
