@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -308,6 +309,13 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 # ----------------------------------------------------------------------------------------------------- files
+def check_replaceable(path: Path) -> None:
+    """Raises UserError if `path` is a pipe or a device: a new file would take its place, and to open it may wait."""
+    status = stat_of(path)
+    if status and not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        raise UserError(f"{path} is a pipe or a device, and output is written whole or not at all: name a file")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it replaces `path` if the block ends well.
@@ -318,6 +326,7 @@ def replacing(path: Path) -> Iterator[Path]:
         UserError: the system does not let it be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    check_replaceable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

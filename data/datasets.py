@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from config import Preset
 from data.cache.pixel_cache import GLOBAL_VIEW, STANDARD_VIEW, open_cache
-from data.images import UnreadableImage, read_image, reencoded
+from data.images import UnreadableImage, check_reencoding, read_image, reencoded
 from data.index import Index, read_index
 from data.records import ImageRecord
 from data.splits import Splits, split_index
@@ -56,7 +56,8 @@ class ImageDataset(Dataset):
         reencode_jpeg: as the setting.
 
     Raises:
-        UserError: an image is larger, or its file is not what it was when the index was made.
+        UserError: an image is larger, or too long to be saved as JPEG, or its file is not what it was when the index
+            was made.
     """
 
     def __init__(
@@ -71,6 +72,13 @@ class ImageDataset(Dataset):
                     f"{index.root / record.path} has {record.width}x{record.height} pixels, more than "
                     f"max_image_pixels = {max_pixels}: raise it, or run python -m data.data_preprocess again"
                 )
+            try:
+                check_reencoding((record.width, record.height), reencode_jpeg)
+            except UnreadableImage as error:
+                raise UserError(
+                    f"{index.root / record.path}: {error}; to leave it out, run python -m data.data_preprocess "
+                    f"--reencode-jpeg {reencode_jpeg} again"
+                ) from None
 
     @property
     def names(self) -> list[str]:

@@ -11,15 +11,27 @@ import io
 import os
 import stat
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import nanoarrow
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from data.formats import ADVICE, FORMATS, HEAD_BYTES, unsupported, with_filling, without_metadata
 from utils import first_line
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder's
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file's path, relative to the folder it was found in, is an image's by its ending, and no system's file.
+
+    Such are hidden ones, macOS's "._" companions among them, and all in the __MACOSX of its archives.
+    """
+    parts = name.split("/")
+    return name.lower().endswith(IMAGE_ENDINGS) and not any(part[:1] == "." or part == "__MACOSX" for part in parts)
+
 
 PIXEL_LAYOUT = """+w:4 [{b'image': b'{"bands": ["R", "G", "B", "X"]}'}]"""  # an Arrow list of 4 bytes for each pixel
 
@@ -27,26 +39,35 @@ Image.MAX_IMAGE_PIXELS = None  # our own check comes before any decoding and nam
 Image.core.set_use_block_allocator(1)  # all of an image in one piece, which `pixels_of` needs
 
 
+JPEG_SIDE = 65_500  # pixels; libjpeg writes no larger side
+MISSING = {(128, 128, 128), (63, 63, 63), (64, 64, 64)}  # where a JPEG's data ends early; the others are of CMYK
+REDUCED_IMAGE, DNG_VERSION = 254, 50706  # tags of a TIFF: NewSubfileType, which is 1 for a preview, and DNGVersion
+
+
 class UnreadableImage(Exception):
     """A file that cannot be decoded, with the reason as its message."""
 
 
 def open_image(path: str | Path, max_pixels: int) -> Image.Image:
-    """Open an image and read its header; the pixels are decoded later, by `Image.load`.
+    """Open an image and read its header; the pixels are decoded later, by `decode`.
 
     Raises:
-        UnreadableImage: not an image, or more than `max_pixels` pixels.
+        UnreadableImage: not an image, of a format that is not supported, or more than `max_pixels` pixels.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever
             raise UnreadableImage("not a file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged metadata, which we do not use
-            image = Image.open(path)
+        try:
+            image = _open(path)
+        except Exception as error:  # decoders raise many kinds; each means the same to us
+            image = _open_without_metadata(path, error)
+        tags = getattr(image, "tag_v2", {})  # of a TIFF
+        if tags.get(REDUCED_IMAGE) == 1 or DNG_VERSION in tags:
+            raise UnreadableImage(f"the preview of a raw photo, {ADVICE}")
     except UnreadableImage:
         raise
-    except Exception as error:  # decoders raise many kinds; each means the same to us
-        raise UnreadableImage(_reason(error)) from error
+    except Exception as error:
+        raise UnreadableImage(_reason(error, path)) from error
     width, height = image.size
     if width * height > max_pixels:
         image.close()
@@ -54,23 +75,101 @@ def open_image(path: str | Path, max_pixels: int) -> Image.Image:
     return image
 
 
+def _open(source: str | Path | io.BytesIO, formats: Sequence[str] = FORMATS) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damaged metadata, which we do not use
+        return Image.open(source, formats=formats)
+
+
+def _open_without_metadata(path: str | Path, error: Exception) -> Image.Image:
+    """A file that could not be read once more, without what its pixels do not need; raises `error` if it has none."""
+    if not path or isinstance(error, MemoryError):
+        raise error
+    data = Path(path).read_bytes()
+    needed = without_metadata(data)
+    if needed == data:
+        raise error
+    try:
+        image = _open(io.BytesIO(needed))
+    except Exception:
+        raise error from None
+    image.filename = path
+    return image
+
+
 def decode(image: Image.Image) -> Image.Image:
     """The pixels of an opened image as 8-bit RGB.
 
-    Palette images lose their transparency; 16-bit greys keep their upper eight bits.
+    Transparency is lost, as in the paper: hidden colours count. Of 16 bits, the upper eight are kept.
 
     Raises:
-        UnreadableImage: the file is truncated or damaged.
+        UnreadableImage: the file is truncated or damaged, wholly transparent, or its samples have no known range.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of palette transparency; we drop it knowingly
-            image.load()
+            image = _loaded(image)
+            if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # a PPM's are of 16 bits
+                raise UnreadableImage(
+                    "its samples have 32 bits or a sign, and no known range: save it with 8 or 16 bits"
+                )
             if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would clip them to white
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-            return image if image.mode == "RGB" else image.convert("RGB")
+            alpha = _with_alpha(image)
+            if alpha and not alpha.getbbox():
+                raise UnreadableImage("wholly transparent: nothing of it is meant to be seen")
+            decoded = image if image.mode == "RGB" else image.convert("RGB")
+            corner = decoded.getpixel((image.width - 1, image.height - 1))
+            if image.format in ("JPEG", "MPO") and corner in MISSING and _ends_early(image):
+                raise UnreadableImage("damaged: its data ends before the picture does")
+            return decoded
+    except UnreadableImage:
+        raise
     except Exception as error:
         raise UnreadableImage(_reason(error)) from error
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    """An opened image with its pixels: the same, or another where its metadata stand in the way."""
+    try:
+        image.load()
+    except Exception as error:
+        image = _open_without_metadata(_path_of(image), error)
+        image.load()
+    return image
+
+
+def _path_of(image: Image.Image) -> str | Path:
+    return getattr(image, "filename", "")
+
+
+def _with_alpha(image: Image.Image) -> Image.Image | None:
+    """A loaded image as RGBA; None if it has nothing like transparency."""
+    if not image.has_transparency_data:
+        return None
+    return image if image.mode == "RGBA" else image.convert("RGBA")
+
+
+def has_transparent_parts(image: Image.Image) -> bool:
+    """Whether parts of an opened image, which `decode` can decode, are more or less transparent."""
+    image = _loaded(image)
+    alpha = _with_alpha(image) if not image.mode.startswith("I") else None
+    return alpha is not None and alpha.getchannel("A").getextrema()[0] < 255
+
+
+def _ends_early(image: Image.Image) -> bool:
+    """Whether a JPEG whose last pixel is as a missing one lacks data there: then more data gives another picture.
+
+    The decoder fills up with grey, and says so where Pillow does not listen.
+    """
+    if image.info.get("progressive") or not os.path.isfile(_path_of(image)):  # less sharp, not grey; in memory
+        return False
+    data, pictures = Path(image.filename).read_bytes(), []
+    for content in (data, with_filling(data)):
+        picture = _open(io.BytesIO(content), ("JPEG",))
+        picture.draft(None, (picture.width // 8, picture.height // 8))  # at an eighth of its size, in little memory
+        pictures.append(picture.tobytes())
+    return pictures[0] != pictures[1]
 
 
 def read_image(path: str | Path, max_pixels: int) -> Image.Image:
@@ -91,11 +190,26 @@ def resaved(image: Image.Image, kind: str, **options: int) -> Image.Image:
     """
     buffer = io.BytesIO()
     try:
-        image.save(buffer, kind, **options)
-        with Image.open(buffer) as saved:
+        _alone(image).save(buffer, kind, **options)
+        with _open(buffer, (kind,)) as saved:
             return decode(saved)
     except OSError as error:
         raise UnreadableImage(f"it cannot be saved as {kind}: {_reason(error)}") from error
+
+
+def _alone(image: Image.Image) -> Image.Image:
+    """The same pixels as an image of their own, without a copy: Pillow keeps an encoder's settings on the image, where
+    another thread that saves it would find them."""
+    try:
+        return Image.fromarrow(image, image.mode, image.size)
+    except ValueError:  # as in `pixels_of`
+        return image.copy()
+
+
+def check_reencoding(size: tuple[int, int], reencode_jpeg: int) -> None:
+    """Raises UnreadableImage if `reencoded` cannot save an image of this width and height."""
+    if reencode_jpeg and max(size) > JPEG_SIDE:
+        raise UnreadableImage(f"{size[0]}x{size[1]} pixels are too long for a JPEG ({JPEG_SIDE}), see reencode_jpeg")
 
 
 def reencoded(image: Image.Image, reencode_jpeg: int) -> Image.Image:
@@ -103,7 +217,11 @@ def reencoded(image: Image.Image, reencode_jpeg: int) -> Image.Image:
 
     Args:
         reencode_jpeg: the setting; quality from 1 to 100, or 0, which leaves the image as it is.
+
+    Raises:
+        UnreadableImage: as `check_reencoding`.
     """
+    check_reencoding(image.size, reencode_jpeg)
     return resaved(image, "JPEG", quality=reencode_jpeg) if reencode_jpeg else image
 
 
@@ -146,10 +264,12 @@ def pixel_key(image: Image.Image) -> str:
     return hashlib.blake2b(sample.tobytes() + str(pixels.shape).encode(), digest_size=16).hexdigest()
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, path: str | Path = "") -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror  # without the path, which the reader knows
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
-    reason = first_line(error)
-    return "not an image" if "cannot identify image file" in reason else reason
+    if not isinstance(error, UnidentifiedImageError):
+        return first_line(error)
+    with open(path, "rb") as file:
+        return unsupported(file.read(HEAD_BYTES)) or "not an image"

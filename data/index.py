@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from config import Preset, Settings
 from data.cache.pixel_cache import PixelCache
-from data.images import IMAGE_ENDINGS
+from data.images import IMAGE_ENDINGS, is_image_name
 from data.lists import comparable, read_columns
 from data.records import CLASSES, ImageRecord
 from utils import UserError, as_flags, preset_folder, read_csv, read_json, reading, sha256_of, write_csv
@@ -85,7 +85,7 @@ def list_files(root: Path, class_name: str) -> list[str]:
 
 
 def list_images(root: Path, classes: int = len(CLASSES)) -> list[tuple[str, int]]:
-    """Relative path and label of every image file under root/fake and root/real, in ImageFolder's order.
+    """Relative path and label of each image under root/fake and root/real, in ImageFolder's order; no hidden ones.
 
     Raises:
         UserError: fewer than `classes` class folders hold an image file.
@@ -93,7 +93,7 @@ def list_images(root: Path, classes: int = len(CLASSES)) -> list[tuple[str, int]
     found: list[tuple[str, int]] = []
     for label, class_name in enumerate(CLASSES):
         if (root / class_name).is_dir():
-            names = [name for name in list_files(root, class_name) if name.lower().endswith(IMAGE_ENDINGS)]
+            names = [name for name in list_files(root, class_name) if is_image_name(name)]
             found += [(name, label) for name in names]
     present = {label for _, label in found}
     if len(present) >= classes:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from utils import UserError, csv_line, first_line
+from utils import UserError, check_replaceable, csv_line, first_line
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
@@ -42,10 +42,11 @@ def check_output(path: Path, columns: Sequence[str]) -> None:
     """Refuse to write a table over a file that is not such a table.
 
     Raises:
-        UserError: there is another file.
+        UserError: there is another file, or a pipe or a device.
     """
     if not (path.exists() or path.is_symlink()):
         return
+    check_replaceable(path)
     heading = csv_line(columns).encode()
     with suppress(OSError), open(path, "rb") as file:
         if file.readline(2 * len(heading)).rstrip() == heading:

@@ -5,12 +5,23 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from unicodedata import normalize
 
 from PIL import Image
 
-from data.images import IMAGE_ENDINGS, UnreadableImage, decode, pixel_key, read_image, reencoded
+from data.images import (
+    IMAGE_ENDINGS,
+    UnreadableImage,
+    decode,
+    has_transparent_parts,
+    is_image_name,
+    open_image,
+    pixel_key,
+    reencoded,
+)
 from data.index import list_files
 from data.lists import read_columns
 from data.perturbations import Perturbation, perturbation
@@ -40,18 +51,25 @@ def read_pictures(
     def read(source: Source) -> Picture:
         if not isinstance(source, str | Path | Image.Image):
             raise TypeError(f"{type(source).__name__} is no image: pass a path or a PIL image")
-        image = decode(source) if isinstance(source, Image.Image) else read_image(source, max_pixels)
-        return Picture(image, pixel_key(image))
+        if isinstance(source, Image.Image):
+            with callers_images:  # one may come several times, and two threads must not load it at a time
+                return decoded(source)
+        with open_image(source, max_pixels) as image:
+            return decoded(image)
+
+    def decoded(image: Image.Image) -> Picture:
+        return Picture(rgb := decode(image), pixel_key(rgb), has_transparent_parts(image))
 
     def perturb(original: Future[Picture], change: Perturbation) -> Picture | UnreadableImage:
         try:
             picture = original.result()
-            return Picture(reencoded(change(picture.image), reencode_jpeg), picture.key)
+            return replace(picture, image=reencoded(change(picture.image), reencode_jpeg))
         except UnreadableImage as error:
             return error
         except MemoryError:
             raise UserError("not enough memory for the decoded images: lower --num-workers") from None
 
+    callers_images = Lock()
     changes = [perturbation(name) for name in perturbations]
     waiting: deque[Future[Picture | UnreadableImage]] = deque()
     with ThreadPoolExecutor(max(1, workers), "decoding") as pool:
@@ -77,7 +95,7 @@ def find_images(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     FILE.csv:COLUMN (paths as they are, or relative to the CSV's folder).
 
     Returns:
-        The images, and the files in folders that are ignored, for their ending is no image's; but hidden ones.
+        The images, and the files in folders that are ignored: hidden ones, and those whose ending is no image's.
 
     Raises:
         UserError: an argument that names no file.
@@ -85,18 +103,15 @@ def find_images(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     found: dict[str, None] = {}
     ignored: list[str] = []
     for argument in arguments:
-        names = list(_find(argument))
-        if Path(argument).is_dir():
-            ignored += [name for name in names if not _is_image(name) and not Path(name).name.startswith(".")]
-            names = [name for name in names if _is_image(name)]
+        names, folder = list(_find(argument)), Path(argument)
+        if folder.is_dir():
+            known = {name: is_image_name(Path(name).relative_to(folder).as_posix()) for name in names}
+            ignored += [name for name, is_image in known.items() if not is_image]
+            names = [name for name, is_image in known.items() if is_image]
         if not names:
             raise UserError(f"{argument} holds no image file ({', '.join(IMAGE_ENDINGS)}): name another")
         found |= dict.fromkeys(names)
     return list(found), ignored
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_ENDINGS)
 
 
 def _find(argument: str) -> Iterator[str]:
@@ -116,6 +131,8 @@ def _find(argument: str) -> Iterator[str]:
             places = [str(folder / spelling) for folder in (Path(), Path(table).parent) for spelling in spellings]
             yield next(filter(os.path.exists, places), places[len(spellings)])
     elif glob.has_magic(argument):
-        yield from sorted(name for name in glob.glob(argument, recursive=True) if Path(name).is_file())
+        literal = argument.replace("[", "[[]")  # brackets may be part of a name, as in "shots [2023]/*.jpg"
+        found = glob.glob(argument, recursive=True) or glob.glob(literal, recursive=True)
+        yield from sorted(name for name in found if Path(name).is_file())
     else:
         raise UserError(f"{argument} does not exist: name files, folders, patterns or FILE.csv:COLUMN")

@@ -198,7 +198,10 @@ def held_out(groups: Sequence[str], patterns: Sequence[str]) -> set[str]:
     """The groups that `patterns` name, as "camera_*"; raises UserError for one that would silently hold nothing out."""
     chosen: set[str] = set()
     for pattern in patterns:
-        named = {group for group in groups if fnmatchcase(*(normalize("NFC", name) for name in (group, pattern)))}
+        spelled = normalize("NFC", pattern)
+        named = {
+            name for name in groups if spelled == normalize("NFC", name) or fnmatchcase(normalize("NFC", name), spelled)
+        }
         if not named:
             raise UserError(
                 f"hold_out names {pattern}, and no group has this name: the groups are "

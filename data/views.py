@@ -60,6 +60,7 @@ class Picture:
 
     image: Image.Image
     key: str
+    transparent: bool = False  # the file has transparent parts, whose hidden colours `image` shows
 
     @cached_property
     def pixels(self) -> np.ndarray:

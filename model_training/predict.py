@@ -26,17 +26,21 @@ from pydantic import Field
 from tqdm import tqdm
 
 from config import Preset
-from data.images import UnreadableImage
+from data.images import IMAGE_ENDINGS, UnreadableImage
 from data.lists import check_output, render_table
 from data.pictures import find_images
-from model_training.inference.detector import Outcome, Prediction, PredictionOptions, load_detector
+from model_training.inference.detector import SMALL, TRANSPARENT, Outcome, Prediction, PredictionOptions, load_detector
 from model_training.inference.evidence import write_evidence
 from utils import UserError, run_command, write_csv
 
 COLUMNS = (
     "path", "probability_fake", "verdict", "standard_deviation", "flips", "raw_probability_fake", "width", "height",
-    "problem",
+    "note", "problem",
 )  # fmt: skip
+NOTES = {
+    SMALL: "a side smaller than a crop, so that part of what the model sees is padding or enlarged",
+    TRANSPARENT: "transparent parts, whose hidden colours count too",
+}
 SHOWN = 100  # rows on the terminal; the CSV has them all
 
 
@@ -67,8 +71,12 @@ def predict(preset: Preset, weights: Path, paths: Sequence[str], **others: Any) 
         raise UserError("--evidence-map draws into the folder of --evidence DIR: name one")
     images, ignored = find_images(paths)
     if ignored:
-        endings = ", ".join(sorted({Path(name).suffix or "without an ending" for name in ignored})[:5])
-        print(f"Ignored, in folders: {len(ignored):,} files of other kinds ({endings}); name them to try them")
+        kinds = {
+            "hidden" if name.lower().endswith(IMAGE_ENDINGS) else Path(name).suffix or "without an ending"
+            for name in ignored
+        }
+        shown = ", ".join(sorted(kinds)[:5])
+        print(f"Ignored, in folders: {len(ignored):,} files of other kinds ({shown}); name them to try them")
     detector = load_detector(weights, preset.settings.device, preset.settings.max_image_pixels, options)
     if options.band:
         real_below, fake_from = options.band
@@ -87,6 +95,10 @@ def predict(preset: Preset, weights: Path, paths: Sequence[str], **others: Any) 
     found = dict(zip(images, predictions, strict=True))
     write_csv(output, COLUMNS, [_row(path, prediction) for path, prediction in found.items()])
     print(_summary(found, draws))
+    for note, meaning in NOTES.items():
+        noted = [_one_line(path) for path, one in found.items() if note in getattr(one, "note", "")]
+        if noted:
+            print(f"{len(noted):,} with {meaning}: {', '.join(noted[:3])}{', ...' if len(noted) > 3 else ''}")
     print(f"\nWritten: {output}{f' and {evidence}/index.html' if evidence else ''}")
     unreadable = {path: one for path, one in found.items() if isinstance(one, UnreadableImage)}
     if unreadable:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +21,10 @@ from PIL import Image
 import config
 from config import NumCrops, Preset, StandardMemory, Training, Tuning
 from data.datasets import load_splits
+from models.build import build_model
+from training.checkpoints import save_model
 from training.loop import Job
-from training.runs import Session, build_job
+from training.runs import Session, build_job, resolved
 from training.runtime import build_runtime
 from training.stopping import StopRequest
 from utils import find_experiment, read_json, sha256_of, write_json
@@ -92,6 +94,16 @@ def help_of(command: Path) -> str:
     finally:
         sys.argv = argv
     return re.sub(r"\x1b\[[\d;]*m", "", printed.getvalue())
+
+
+def untrained_weights(path: Path, name: str) -> Path:
+    """The weights file of the demo's experiment `name`, with patches of 32 and as its training begins."""
+    torch.manual_seed(0)
+    settings = replace(config.DEMO.settings, patch_size=32, device="cpu")
+    experiment = find_experiment(config.DEMO, name)
+    about = {"experiment": asdict(experiment), "settings": resolved(settings)}
+    save_model(path, build_model(experiment, settings), about)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -34,9 +34,7 @@ def picture(width: int = 96, height: int = 64) -> Image.Image:
 
 def header_of(path: Path) -> dict[str, Any]:
     with open_image(path, 10**9) as image:
-        header = read_header(image, path.name, path.stat().st_size)
-        image.load()  # the decoder still finds its position
-        return header
+        return read_header(image, path.name, path.stat().st_size)
 
 
 def values(header: dict[str, Any], *names: str) -> tuple:

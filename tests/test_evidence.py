@@ -1,7 +1,7 @@
 """Evidence for predictions: pictures, maps and the page."""
 
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -22,11 +22,8 @@ from model_training.inference.evidence import write_evidence
 from model_training.inference.evidence_pictures import GAP, LINE, draw_evidence, draw_map
 from model_training.tables.figures import BLUE, VERMILLION
 from models.backbones import Backbone
-from models.build import build_model
 from models.glass_models import GlassModel
-from tests.conftest import run_module
-from training.checkpoints import save_model
-from training.runs import resolved
+from tests.conftest import run_module, untrained_weights
 from training.runtime import build_runtime
 from utils import UserError, find_experiment
 
@@ -56,12 +53,6 @@ def redness(backbone: Backbone = MEAN_COLOUR) -> Detector:
             parameters.zero_()
         model.classifier[2].weight[0, 3] = 1  # the crops' red, for fake
     return Detector(model, GLASS, SETTINGS, {}, UNCALIBRATED, build_runtime(SETTINGS))
-
-
-def weights_of(path: Path, experiment: object) -> Path:
-    about = {"experiment": asdict(experiment), "settings": resolved(SETTINGS)}
-    save_model(path, build_model(experiment, SETTINGS).state_dict(), about)
-    return path
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (20, 30), (32, 32), (97, 131), (20, 300)])
@@ -171,7 +162,7 @@ def predicted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i, name in enumerate(names):
             Image.fromarray(noise(60 + 9 * i, 80)).save(root / folder / name)
     (root / "images" / "<b>no image.png").write_text("no")
-    weights = weights_of(root / "model.safetensors", GLASS)
+    weights = untrained_weights(root / "model.safetensors", "glass_resnet")
     options = ["--output", root / "found.csv", "--evidence", root / "evidence", "--evidence-map", "--device", "cpu"]
     done = run_module("model_training.predict", "--weights", weights, root / "images", *options)
     assert done.returncode == 1 and "1 of 7 files cannot be decoded" in done.stderr, done.stderr
@@ -209,7 +200,7 @@ def test_a_standard_model_has_a_page_without_crops_and_a_second_run_replaces_the
     paths = [str(tmp_path / name) for name in ("a.png", os.fsdecode(b"\xff.png"))]
     for path in paths:
         Image.fromarray(noise(40, 50)).save(path)
-    detector = load_detector(weights_of(tmp_path / "model.safetensors", STANDARD), "cpu")
+    detector = load_detector(untrained_weights(tmp_path / "model.safetensors", "standard_resnet"), "cpu")
 
     def write(shown: list[str], with_map: bool = False) -> int:
         return len(write_evidence(tmp_path / "evidence", detector, shown, detector.predict_all(shown), with_map))

@@ -141,7 +141,9 @@ def test_the_report_holds_what_the_authors_does(checked: Checked) -> None:
 
 
 def test_other_files_are_counted_and_the_data_set_is_never_touched(checked: Checked) -> None:
-    assert "Ignored: 2 files without the ending of an image (fake/notes.txt, real/Thumbs.db)" in checked.printed
+    assert (
+        "Ignored: 2 files that are hidden or do not end as an image (fake/notes.txt, real/Thumbs.db)" in checked.printed
+    )
     assert state(checked.root) == checked.before
 
 

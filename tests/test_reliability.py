@@ -108,6 +108,12 @@ def test_killed_commands_end_as_if_they_had_not_been(
     assert campaign.run(times, 1, toy_data, tmp_path) == []
 
 
+def test_damaged_files_start_no_program_and_end_no_command(tmp_path: Path) -> None:
+    outcomes, wrong = mutated_images.run_commands(145, 3, tmp_path)
+    assert wrong == [] and sum(outcomes.values()) == 145
+    assert {outcome for _, outcome in outcomes} == {"image", "reason"}
+
+
 def test_damaged_files_give_an_image_or_a_reason(tmp_path: Path) -> None:
     outcomes, wrong, longest, peak = mutated_images.run(300, 2, tmp_path)
     assert wrong == []

@@ -89,6 +89,8 @@ def test_loaders_are_built_and_images_opened_in_one_place() -> None:
     }
     openers = ("Image.open", "PIL.Image.open", "cv2.imread", "imread", "read_file", "decode_image", "decode_jpeg")
     assert places_of(*openers) == {"data/images.py"}
+    opened = [call for called, call in calls_of(REPOSITORY / "data" / "images.py") if called == "Image.open"]
+    assert all("formats" in {keyword.arg for keyword in call.keywords} for call in opened)  # or programs may be started
 
 
 def test_nothing_is_ever_unpickled() -> None:

@@ -74,11 +74,10 @@ BAD = {  # name: content, beginning of its reason; None where it gives an image
     "lies.png": (png(10_000, 10_000), "image file is truncated"),
     "no width.png": (png(0, 10), ""),
     "no height.jpg": (saved(NOISE, "JPEG").replace(b"\0\x3c\0\x50", b"\0\0\0\x50", 1), ""),
-    "text bomb.png": (png(1, 1, (b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))), "Decompressed data too large"),
+    "text bomb.png": (png(1, 1, (b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))), None),
     "much metadata.jpg": (saved(NOISE, "JPEG", comment=b"x" * 65_000, icc_profile=bytes(2_000_000)), None),
     "ycck.jpg": (saved(NOISE.convert("CMYK"), "JPEG").replace(b"Adobe\0d\0\0\0\0\0", b"Adobe\0d\0\0\0\0\2"), None),
     "16 bit.tif": (saved(Image.fromarray(np.full((9, 9), 65535, np.uint16)), "TIFF"), None),
-    ".hidden.jpg": (saved(NOISE, "JPEG"), None),
     "a 'quoted', \n \"name\"\t.jpg": (saved(NOISE, "JPEG"), None),
 }
 
@@ -90,7 +89,7 @@ def test_each_bad_file_is_an_image_or_has_its_reason(tmp_path: Path, toy_preset:
     (root / "fake").mkdir()
     for name, (content, _) in BAD.items():
         (root / "fake" / name).write_bytes(content)
-    for name in (".DS_Store", "Thumbs.db", "notes.txt"):
+    for name in (".DS_Store", "Thumbs.db", "notes.txt", ".hidden.jpg"):
         (root / "fake" / name).write_bytes(b"\0")
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     preset = toy_preset(data_root=root, results_root=tmp_path / "results", cache_root=tmp_path / "cache")

@@ -53,7 +53,7 @@ IJG_TABLES = ((np.array([_LUMINANCE, _CHROMINANCE]) * _PERCENT + 50) // 100).cli
 
 
 def read_header(image: Image.Image, name: str, size: int) -> dict[str, Any]:
-    """What a file says about itself, as a row of a table; decodes nothing, and keeps the file's position.
+    """What a file says about itself, as a row of a table; decodes nothing.
 
     Where a format has no such thing, numbers are NaN and texts empty. `image` is from `data.images.open_image`, just
     opened; `size` is the file's, in bytes.
@@ -115,16 +115,16 @@ def _segments(image: Image.Image) -> Iterator[tuple[bytes, bytes]]:
     if image.format in ("JPEG", "MPO"):
         yield from ((name.encode(), data) for name, data in image.applist)
     elif image.format in ("PNG", "WEBP"):
-        file, is_png, place = image.fp, image.format == "PNG", image.fp.tell()  # where the decoder continues
-        file.seek(8 if is_png else 12)
-        while len(head := file.read(8)) == 8:
-            length, name = struct.unpack(">I4s", head) if is_png else struct.unpack("<4sI", head)[::-1]
-            if name in PIXEL_CHUNKS:
-                file.seek(length, 1)
-            else:
-                yield name, file.read(length)
-            file.seek(4 if is_png else length % 2, 1)  # checksum, or padding
-        file.seek(place)
+        is_png = image.format == "PNG"
+        with open(image.filename, "rb") as file:
+            file.seek(8 if is_png else 12)
+            while len(head := file.read(8)) == 8:
+                length, name = struct.unpack(">I4s", head) if is_png else struct.unpack("<4sI", head)[::-1]
+                if name in PIXEL_CHUNKS:
+                    file.seek(length, 1)
+                else:
+                    yield name, file.read(length)
+                file.seek(4 if is_png else length % 2, 1)  # checksum, or padding
     else:
         comment = image.info.get("comment")
         yield b"", comment if isinstance(comment, bytes) else b""

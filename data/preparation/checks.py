@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from config import Settings
 from data.cache.builder import CacheBuilder
-from data.images import UnreadableImage, decode, open_image, pixel_key
+from data.images import UnreadableImage, check_reencoding, decode, open_image, pixel_key
 from data.records import CheckedImage, ImageRecord
 from data.workers import exit_with_parent, keep_freed_memory, loading_processes, signals_held, worker_context
 from utils import UserError, sha256_of
@@ -30,7 +30,8 @@ Workers = int | Literal["auto"]  # number of processes, as in the settings; 0 wo
 
 def check_images(settings: Settings, files: Sequence[File], builder: CacheBuilder | None = None) -> list[CheckedImage]:
     """`check_image` of all `files`, in their order; raises UserError as it and `in_processes` do."""
-    check = partial(check_image, root=settings.data_root, max_pixels=settings.max_image_pixels, builder=builder)
+    limits = dict(max_pixels=settings.max_image_pixels, reencode_jpeg=settings.reencode_jpeg)
+    check = partial(check_image, root=settings.data_root, **limits, builder=builder)
     modules = ("data.views",) if builder else ()  # with torch: seconds
     return in_processes(check, [(file,) for file in files], settings.num_workers, "checking", modules)
 
@@ -85,7 +86,9 @@ def in_turn(image: Image.Image) -> AbstractContextManager:
     return _large_images if image.width * image.height > LARGE_PIXELS else nullcontext()
 
 
-def check_image(file: File, root: Path, max_pixels: int, builder: CacheBuilder | None = None) -> CheckedImage:
+def check_image(
+    file: File, root: Path, max_pixels: int, reencode_jpeg: int, builder: CacheBuilder | None = None
+) -> CheckedImage:
     """Decode one file, once; measure it, and write it to the cache that `builder` builds, unless it is there already.
 
     Raises UserError if memory runs out, or the cache cannot be written.
@@ -103,6 +106,7 @@ def check_image(file: File, root: Path, max_pixels: int, builder: CacheBuilder |
         with open_image(path, max_pixels) as image, in_turn(image):
             unreadable = replace(unreadable, format=image.format or "", mode=image.mode)
             decoded = decode(image)
+            check_reencoding(decoded.size, reencode_jpeg)
             record = replace(unreadable, width=decoded.width, height=decoded.height, key=pixel_key(decoded))
             checked = CheckedImage(record, _sums(decoded))
             if builder:

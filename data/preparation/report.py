@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from data.images import IMAGE_ENDINGS
+from data.images import is_image_name
 from data.index import Index, list_files
 from data.lists import render_table
 from data.preparation.charts import draw_categories, draw_histogram, draw_sizes, new_figure, save_figure
@@ -66,9 +66,9 @@ def readable_table(records: Sequence[ImageRecord]) -> pd.DataFrame:
 
 
 def ignored_files(root: Path) -> list[str]:
-    """Files under root/fake and root/real that do not end as an image does, relative to `root`."""
+    """Files under root/fake and root/real that are hidden or do not end as an image does, relative to `root`."""
     names = [name for class_name in CLASSES for name in list_files(root, class_name)]
-    return [name for name in names if not name.lower().endswith(IMAGE_ENDINGS)]
+    return [name for name in names if not is_image_name(name)]
 
 
 def moments(records: Sequence[ImageRecord], sums: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def tables(statistics: dict[str, Any]) -> dict[str, tuple[list[str], list[list[A
 
 
 def report_left_out(folder: Path, problems: Sequence[tuple[str, str]], ignored: Sequence[str] = ()) -> None:
-    """Name the unreadable files with their reasons, and the files that do not end as an image does.
+    """Name the unreadable files with their reasons, and the files that are hidden or do not end as an image does.
 
     `problems` are path and reason of all images; the reason is empty for a readable one.
     """
@@ -126,7 +126,7 @@ def report_left_out(folder: Path, problems: Sequence[tuple[str, str]], ignored: 
         print(f"... and {len(unreadable) - SHOWN:,} more in {folder / 'unreadable.csv'}")
     if ignored:
         names = ", ".join(map(_printable, ignored[:3])) + (", ..." if len(ignored) > 3 else "")
-        print(f"\nIgnored: {len(ignored):,} files without the ending of an image ({names})")
+        print(f"\nIgnored: {len(ignored):,} files that are hidden or do not end as an image ({names})")
 
 
 def _printable(name: str) -> str:

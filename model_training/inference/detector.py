@@ -29,6 +29,7 @@ from training.runtime import Runtime, build_runtime
 from utils import UserError, checked
 
 HEADS = {"heads.head.1.weight", "classifier.2.1.weight", "fc.1.weight"}  # of standard vit, convnext and resnet
+SMALL, TRANSPARENT = "smaller than a crop", "transparent parts"  # notes
 UNCALIBRATED = Calibration(1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.0, 0, 0)
 
 
@@ -71,6 +72,7 @@ class Prediction:
     width: int  # of the image, in pixels
     height: int
     scores: Scores
+    note: str = ""  # what makes it less certain than it looks: SMALL, TRANSPARENT, both or nothing
 
 
 Outcome = Prediction | UnreadableImage  # of a file
@@ -126,20 +128,20 @@ class Detector:
 
     def _score_group(self, pictures: Iterator[Picture | UnreadableImage]) -> Iterator[Outcome]:
         """A batch; an image's pixels are released as soon as its views are made."""
-        sizes: list[tuple[int, int] | UnreadableImage] = []
+        seen: list[tuple[int, int, bool] | UnreadableImage] = []  # width, height, transparency
 
         def readable() -> Iterator[Picture]:
             for picture in pictures:
                 broken = isinstance(picture, UnreadableImage)
-                sizes.append(picture if broken else picture.image.size)
+                seen.append(picture if broken else (*picture.image.size, picture.transparent))
                 if not broken:
                     yield picture
 
         scores = iter(self.score(readable()))
-        for size in sizes:
-            yield size if isinstance(size, UnreadableImage) else self._prediction(next(scores), *size)
+        for one in seen:
+            yield one if isinstance(one, UnreadableImage) else self._prediction(next(scores), *one)
 
-    def _prediction(self, scores: Scores, width: int, height: int) -> Prediction:
+    def _prediction(self, scores: Scores, width: int, height: int, transparent: bool) -> Prediction:
         if not np.isfinite(scores.values).all():  # which the thresholds would call inconclusive
             raise UserError(
                 f"{self.name} gives outputs that are infinite or not a number: use other weights, or --precision fp32"
@@ -150,7 +152,9 @@ class Detector:
         if len(fake) > 1:
             deviation = float(fake.std(ddof=1))
             flips = float(np.mean([self.calibration.verdict(one) != verdict for one in fake]))
-        return Prediction(mean, verdict, deviation, flips, raw, width, height, scores)
+        notes = {SMALL: min(width, height) < self.settings.patch_size, TRANSPARENT: transparent}
+        note = "; ".join(name for name, holds in notes.items() if holds)
+        return Prediction(mean, verdict, deviation, flips, raw, width, height, scores, note)
 
     @torch.no_grad()
     def score(self, pictures: Iterable[Picture], boxes: np.ndarray | None = None) -> list[Scores]:

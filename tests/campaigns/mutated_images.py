@@ -1,21 +1,29 @@
 """Thousands of damaged image files: each must be decoded or refused with a reason, soon and in little memory.
 
     python -m tests.campaigns.mutated_images [--files 5000] [--seed 1]
+    python -m tests.campaigns.mutated_images --commands [--files 10000] [--seed 1]
 
 Small files of every kind are damaged (bits flipped, bytes removed, overwritten or inserted, a file's head set before
 another's tail, sizes in headers overwritten) and read as training reads them, each in at most SECONDS, in a process
 of at most MEGABYTES (Linux). The exit code is 1 if a file crashed it, hung, took more, or gave anything but an image or
 `UnreadableImage`; such files are kept.
+
+With --commands, the files are a data set, BATCH at a time, of `data_preprocess`, `data_audit` and `predict`, which must
+end in COMMAND_SECONDS and as told, print no traceback, and start none of the PROGRAMS that image libraries know.
 """
 
 import argparse
+import os
 import random
+import shutil
 import struct
+import subprocess
 import sys
 import tempfile
 import time
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,10 +34,15 @@ from tqdm import tqdm
 
 from config import PAPER
 from data.images import UnreadableImage, read_image
+from data.records import CLASSES
 from tests.odd_images import saved
 from tests.proc import peak_bytes
+from utils import read_csv
 
-SECONDS, MEGABYTES = 10.0, 1000
+SECONDS, MEGABYTES = 30.0, 2000  # a progressive JPEG of 150 megapixels takes 1,540 MB, and 10 s on a busy machine
+BATCH, COMMAND_SECONDS = 2500, 900
+PROGRAMS = ("gs", "djpeg", "cjpeg", "ppmquant", "xv", "xdg-open")
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\n0 0 40 30 rectfill\nshowpage\n%%EOF\n"
 
 
 def originals() -> dict[str, bytes]:
@@ -65,7 +78,13 @@ def originals() -> dict[str, bytes]:
         "tiff lzw": saved(smooth, "TIFF", compression="tiff_lzw"),
         "tiff jpeg": saved(smooth, "TIFF", compression="jpeg"),
         "tiff deflate 16 bit": saved(sixteen, "TIFF", compression="tiff_adobe_deflate"),
+        "tiff float": saved(sixteen.convert("F"), "TIFF"),
         "ppm": saved(smooth, "PPM"),
+        "pgm 16 bit": saved(sixteen, "PPM"),
+        "ppm as text": b"P3 30 20 255\n" + b" ".join(b"%d" % value for value in values[:20, :30].ravel()),
+        "avif": saved(smooth, "AVIF", quality=70),
+        "avif alpha, EXIF": saved(alpha, "AVIF", exif=exif, icc_profile=bytes(300)),
+        "postscript": POSTSCRIPT,
     }
 
 
@@ -107,7 +126,6 @@ def change_size(data: bytearray, random_: random.Random, _: list[bytes]) -> None
     """Another width or height in the header, often a huge one, with a checksum that agrees."""
     size = random_.choice((0, 1, 13, 5000, 14000, 30000, 65535, 2**31 - 1))
     if data[:4] == b"\x89PNG":
-        random_.choice((16, 20))  # so that a seed gives the files that it always gave
         place = random_.choice((16, 20))
         data[place : place + 4] = struct.pack(">I", size)
         data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
@@ -140,20 +158,26 @@ def read_all(connection: Connection) -> None:
         connection.send((outcome, time.perf_counter() - start, peak_bytes() // 2**20))
 
 
-def run(files: int, seed: int, folder: Path) -> tuple[Counter, list[str], float, int]:
-    """Damage and read; returns outcomes by kind, what went wrong, the longest time, and the peak memory in MB."""
+def damaged_files(files: int, seed: int) -> Iterator[tuple[str, str, bytes]]:
+    """Kind, damage and content of each file."""
     random_, sources = random.Random(seed), originals()
     kinds, contents = list(sources), list(sources.values())
-    context = get_context("spawn")
-    outcomes: Counter = Counter()
-    wrong, longest, peak = [], 0.0, 0
-    process = connection = None
     for number in tqdm(range(files), desc="damaged files", unit=" files", disable=None):
         kind, damage = kinds[number % len(kinds)], random_.choice(DAMAGE)
         damage(data := bytearray(sources[kind]), random_, contents)
         if random_.random() < 0.2:
             data = data or bytearray(1)
             random_.choice(DAMAGE)(data, random_, contents)
+        yield kind, damage.__name__, bytes(data)
+
+
+def run(files: int, seed: int, folder: Path) -> tuple[Counter, list[str], float, int]:
+    """Damage and read; returns outcomes by kind, what went wrong, the longest time, and the peak memory in MB."""
+    context = get_context("spawn")
+    outcomes: Counter = Counter()
+    wrong, longest, peak = [], 0.0, 0
+    process = connection = None
+    for number, (kind, damage, data) in enumerate(damaged_files(files, seed)):
         path = folder / f"{number:05d}.jpg"
         path.write_bytes(data)
         if process is None or not process.is_alive():
@@ -175,7 +199,7 @@ def run(files: int, seed: int, folder: Path) -> tuple[Counter, list[str], float,
             path.unlink()
         else:
             outcomes[kind, "wrong"] += 1
-            wrong.append(f"{path} ({kind}, {damage.__name__}): {outcome}")
+            wrong.append(f"{path} ({kind}, {damage}): {outcome}")
         if outcome == "hung" or memory > MEGABYTES:
             process.kill()
             process.join()
@@ -184,18 +208,65 @@ def run(files: int, seed: int, folder: Path) -> tuple[Counter, list[str], float,
     return outcomes, wrong, longest, peak
 
 
+def run_commands(files: int, seed: int, folder: Path) -> tuple[Counter, list[str]]:
+    """Damage, and give all to the commands; returns what `predict` said by kind, and what went wrong."""
+    from tests.conftest import ENVIRONMENT, PREPROCESS_FLAGS, REPOSITORY, untrained_weights  # with torch; see proc.py
+
+    trap, started = folder / "bin", folder / "started"
+    trap.mkdir()
+    for name in PROGRAMS:
+        (trap / name).write_text(f'#!/bin/sh\necho "$0 $*" >> {started}\n')
+        (trap / name).chmod(0o755)
+    weights = untrained_weights(folder / "model.safetensors", "standard_resnet")
+    environment = os.environ | ENVIRONMENT | {"PATH": f"{trap}:{os.environ['PATH']}"}
+    outcomes: Counter = Counter()
+    wrong = []
+    for number, (kind, damage, data) in enumerate(damaged_files(files, seed)):
+        batch = folder / f"batch_{number // BATCH}"
+        for class_name in () if number % BATCH else CLASSES:
+            (batch / class_name).mkdir(parents=True)
+            (batch / class_name / "whole.png").write_bytes(originals()["png"])
+        path = batch / CLASSES[number % 2] / f"{number:05d} {kind} {damage}.jpg"
+        path.write_bytes(data)
+        if number + 1 < files and (number + 1) % BATCH:
+            continue
+        own = (*PREPROCESS_FLAGS, "--data-root", batch, "--results-root", folder / "results")
+        audited = (*PREPROCESS_FLAGS[:2], *PREPROCESS_FLAGS[4:], *own[len(PREPROCESS_FLAGS) :])
+        output = folder / f"{batch.name}.csv"
+        for module, codes, *flags in (
+            ("data.data_preprocess", (0,), *own, "--cache", "--cache-root", folder / "cache"),
+            ("data.data_audit", (0,), *audited),
+            ("model_training.predict", (0, 1), "--weights", weights, "--device", "cpu", "--output", output, batch),
+        ):
+            command, told = [sys.executable, "-m", module, *map(str, flags)], dict(capture_output=True, text=True)
+            done = subprocess.run(command, cwd=REPOSITORY, env=environment, timeout=COMMAND_SECONDS, **told)
+            if done.returncode not in codes or "Traceback" in done.stderr or started.exists():
+                wrong.append(f"{module} on {batch}: exit code {done.returncode}, {done.stderr[-2000:]}")
+        for row in read_csv(output):
+            kind = Path(row["path"]).stem.partition(" ")[2].rpartition(" ")[0]
+            if kind:  # not one of the whole files
+                outcomes[kind, "reason" if row["problem"] else "image" if row["verdict"] else "wrong"] += 1
+    return outcomes, wrong
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=5000)
+    parser.add_argument("--commands", action="store_true")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="mutated_images_"))
-    outcomes, wrong, longest, peak = run(arguments.files, arguments.seed, folder)
+    spent = ""
+    if arguments.commands:
+        outcomes, wrong = run_commands(arguments.files, arguments.seed, folder)
+    else:
+        outcomes, wrong, longest, peak = run(arguments.files, arguments.seed, folder)
+        spent = f": longest {longest:.2f} s, peak memory {peak} MB"
     print("| kind | decoded | refused with a reason | anything else |\n|---|---:|---:|---:|")
     for kind in originals():
         print(f"| {kind} | {outcomes[kind, 'image']} | {outcomes[kind, 'reason']} | {outcomes[kind, 'wrong']} |")
-    print(f"\n{arguments.files} files, seed {arguments.seed}: longest {longest:.2f} s, peak memory {peak} MB")
+    print(f"\n{arguments.files} files, seed {arguments.seed}{spent}")
     if wrong:
         print("\n".join(wrong))
         sys.exit(1)
-    folder.rmdir()
+    shutil.rmtree(folder)

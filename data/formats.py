@@ -1,0 +1,67 @@
+"""The bytes of an image file, before a decoder sees them: which formats are opened, and what pixels do not need."""
+
+import re
+
+# All that is ever opened. Pillow knows forty more: some start a program on the file (PostScript: Ghostscript), the
+# others are rare and their decoders little tested. A JPEG with further pictures (MPO) is opened as a JPEG.
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF", "AVIF")
+
+HEAD_BYTES = 1024
+UNSUPPORTED = {  # what people have at hand -> how such a file begins
+    "HEIC": rb".{4}ftyp(hei|hev|mif1|msf1)",
+    "AVIF of a kind": rb".{4}ftypavi",
+    "JPEG XL": rb"\xff\x0a|.{4}JXL ",
+    "JPEG 2000": rb".{4}jP  |\xff\x4f\xff\x51",
+    "Photoshop": rb"8BPS",
+    "SVG": rb"\s*(<\?xml.*?)?(<!.*?)?<svg\b",
+    "a raw photo": rb"II\*\0.{4}CR|II(RO|U\0)|FUJIFILMCCD-RAW|.{4}ftypcrx",
+    "TIFF of a kind": rb"II[*+]\0|MM\0[*+]",
+}
+ADVICE = "which is not supported here: convert it to PNG, which changes no pixel"
+
+PNG, JPEG, AVIF = (re.compile(start, re.DOTALL) for start in (rb"\x89PNG\r\n\x1a\n", rb"\xff\xd8\xff", rb".{4}ftypavi"))
+FRAMING = 0xEE  # a JPEG's APP14, which says how its colours are coded; the other 15 and the comment are metadata
+METADATA = {*range(0xE0, 0xF0), 0xFE} - {FRAMING}
+START_OF_SCAN = 0xDA
+END_OF_SCAN = re.compile(rb"\xff[^\0\xd0-\xd7\xff]")  # a marker that is no restart
+
+
+def unsupported(head: bytes) -> str:
+    """What a file that begins so is, and what to do, if its format is known and not supported; else empty."""
+    name = next((name for name, start in UNSUPPORTED.items() if re.match(start, head, re.DOTALL)), "")
+    return f"{name}, {ADVICE}".replace("a kind, which", "a kind that") if name else ""
+
+
+def without_metadata(data: bytes) -> bytes:
+    """A PNG, JPEG or AVIF file without what its pixels do not need; any other as it is."""
+    if PNG.match(data):
+        kept, place = [data[:8]], 8
+        while place < len(data):  # length, name, content, checksum
+            end = place + 12 + int.from_bytes(data[place : place + 4])
+            name = data[place + 4 : place + 8]
+            if name == b"tRNS" or name[:1].isupper():
+                kept.append(data[place:end])
+            place = end
+        return b"".join(kept)
+    if JPEG.match(data):
+        return b"".join(_at_first_scan(data))
+    return data.replace(b"Exif", b"none", 1) if AVIF.match(data) else data
+
+
+def with_filling(data: bytes) -> bytes:
+    """A JPEG with some bytes more at the end of its first scan, which a decoder skips unless it lacks data there."""
+    head, scans = _at_first_scan(data)
+    end = END_OF_SCAN.search(scans, 2)
+    place = end.start() if end else len(scans)
+    return head + scans[:place] + bytes(range(10, 250, 5)) + scans[place:]
+
+
+def _at_first_scan(data: bytes) -> tuple[bytes, bytes]:
+    """A JPEG cut in two: what comes before its first scan, without metadata, and the rest."""
+    kept, place = [data[:2]], 2
+    while data[place : place + 1] == b"\xff" and place + 4 <= len(data) and data[place + 1] != START_OF_SCAN:
+        end = place + 2 + int.from_bytes(data[place + 2 : place + 4])
+        if data[place + 1] not in METADATA:
+            kept.append(data[place:end])
+        place = end
+    return b"".join(kept), data[place:]
