@@ -102,7 +102,7 @@ def untrained_weights(path: Path, name: str) -> Path:
     settings = replace(config.DEMO.settings, patch_size=32, device="cpu")
     experiment = find_experiment(config.DEMO, name)
     about = {"experiment": asdict(experiment), "settings": resolved(settings)}
-    save_model(path, build_model(experiment, settings), about)
+    save_model(path, build_model(experiment, settings).state_dict(), about)
     return path
 
 
