@@ -110,7 +110,7 @@ def test_the_calibration_is_that_of_the_weights_the_metrics_and_the_table_of_all
     assert {name: metrics["test_calibrated"][name] for name in expected} == pytest.approx(expected)
     assert weights(results).with_name("reliability.png").exists()
     succeed("model_training.results_tables", "--preset", "demo", "--results-root", results, "--seeds", "1", "2")
-    table = {row["model"]: row for row in read_csv(results / "demo" / "tables" / "calibrated_metrics.csv")}
+    table = {row["model"]: row for row in read_csv(results / "demo" / "tables_seeds_1_2" / "calibrated_metrics.csv")}
     of_seeds = [read_json(weights(results, seed=seed).with_name("metrics.json"))["test_calibrated"] for seed in (1, 2)]
     row = table["glass_resnet"]
     assert (row["n"], table["standard_resnet"]["n"]) == ("2", "1")
