@@ -178,7 +178,8 @@ def _match(path: Path, table: pd.DataFrame, auc_of_all: float, caliper: float, s
     pairs = match_pairs(strata_of(table), labels, fake_scores, caliper)
     if not len(pairs):
         raise UserError(
-            f"no fake image of {len(table):,} has a real one of its format and quality whose headers look as fake: "
+            f"none of the {(labels == 0).sum():,} fake images has a real one of its format and quality whose headers "
+            f"look as fake: "
             f"raise --caliper above {caliper:g}, or add images"
         )
     rows = pairs.ravel()

@@ -59,7 +59,8 @@ def measure_robustness(preset: Preset, **values: Any) -> None:
     table = Table("robustness", "Robustness to perturbations", list(rows.values()), columns, [note, *data.notes()])
     table.write(folder)
     print(table.markdown())
-    plot_strengths(folder / "robustness.png", table.title, f"{drawn.label} ({drawn.unit})", lines)
+    highest = drawn.scale * drawn.high
+    plot_strengths(folder / "robustness.png", table.title, f"{drawn.label} ({drawn.unit})", highest, lines)
     data.report_written(folder)
 
 
