@@ -277,10 +277,14 @@ def preset_folder(preset: Preset) -> Path:
     return preset.settings.results_root / preset.name
 
 
-def name_of_root(root: Path) -> str:
-    """What no other folder's results are called: the folder's own name, and 8 digits of the hash of its path."""
+def name_of_root(root: Path, *choices: str) -> str:
+    """What no other results are called: the folder's own name, and 8 digits of the hash of its path and of `choices`.
+
+    These are what else the results are of, such as a list of some of the images; "" is none.
+    """
     root = root.resolve()
-    return f"{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}"
+    whole = os.fsencode(root) + (repr(choices).encode() if any(choices) else b"")
+    return f"{root.name}-{hashlib.sha256(whole).hexdigest()[:8]}"
 
 
 @contextmanager

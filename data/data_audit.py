@@ -65,7 +65,8 @@ def audit(preset: Preset, match: Path | None = None, caliper: float = CALIPER, n
 
     Raises UserError for too few images, a file to be written inside the data root, or nothing that can be matched.
     """
-    settings, folder = preset.settings, dataset_folder(preset) / "audit" / name_of_root(preset.settings.data_root)
+    settings = preset.settings
+    folder = dataset_folder(preset) / "audit" / name_of_root(settings.data_root, settings.data_list)
     root, seed = settings.data_root, settings.main_seed
     for path in (folder, match):
         if path and path.resolve().is_relative_to(root.resolve()):
