@@ -7,9 +7,9 @@
 Reads DATA_ROOT/{fake,real} and never writes there; needs no preprocessing. Prints the cross-validated AUC of a
 classifier that sees headers only (format, size, compression, metadata), which of them separate the classes, and exact
 and near duplicates, across the classes and the preset's splits. Writes audit.json, audit.csv (one row a file), tables
-and figures into results/<preset>/dataset/audit/<NAME>, NAME after data root and list. --match pairs fake images with real
-ones of the same format, colour mode, subsampling and, within 5, JPEG quality, whose other headers look equally fake, a
-pair in two neighbouring lines.
+and figures into results/<preset>/dataset/audit/<NAME>, NAME after data root and list. --match pairs fake images with
+real ones of the same format, colour mode, subsampling and, within 5, JPEG quality, whose other headers look equally
+fake, a pair in two neighbouring lines.
 
 Hardware: CPU cores only; with 12,000 images, the classifier adds half a minute.
 """

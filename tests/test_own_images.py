@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -318,23 +319,29 @@ def test_images_that_a_model_was_trained_on_are_left_out_or_named(
     assert {read_csv(folder / "evaluation.csv")[0]["fake"] for folder in folders} == {"3", "4"}
 
 
-@pytest.mark.parametrize(("grouped", "said"), [(False, "20 pairs"), (True, "3 groups (")])
+@pytest.mark.parametrize(
+    ("kind", "group_of", "said"),
+    [
+        ("pairs", lambda path: path.stem, "20 pairs"),
+        ("cameras", lambda path: str(int(path.stem) % 3), "3 groups ("),
+        ("classes", lambda path: path.parent.name, "2 groups ("),  # one each, whose images are then resampled
+    ],
+)
 def test_intervals_are_over_pairs_and_groups(
-    grouped: bool, said: str, results: Path, toy_data: Path, tmp_path: Path
+    kind: str, group_of: Callable[[Path], str], said: str, results: Path, toy_data: Path, tmp_path: Path
 ) -> None:
     paths = [Path(path) for path in find_images([str(toy_data)])[0]]
-    groups = [path.stem if not grouped else str(int(path.stem) % 3) for path in paths]
-    rows = [(path.relative_to(toy_data), group) for path, group in zip(paths, groups, strict=True)]
-    write_csv(tmp_path / "groups.csv", ("path", "camera"), rows)
-    flags = ("--group-by", f"{tmp_path}/groups.csv:camera") if grouped else ()
-    flags += ("--weights", weights(results), "--all-images", "--name", f"grouped {grouped}".replace(" ", "_"))
+    rows = [(path.relative_to(toy_data), group_of(path)) for path in paths]
+    write_csv(tmp_path / "groups.csv", ("path", "group"), rows)
+    flags = () if kind == "pairs" else ("--group-by", f"{tmp_path}/groups.csv:group")
+    flags += ("--weights", weights(results), "--all-images", "--name", kind)
     assert f"95% bootstrap interval over {said}" in run_on("evaluate", results, toy_data, *flags)
-    row = read_csv(results / "demo" / "evaluation" / f"grouped_{grouped}" / "evaluation_raw.csv")[0]
-    fake = np.array([found.raw_probability_fake for found in detector_of(results).predict_all(paths)])
+    row = read_csv(results / "demo" / "evaluation" / kind / "evaluation_raw.csv")[0]
+    found = [float(row[f"balanced_accuracy_{end}"]) for end in ("low", "high")]
+    fake = np.array([one.raw_probability_fake for one in detector_of(results).predict_all(paths)])
     labels = np.array([int(path.parent.name == "real") for path in paths])
-    expected = bootstrap_intervals([fake], labels, [0.5], groups)["auc"]
-    assert (float(row["auc_low"]), float(row["auc_high"])) == pytest.approx(expected, abs=1e-6)
-    assert expected != bootstrap_intervals([fake], labels, [0.5])["auc"]
+    groups = [f"image {row}" for row in range(40)] if kind == "classes" else [group_of(path) for path in paths]
+    assert found == pytest.approx(bootstrap_intervals([fake], labels, [0.5], groups)["balanced_accuracy"], abs=1e-6)
 
 
 def test_robustness_has_a_row_for_each_perturbation(results: Path, toy_data: Path) -> None:
