@@ -29,7 +29,7 @@ def results(indexed: Path, toy_data: Path, tmp_path_factory: pytest.TempPathFact
     places = ("--data-root", toy_data, "--results-root", root)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda command: succeed(command, *TOY_FLAGS, *places, *COMMANDS[command]), COMMANDS))
-    asked = (*TUNING.split()[2:], "--seeds", "1", "2", "--crop-counts", "1", "2", "4")
+    asked = (*TUNING.split()[2:4], "--seeds", "1", "2", "--crop-counts", "1", "2", "4")
     succeed("model_training.results_tables", "--preset", "demo", "--results-root", root, *asked)
     return root / "demo"
 
