@@ -113,11 +113,14 @@ class Tuning:
     """hyperparameter_tuning: one Optuna study per model."""
 
     epochs: Count = 25  # of a trial
-    glass_trials: Free[Count] = 100  # trials of a GLASS model's study
-    standard_trials: Free[Count] = 50  # trials of a standard model's study
+    trials: Free[Count | Literal["paper"]] = "paper"  # of a study; paper: 100 for GLASS, 50 for a standard model
     min_resource: Count = 5  # Hyperband; it counts epochs from 0, so that a trial is first compared after epoch 6
     max_resource: Count = 25  # Hyperband
     reduction_factor: Annotated[int, Field(ge=2)] = 3  # Hyperband
+
+    def trials_of(self, standard: bool) -> int:
+        """How many trials the study of a standard or of a GLASS model has."""
+        return (50 if standard else 100) if self.trials == "paper" else self.trials
 
 
 @dataclass(frozen=True)
@@ -307,7 +310,7 @@ DEMO = Preset(
         test_size=0.25,
         pretrained=False,
     ),
-    tuning=Tuning(epochs=3, glass_trials=4, standard_trials=4, min_resource=1, max_resource=3),
+    tuning=Tuning(epochs=3, trials=4, min_resource=1, max_resource=3),
     training=Training(epochs=4, seeds=(100, 200)),
     num_crops=NumCrops(epochs=2, batch_size=16, crop_counts=(1, 2, 4, 8)),
     standard_memory=StandardMemory(epochs=2, batch_size=16),
@@ -350,7 +353,7 @@ OWN = replace(
     PAPER,
     name="own",
     settings=replace(PAPER.settings, group_by="stem", valid_size=0.15, test_size=0.15, final_valid_fraction=0.15),
-    tuning=Tuning(epochs=6, glass_trials=6, standard_trials=6, min_resource=2, max_resource=6),
+    tuning=Tuning(epochs=6, trials=6, min_resource=2, max_resource=6),
     training=Training(epochs=12, seeds=(100, 200, 300)),
     reproduce=replace(PAPER.reproduce, stages=("tuning", "training"), experiments=("standard_resnet", "glass_resnet")),
     experiments=OWN_EXPERIMENTS,

@@ -117,7 +117,8 @@ def parse_command_line(
         doc: shown by `--help`.
         groups: fields of `Preset` whose settings are flags of this command, besides `settings`.
         experiments: names of the experiments whose hyperparameters are flags of this command.
-        settings: names of the fields of `Settings` that the command reads, which alone are its flags; None: all.
+        settings: names of the fields of `Settings` and of the groups that the command reads, which alone are its
+            flags; None: all.
         without: hyperparameters of the experiments that it does not read.
         options: a dataclass of the command's own options; a comment beside a field is its help.
 
@@ -134,7 +135,7 @@ def parse_command_line(
     owners |= {name: find_experiment(preset, name) for name in experiments}
     hidden = dict.fromkeys(experiments, without)
     if settings is not None:
-        hidden["settings"] = {f.name for f in fields(preset.settings)}.difference(settings)
+        hidden |= {key: {f.name for f in fields(owners[key])}.difference(settings) for key in ("settings", *groups)}
     flags = _flags_of(owners, hidden)
     lists = {f"--{name.replace('_', '-')}" for name, (_, _, default) in flags.items() if isinstance(default, tuple)}
     for argument, following in pairwise([*argv, "--"]):
@@ -257,7 +258,7 @@ def as_flags(preset: Preset, groups: Sequence[str] = (), settings: Collection[st
     original, flags = config.PRESETS[preset.name], ["--preset", preset.name]
     for group in ("settings", *groups):
         for name, value in vars(getattr(preset, group)).items():
-            unread = group == "settings" and settings is not None and name not in settings
+            unread = settings is not None and name not in settings
             if unread or value == getattr(getattr(original, group), name):
                 continue
             flag = name.replace("_", "-")
@@ -276,10 +277,14 @@ def preset_folder(preset: Preset) -> Path:
     return preset.settings.results_root / preset.name
 
 
-def name_of_root(root: Path) -> str:
-    """What no other folder's results are called: the folder's own name, and 8 digits of the hash of its path."""
+def name_of_root(root: Path, *choices: str) -> str:
+    """What no other results are called: the folder's own name, and 8 digits of the hash of its path and of `choices`.
+
+    These are what else the results are of, such as a list of some of the images; "" is none.
+    """
     root = root.resolve()
-    return f"{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}"
+    whole = os.fsencode(root) + (repr(choices).encode() if any(choices) else b"")
+    return f"{root.name}-{hashlib.sha256(whole).hexdigest()[:8]}"
 
 
 @contextmanager

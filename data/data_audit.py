@@ -7,9 +7,9 @@
 Reads DATA_ROOT/{fake,real} and never writes there; needs no preprocessing. Prints the cross-validated AUC of a
 classifier that sees headers only (format, size, compression, metadata), which of them separate the classes, and exact
 and near duplicates, across the classes and the preset's splits. Writes audit.json, audit.csv (one row a file), tables
-and figures into results/<preset>/dataset/audit/<NAME>, NAME after the data root. --match pairs fake images with real
-ones of the same format, colour mode, subsampling and, within 5, JPEG quality, whose other headers look equally fake, a
-pair in two neighbouring lines.
+and figures into results/<preset>/dataset/audit/<NAME>, NAME after data root and list. --match pairs fake images with
+real ones of the same format, colour mode, subsampling and, within 5, JPEG quality, whose other headers look equally
+fake, a pair in two neighbouring lines.
 
 Hardware: CPU cores only; with 12,000 images, the classifier adds half a minute.
 """
@@ -65,7 +65,8 @@ def audit(preset: Preset, match: Path | None = None, caliper: float = CALIPER, n
 
     Raises UserError for too few images, a file to be written inside the data root, or nothing that can be matched.
     """
-    settings, folder = preset.settings, dataset_folder(preset) / "audit" / name_of_root(preset.settings.data_root)
+    settings = preset.settings
+    folder = dataset_folder(preset) / "audit" / name_of_root(settings.data_root, settings.data_list)
     root, seed = settings.data_root, settings.main_seed
     for path in (folder, match):
         if path and path.resolve().is_relative_to(root.resolve()):
@@ -178,7 +179,8 @@ def _match(path: Path, table: pd.DataFrame, auc_of_all: float, caliper: float, s
     pairs = match_pairs(strata_of(table), labels, fake_scores, caliper)
     if not len(pairs):
         raise UserError(
-            f"no fake image of {len(table):,} has a real one of its format and quality whose headers look as fake: "
+            f"none of the {(labels == 0).sum():,} fake images has a real one of its format and quality whose headers "
+            f"look as fake: "
             f"raise --caliper above {caliper:g}, or add images"
         )
     rows = pairs.ravel()

@@ -88,13 +88,15 @@ def list_images(root: Path, classes: int = len(CLASSES)) -> list[tuple[str, int]
     """Relative path and label of each image under root/fake and root/real, in ImageFolder's order; no hidden ones.
 
     Raises:
-        UserError: fewer than `classes` class folders hold an image file.
+        UserError: fewer than `classes` class folders hold an image file, or one is spelt with capitals.
     """
     found: list[tuple[str, int]] = []
     for label, class_name in enumerate(CLASSES):
         if (root / class_name).is_dir():
             names = [name for name in list_files(root, class_name) if is_image_name(name)]
             found += [(name, label) for name in names]
+        elif other := next((path for path in root.glob("*") if path.name.lower() == class_name), None):
+            raise UserError(f"{other} must be called {class_name}, in lower case: rename it, or link to it")
     present = {label for _, label in found}
     if len(present) >= classes:
         return found

@@ -9,7 +9,7 @@ from multiprocessing import util
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from config import Experiment, Settings
 from data.datasets import ImageDataset
@@ -149,7 +149,7 @@ def _as_it_is(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the processes are the parallelism
-    keep_freed_memory()
+    keep_freed_memory(3 * get_worker_info().num_workers)  # of training, validation and test, which stay
     exit_with_parent()
 
 

@@ -20,6 +20,16 @@ class ImageRecord:
     problem: str
     key: str = ""  # `data.images.pixel_key` of the decoded image, by which its crops are drawn; empty if unreadable
 
+    @property
+    def identity(self) -> str:
+        """By which the same file is known elsewhere."""
+        return identity(self.bytes, self.content)
+
+
+def identity(size: int, content: str) -> str:
+    """Of a file of `size` bytes and the hash `content`, short, and with what can be compared without reading it."""
+    return f"{size}-{content[:12]}"
+
 
 @dataclass(frozen=True)
 class CheckedImage:

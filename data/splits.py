@@ -122,8 +122,8 @@ def group_split_indices(
     for name, rows in (("train", train_rows), ("validate", valid_rows), ("test", test_rows)):
         if len({labels[row] for row in rows}) < 2:
             raise UserError(
-                f"{len(set(groups))} groups ({len(test_groups)} held out) leave no images of both classes to {name}: "
-                f"choose another group_by or hold_out, or other sizes"
+                f"too few groups ({len(set(groups))} of {len(labels)} images, {len(test_groups)} held out), so that "
+                f"there are no images of both classes to {name}: add images, or change group_by, hold_out or the sizes"
             )
     return train_rows, valid_rows, test_rows
 

@@ -49,8 +49,8 @@ def exit_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def keep_freed_memory() -> None:
-    """In a process that does nothing but decode: keep what is freed, up to 256 MB, for the next image.
+def keep_freed_memory(processes: int = 1) -> None:
+    """In one of `processes` that do nothing but decode: keep what is freed, up to 256 MB, for the next image.
 
     Else each large image gets new pages from the system, which on some machines takes longer than copying it. Only
     glibc has this switch; elsewhere nothing changes.
@@ -59,7 +59,7 @@ def keep_freed_memory() -> None:
     if mallopt:
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
         mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**28)
+        mallopt(M_TRIM_THRESHOLD, min(2**28, 2**32 // processes))  # 4 GB in all, at most
 
 
 @contextmanager

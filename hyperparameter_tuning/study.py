@@ -94,7 +94,7 @@ def tune(preset: Preset, experiment: Experiment, restart: bool = False, train: T
         raise UserError(
             f"max_resource is {tuning.max_resource}: it must be at least min_resource = {tuning.min_resource}"
         )
-    glass, space = isinstance(experiment, GlassExperiment), search_space(preset, experiment)
+    space = search_space(preset, experiment)
     values = resolved(preset.settings, tuning) | {"name": experiment.name, "backbone": experiment.backbone}
     values["search_space"] = [f"{name}: {choices}" for name, choices in space.items()]
     values["study_name"] = live_study_name(experiment)
@@ -111,7 +111,7 @@ def tune(preset: Preset, experiment: Experiment, restart: bool = False, train: T
                 )
                 print(f"{experiment.name}: suggestions of {run.metadata['suggestions']}")
             search = _Search(session, run, experiment, space, tuning, train)
-            search.run_trials(tuning.glass_trials if glass else tuning.standard_trials)
+            search.run_trials(tuning.trials_of(isinstance(experiment, StandardExperiment)))
             search.report()
 
 
@@ -169,9 +169,7 @@ class _Search:
             UserError: there is none.
         """
         if not any(trial.state == TrialState.COMPLETE for trial in self.stored.trials):
-            raise UserError(
-                f"no trial of the study {self.experiment.name} is complete: raise --glass-trials or --standard-trials"
-            )
+            raise UserError(f"no trial of the study {self.experiment.name} is complete: raise --trials")
         best = self.stored.best_trial
         print(f"best of {self.experiment.name}: trial {best.number}, validation accuracy {best.value:.4f}")
         for name, value in best.params.items():

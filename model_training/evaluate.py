@@ -6,8 +6,10 @@ ROOT holds fake/ and real/, each with a folder for each generator or source, if 
 images and one for each generator: the usual metrics with 95% bootstrap intervals; weights of several seeds give mean ±
 standard deviation. With fake/ or real/ alone: the share called fake at each of the model's thresholds. --format-matched
 90 adds the same images, all saved as JPEG of quality 90 first: a detector of file formats, not of fakes, does worse
-there. Writes tables and figures to results/<preset>/evaluation/<NAME>, NAME after the data root. Scores are stored: an
-interrupted evaluation resumes. --precision trained computes as the run's own test did.
+there. Images that one of the models was trained or validated on are left out, unless --data-list names them. Intervals
+are over pairs of one file name, or the groups of --group-by, where there are any. Writes tables and figures to
+results/<preset>/evaluation/<NAME>, NAME after data root and choice of images. Scores are stored: an interrupted
+evaluation resumes. --precision trained computes as the run's own test did.
 
 Hardware: a CUDA GPU if there is one, else the CPU. Measured: docs/performance.md.
 """
@@ -40,9 +42,8 @@ THRESHOLDS = {  # of a calibration
     "fake_from": "verdict fake",
 }
 NOTE = (
-    "In percent, except for the negative log-likelihood (nats); [95% bootstrap interval over images]; fake is the "
-    "positive class. An interval of zero width says that all of these images were classified correctly (or none), "
-    "not that all images would be."
+    "In percent, except for the negative log-likelihood (nats); [{}]; fake is the positive class. An interval of zero "
+    "width says that all of these images were classified correctly (or none), not that all images would be."
 )
 
 
@@ -61,8 +62,8 @@ def evaluate_weights(preset: Preset, **values: Any) -> None:
     """
     options = Options(**values)
     kinds = ["native"] if options.format_matched is None else ["native", f"jpeg_{options.format_matched}"]
-    data = score_data(preset, options.weights, kinds, options, classes=1)
-    folder = options.output_folder(preset, "evaluation")
+    data = score_data(preset, options, kinds, classes=1)
+    folder = options.output_folder(preset, "evaluation", *kinds[1:])
     both = len(set(data.labels)) == len(CLASSES)
     tables = _tables(data, kinds) if both else [_table_of_one_class(data, kinds)]
     for table in tables:
@@ -74,7 +75,7 @@ def evaluate_weights(preset: Preset, **values: Any) -> None:
 
 
 def _tables(data: ScoredData, kinds: Sequence[str]) -> list[Table]:
-    notes, calibrated = [NOTE, *data.notes()], _rows(data, kinds, "calibrated")
+    notes, calibrated = [NOTE.format(data.interval), *data.notes()], _rows(data, kinds, "calibrated")
     columns = COUNTS | {metric.label: metric_of(name) for name, metric in DETECTION_METRICS.items()}
     title = "Evaluation: calibrated probabilities, the model's own threshold"
     tables = [Table("evaluation", title, [row for row in calibrated if row["format"] == "native"], columns, notes)]
@@ -133,7 +134,7 @@ def _counted(
 def _rows(data: ScoredData, kinds: Sequence[str], which: str) -> list[Row]:
     """A row for each perturbation, model and subset of the images, from calibrated or raw probabilities."""
     return [
-        row | metrics_row(models, which, row["format"], data.labels, chosen)
+        row | metrics_row(models, which, row["format"], data, chosen)
         for row, models, chosen in _counted(data, kinds, which)
     ]
 
@@ -158,16 +159,21 @@ def subsets(data: ScoredData) -> dict[str, np.ndarray]:
 
 
 def metrics_row(
-    models: Sequence[ScoredModel], which: str, kind: str, labels: np.ndarray, chosen: np.ndarray | slice = np.s_[:]
+    models: Sequence[ScoredModel], which: str, kind: str, data: ScoredData, chosen: np.ndarray | slice = np.s_[:]
 ) -> Row:
     """Each metric's mean and standard deviation over models, and the 95% interval of the mean; nll in nats.
 
-    Of the `chosen` images under a perturbation, by "calibrated" or "raw" probabilities.
+    Of the `chosen` images under a perturbation, by "calibrated" or "raw" probabilities. Where the images of a class are
+    of one group, such as those of one generator, the interval is over them.
     """
-    labels, thresholds = labels[chosen], [model.threshold(which) for model in models]
+    labels, groups = data.labels[chosen], data.groups[chosen].astype(object)
+    for of_class in map(np.flatnonzero, (labels == 0, labels == 1)):
+        if len(set(groups[of_class])) == 1:
+            groups[of_class] = [f"image {row}" for row in of_class]
+    thresholds = [model.threshold(which) for model in models]
     probabilities = [model.probabilities[which, kind][chosen] for model in models]
     values = [detection_metrics(fake, labels, at) for fake, at in zip(probabilities, thresholds, strict=True)]
-    intervals = bootstrap_intervals(probabilities, labels, thresholds)
+    intervals = bootstrap_intervals(probabilities, labels, thresholds, groups.astype(str))
     row: Row = {}
     for metric in DETECTION_METRICS:
         of_models = np.array([of_model[metric] for of_model in values])

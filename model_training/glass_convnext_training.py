@@ -1,4 +1,4 @@
-"""Train and evaluate GLASS with ConvNeXt-Tiny: five seeds of 50 epochs at the tuned values.
+"""Train and evaluate GLASS with a ConvNeXt (paper: ConvNeXt-Tiny, five seeds of 50 epochs).
 
     python -m model_training.glass_convnext_training [--preset demo] [--seeds 100 200] [--epochs N]
 

@@ -1,4 +1,4 @@
-"""Train and evaluate GLASS with ResNet-50: five seeds of 50 epochs at the tuned values.
+"""Train and evaluate GLASS with a ResNet (paper: ResNet-50, five seeds of 50 epochs).
 
     python -m model_training.glass_resnet_training [--preset demo] [--seeds 100 200] [--epochs N]
 

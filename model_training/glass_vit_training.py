@@ -1,4 +1,4 @@
-"""Train and evaluate GLASS with ViT-B/16: five seeds of 50 epochs at the tuned values.
+"""Train and evaluate GLASS with a ViT (paper: ViT-B/16, five seeds of 50 epochs).
 
     python -m model_training.glass_vit_training [--preset demo] [--seeds 100 200] [--epochs N]
 

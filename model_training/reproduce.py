@@ -20,8 +20,9 @@ from typing import Annotated
 import tyro
 
 from config import Preset
-from data.demo_dataset import MARKER
+from data.demo_dataset import MARKER, write_demo_dataset
 from data.index import PREPROCESS_SETTINGS, index_path, list_images, read_index
+from model_training.results_tables import write_tables
 from training.runs import SETTINGS
 from training.stopping import StopRequest, stop_signals
 from utils import STOPPED, Stopped, UserError, as_flags, find_experiment, run_command
@@ -57,7 +58,7 @@ def reproduce(preset: Preset, all_commands: bool = False) -> None:
     root, failed = preset.settings.data_root, []
     with stop_signals() as stop:
         if preset.reproduce.demo_data and (not root.exists() or (root / MARKER).exists()):
-            _run(stop, "data.data_download", "--demo", str(root))  # completes what an interruption left
+            write_demo_dataset(root)  # completes what an interruption left
         if not index_path(preset).exists() or len(read_index(preset).records) != len(list_images(root)):
             _run(stop, "data.data_preprocess", *as_flags(preset, settings=PREPROCESS_SETTINGS))
         for number, (stage, command) in enumerate(commands, 1):
@@ -68,8 +69,7 @@ def reproduce(preset: Preset, all_commands: bool = False) -> None:
                 failed.append(command)
         print(flush=True)
         if len(failed) < len(commands):
-            groups = ("reproduce", "tuning", "training", "num_crops")
-            _run(stop, "model_training.results_tables", *as_flags(preset, groups, settings=("results_root",)))
+            write_tables(preset)
     if failed:
         raise UserError(
             f"{len(failed)} of {len(commands)} commands failed, each with its reason above: {', '.join(failed)}"

@@ -3,8 +3,9 @@
     python -m model_training.results_tables
 
 Writes each table as CSV, Markdown and LaTeX and each figure as PNG to results/<preset>/tables/, prints the test
-metrics, and names what is missing. Needs no GPU and takes seconds: run it as often as you like, also between
-experiments.
+metrics, and names what is missing. Without some of the preset's seeds it writes to a folder of its own, such as
+tables_seeds_1, and leaves the preset's tables as they are. Needs no GPU and takes seconds: run it as often as you
+like, also between experiments.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import TrialState
 
+import config
 from config import Preset
 from model_training.tables import cost_tables, experiment_tables, figures, read_results
 from model_training.tables.read_results import CostStudy, Run, TuningStudy
@@ -23,9 +25,11 @@ from model_training.tables.table import Table
 from training.metrics import METRICS
 from utils import UserError, preset_folder, run_command
 
+SETTINGS = ("results_root", "stages", "experiments", "trials", "seeds", "crop_counts")  # that are read
+
 
 def write_tables(preset: Preset) -> None:
-    """Write every table and figure to results/<preset>/tables/, print the test metrics, name what is missing.
+    """Write every table and figure, print the test metrics, name what is missing.
 
     Raises UserError without any results, for results that must not be averaged, and for an unreadable file.
     """
@@ -46,7 +50,9 @@ def write_tables(preset: Preset) -> None:
     crop_costs = _with_unmeasured(preset, "num_crops", crop_costs, "glass_")
     standard_costs = _with_unmeasured(preset, "standard_memory", standard_costs, "standard_")
 
-    folder = results / "tables"
+    chosen = preset.training.seeds
+    whole = set(config.PRESETS[preset.name].training.seeds) <= set(chosen)
+    folder = results / ("tables" if whole else f"tables_seeds_{'_'.join(map(str, sorted(chosen)))}")
     tables = [
         experiment_tables.table_of_test_metrics(runs, preset.training.seeds),
         experiment_tables.table_of_calibrated_metrics(runs),
@@ -161,6 +167,5 @@ def _drawings_of_costs(crop_costs: Sequence[CostStudy]) -> Iterator[Drawing]:
 
 
 if __name__ == "__main__":
-    run_command(
-        __doc__, write_tables, groups=("reproduce", "tuning", "training", "num_crops"), settings=("results_root",)
-    )
+    groups = ("reproduce", "tuning", "training", "num_crops")
+    run_command(__doc__, write_tables, groups=groups, settings=SETTINGS)

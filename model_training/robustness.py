@@ -41,25 +41,26 @@ def measure_robustness(preset: Preset, **values: Any) -> None:
     """
     options = Options(**values)
     kinds = list(dict.fromkeys(["native", *options.perturbations]))
-    data = score_data(preset, options.weights, kinds, options)
+    data = score_data(preset, options, kinds)
     folder, drawn = options.output_folder(preset, "robustness"), DETECTION_METRICS[options.metric]
     rows = {kind: {"model": kind, "missing": ""} for kind in kinds}  # the perturbation names the row
     lines = {model: {} for model in data.models}
     for (model, seeds), kind in product(data.models.items(), kinds):
-        row = metrics_row(seeds, "calibrated", kind, data.labels)
+        row = metrics_row(seeds, "calibrated", kind, data)
         rows[kind] |= {f"{model} {name}": value for name, value in row.items()}
         lines[model][kind] = [drawn.scale * row[f"{options.metric}_{part}"] for part in ("mean", "low", "high")]
     columns = {"perturbation": value_of("model")}
     for shown, model in product(SHOWN, data.models):
         columns[f"{DETECTION_METRICS[shown].label}, {model}"] = metric_of(f"{model} {shown}")
     note = (
-        "In percent, [95% bootstrap interval over images]; balanced accuracy at the threshold that was best on the "
-        "model's validation images."
+        f"In percent, [{data.interval}]; balanced accuracy at the threshold that was best on the model's validation "
+        f"images."
     )
     table = Table("robustness", "Robustness to perturbations", list(rows.values()), columns, [note, *data.notes()])
     table.write(folder)
     print(table.markdown())
-    plot_strengths(folder / "robustness.png", table.title, f"{drawn.label} ({drawn.unit})", lines)
+    highest = drawn.scale * drawn.high
+    plot_strengths(folder / "robustness.png", table.title, f"{drawn.label} ({drawn.unit})", highest, lines)
     data.report_written(folder)
 
 

@@ -106,6 +106,7 @@ class _SeedRun:
             load_model(Path(initial), job.trainer.model)
         model, weights = job.trainer.model, folder / "model.safetensors"
         about = {"experiment": asdict(self.experiment), "settings": resolved(self.session.settings), "seed": self.seed}
+        about["trained_on"] = sorted(session.index.records[row].identity for part in rows for row in part)
 
         def on_epoch(history: list[EpochRecord]) -> None:
             write_csv(folder / "history.csv", [field.name for field in fields(EpochRecord)], map(astuple, history))

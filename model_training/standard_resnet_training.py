@@ -1,4 +1,4 @@
-"""Train and evaluate standard transfer learning with ResNet-50: five seeds of 50 epochs at the tuned values.
+"""Train and evaluate standard transfer learning with a ResNet (paper: ResNet-50, five seeds of 50 epochs).
 
     python -m model_training.standard_resnet_training [--preset demo] [--seeds 100 200] [--epochs N]
 

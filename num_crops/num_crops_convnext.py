@@ -1,4 +1,4 @@
-"""Memory, time and accuracy of GLASS with ConvNeXt-Tiny for K = 1 to 16 crops, 25 epochs each.
+"""Memory, time and accuracy of GLASS with a ConvNeXt (paper: ConvNeXt-Tiny, K = 1 to 16 crops, 25 epochs each).
 
     python -m num_crops.num_crops_convnext [--preset demo] [--quick] [--crop-counts 1 4 16]
 

@@ -1,4 +1,4 @@
-"""Memory, time and accuracy of GLASS with ResNet-50 for K = 1 to 16 crops, 25 epochs each.
+"""Memory, time and accuracy of GLASS with a ResNet (paper: ResNet-50, K = 1 to 16 crops, 25 epochs each).
 
     python -m num_crops.num_crops_resnet [--preset demo] [--quick] [--crop-counts 1 4 16]
 

@@ -1,4 +1,4 @@
-"""Memory, time and accuracy of GLASS with ViT-B/16 for K = 1 to 16 crops, 25 epochs each.
+"""Memory, time and accuracy of GLASS with a ViT (paper: ViT-B/16, K = 1 to 16 crops, 25 epochs each).
 
     python -m num_crops.num_crops_vit [--preset demo] [--quick] [--crop-counts 1 4 16]
 

@@ -1,4 +1,4 @@
-"""Memory, time and accuracy of standard transfer learning with ConvNeXt-Tiny: batch 32, 25 epochs.
+"""Memory, time and accuracy of standard transfer learning with a ConvNeXt (paper: ConvNeXt-Tiny, batch 32, 25 epochs).
 
     python -m standard_memory.standard_memory_convnext [--preset demo] [--quick]
 

@@ -1,4 +1,4 @@
-"""Memory, time and accuracy of standard transfer learning with ResNet-50: batch 32, 25 epochs.
+"""Memory, time and accuracy of standard transfer learning with a ResNet (paper: ResNet-50, batch 32, 25 epochs).
 
     python -m standard_memory.standard_memory_resnet [--preset demo] [--quick]
 

@@ -1,4 +1,4 @@
-"""Memory, time and accuracy of standard transfer learning with ViT-B/16: batch 32, 25 epochs.
+"""Memory, time and accuracy of standard transfer learning with a ViT (paper: ViT-B/16, batch 32, 25 epochs).
 
     python -m standard_memory.standard_memory_vit [--preset demo] [--quick]
 

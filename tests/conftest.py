@@ -157,7 +157,7 @@ def toy_preset(toy_data: Path, indexed: Path) -> MakePreset:
         return replace(
             config.DEMO,
             settings=replace(config.DEMO.settings, **(toy | settings)),
-            tuning=Tuning(epochs=2, glass_trials=2, standard_trials=2, min_resource=1, max_resource=2),
+            tuning=Tuning(epochs=2, trials=2, min_resource=1, max_resource=2),
             training=Training(epochs=2, seeds=(1,)),
             num_crops=NumCrops(epochs=1, batch_size=8, crop_counts=(1, 3)),
             standard_memory=StandardMemory(epochs=1, batch_size=8),

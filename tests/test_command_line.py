@@ -72,7 +72,7 @@ def test_every_kind_of_value_is_read(argv: str, group: str, name: str, value: ob
 
 
 def another(value: Any) -> Any:
-    if value in ("auto", "disk"):
+    if value in ("auto", "disk", "paper"):
         return 7
     if isinstance(value, tuple):
         return tuple(map(another, value)) or ("resnet=a b",)
@@ -82,7 +82,7 @@ def another(value: Any) -> Any:
 
 @pytest.mark.parametrize("group", ["settings", *GROUPS])
 def test_overrides_survive_being_passed_on_as_flags(group: str) -> None:
-    choices = {"precision": "bf16", "matmul_precision": "medium", "device": "cuda:1"}
+    choices = {"precision": "bf16", "channels_last": "on", "matmul_precision": "medium", "device": "cuda:1"}
     for preset in config.PRESETS.values():
         owner = getattr(preset, group)
         changed = {field.name: another(getattr(owner, field.name)) for field in fields(owner)}
@@ -234,7 +234,7 @@ def test_settings_that_change_numbers_are_compared_and_unknown_ones_have_their_d
         return first_difference(run_metadata(settings, "print"), run_metadata(settings | changes, fingerprint))
 
     assert difference() is None
-    assert difference(data_root="b", results_root="c", device="cuda", num_workers=3, seeds=[1], glass_trials=7) is None
+    assert difference(data_root="b", results_root="c", device="cuda", num_workers=3, seeds=[1], trials=7) is None
     assert difference(patch_size=64, epochs=6) == "epochs = 5, now 6"
     assert difference(fingerprint="other") == "dataset_fingerprint = print, now other"
     assert difference(exact_resize=False, hold_out=[], crop_counts=[2]) is None  # added since, and off

@@ -144,7 +144,7 @@ def test_metadata_changes_no_score(told: Told) -> None:
 def test_hidden_files_are_counted_and_not_used(told: Told) -> None:
     assert told.rows.keys() == FILES.keys()
     assert f"Ignored, in folders: {len(HIDDEN)} files of other kinds (hidden)" in told.predict.stdout
-    assert f"Ignored: {len(HIDDEN)} files that are hidden or do not end as an image" in told.printed["preprocess"]
+    assert f"Ignored, as hidden or without the ending of an image: {len(HIDDEN)} (" in told.printed["preprocess"]
 
 
 def test_small_and_transparent_images_are_noted(told: Told) -> None:

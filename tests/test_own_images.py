@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from data.images import pixel_key, read_image
 from data.perturbations import perturbation
 from data.pictures import Picture, find_images, read_pictures
 from model_training.inference.detector import Detector, PredictionOptions, load_detector
-from model_training.inference.scores import score_data
+from model_training.inference.scores import ScoringOptions, score_data
 from model_training.predict import predict
 from tests.conftest import (
     ENVIRONMENT,
@@ -33,7 +34,8 @@ from tests.conftest import (
     untrained_weights,
 )
 from training.checkpoints import save_model
-from utils import UserError, load_preset, name_of_root, read_csv, read_json
+from training.detection_metrics import bootstrap_intervals
+from utils import UserError, load_preset, name_of_root, read_csv, read_json, write_csv
 
 SAME = 1e-5  # logits; what the order of sums may change
 
@@ -123,7 +125,7 @@ def test_the_calibration_is_that_of_the_weights_the_metrics_and_the_table_of_all
     assert {name: metrics["test_calibrated"][name] for name in expected} == pytest.approx(expected)
     assert weights(results).with_name("reliability.png").exists()
     succeed("model_training.results_tables", "--preset", "demo", "--results-root", results, "--seeds", "1", "2")
-    table = {row["model"]: row for row in read_csv(results / "demo" / "tables" / "calibrated_metrics.csv")}
+    table = {row["model"]: row for row in read_csv(results / "demo" / "tables_seeds_1_2" / "calibrated_metrics.csv")}
     of_seeds = [read_json(weights(results, seed=seed).with_name("metrics.json"))["test_calibrated"] for seed in (1, 2)]
     row = table["glass_resnet"]
     assert (row["n"], table["standard_resnet"]["n"]) == ("2", "1")
@@ -319,7 +321,9 @@ def by_generator(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def test_evaluate_has_a_row_for_all_and_for_each_generator(results: Path, by_generator: Path) -> None:
     both = (weights(results), weights(results, seed=2))
-    printed = run_on("evaluate", results, by_generator, "--weights", *both, "--name", "g", "--format-matched", "60")
+    printed = run_on(
+        "evaluate", results, by_generator, "--weights", *both, "--name", "g", "--format-matched", "60", "--all-images"
+    )
     assert "left out, cannot be decoded: real/broken.png" in printed
     folder = results / "demo" / "evaluation" / "g"
     rows = {row["images"]: row for row in read_csv(folder / "evaluation_raw.csv")}
@@ -358,7 +362,7 @@ def test_evaluate_over_the_test_list_reproduces_the_predictions_of_the_training(
 
 
 def test_an_evaluation_that_was_killed_resumes(results: Path, by_generator: Path) -> None:
-    flags = ("--weights", weights(results), "--name", "again")
+    flags = ("--weights", weights(results), "--name", "again", "--all-images")
     run_on("evaluate", results, by_generator, *flags)
     file = max((results / "demo" / "scores").glob("*.csv"), key=lambda path: path.stat().st_mtime_ns)
     lines = file.read_text().splitlines(keepends=True)
@@ -396,7 +400,52 @@ def test_one_model_and_seed_named_twice_is_refused(results: Path, toy_data: Path
     preset = load_preset("demo")
     preset = replace(preset, settings=replace(preset.settings, data_root=toy_data, results_root=results))
     with pytest.raises(UserError, match="are the same model and seed: name each once"):
-        score_data(preset, [weights(results), tmp_path / "copy.safetensors"], ["native"], PredictionOptions())
+        score_data(preset, ScoringOptions(weights=(weights(results), tmp_path / "copy.safetensors")), ["native"])
+
+
+def test_images_that_a_model_was_trained_on_are_left_out_or_named(
+    results: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    for path in toy_data.glob("*/*.*"):  # known by their content, wherever they lie
+        (tmp_path / "data" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "data" / path.parent.name / f"copy of {path.name}")
+    both = ("--weights", weights(results), weights(results, seed=2))
+    left_out = "Left out, since a model was trained or validated on them (--all-images keeps them): 34."
+    for root in (toy_data, tmp_path / "data"):
+        printed = run_on("evaluate", results, root, *both)
+        assert left_out in printed and "| glass_resnet | all | 3 | 3 |" in printed
+    rows = [[row["path"]] for row in predictions_of(results, "glass_resnet")]
+    trained = next(path for path in toy_data.glob("fake/*") if [f"fake/{path.name}"] not in rows)
+    write_csv(tmp_path / "list.csv", ("path",), [*rows, [f"fake/{trained.name}"]])
+    printed = run_on("evaluate", results, toy_data, *both, "--data-list", tmp_path / "list.csv")
+    assert "was trained or validated on 1 of these images: nothing follows for others." in printed
+    folders = (results / "demo" / "evaluation").glob(f"{toy_data.name}-*")
+    assert {read_csv(folder / "evaluation.csv")[0]["fake"] for folder in folders} == {"3", "4"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "group_of", "said"),
+    [
+        ("pairs", lambda path: path.stem, "20 pairs"),
+        ("cameras", lambda path: str(int(path.stem) % 3), "3 groups ("),
+        ("classes", lambda path: path.parent.name, "2 groups ("),  # one each, whose images are then resampled
+    ],
+)
+def test_intervals_are_over_pairs_and_groups(
+    kind: str, group_of: Callable[[Path], str], said: str, results: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    paths = [Path(path) for path in find_images([str(toy_data)])[0]]
+    rows = [(path.relative_to(toy_data), group_of(path)) for path in paths]
+    write_csv(tmp_path / "groups.csv", ("path", "group"), rows)
+    flags = () if kind == "pairs" else ("--group-by", f"{tmp_path}/groups.csv:group")
+    flags += ("--weights", weights(results), "--all-images", "--name", kind)
+    assert f"95% bootstrap interval over {said}" in run_on("evaluate", results, toy_data, *flags)
+    row = read_csv(results / "demo" / "evaluation" / kind / "evaluation_raw.csv")[0]
+    found = [float(row[f"balanced_accuracy_{end}"]) for end in ("low", "high")]
+    fake = np.array([one.raw_probability_fake for one in detector_of(results).predict_all(paths)])
+    labels = np.array([int(path.parent.name == "real") for path in paths])
+    groups = [f"image {row}" for row in range(40)] if kind == "classes" else [group_of(path) for path in paths]
+    assert found == pytest.approx(bootstrap_intervals([fake], labels, [0.5], groups)["balanced_accuracy"], abs=1e-6)
 
 
 def test_robustness_has_a_row_for_each_perturbation(results: Path, toy_data: Path) -> None:
@@ -404,8 +453,9 @@ def test_robustness_has_a_row_for_each_perturbation(results: Path, toy_data: Pat
     test_split = ("--data-list", weights(results).with_name("predictions.csv"))
     grid = ("--perturbations", "jpeg_30", "rescale_0.25", "social")
     printed = run_on("robustness", results, toy_data, *both, *test_split, *grid)
-    assert "6 images of" in printed and "trained on" not in printed
-    folder = results / "demo" / "robustness" / name_of_root(toy_data)
+    assert "6 images of" in printed and "interval over 5 pairs and single images]" in printed
+    assert "trained" not in printed
+    (folder,) = (results / "demo" / "robustness").iterdir()
     rows = {row["model"]: row for row in read_csv(folder / "robustness.csv")}
     assert list(rows) == ["native", "jpeg_30", "rescale_0.25", "social"]
     of_test = predictions_of(results, "standard_resnet")
@@ -413,7 +463,6 @@ def test_robustness_has_a_row_for_each_perturbation(results: Path, toy_data: Pat
     expected = roc_auc_score([row["label"] == "0" for row in of_test], fake)
     assert float(rows["native"]["standard_resnet auc_mean"]) == pytest.approx(expected)
     assert (folder / "robustness.png").stat().st_size > 500
-    assert "was trained on images of this folder" in run_on("evaluate", results, toy_data, *both)
 
 
 def test_the_commands_for_own_images_do_what_their_document_says(results: Path, toy_data: Path, tmp_path: Path) -> None:
@@ -438,8 +487,8 @@ def test_the_commands_for_own_images_do_what_their_document_says(results: Path, 
     assert len(read_csv(tmp_path / "predictions.csv")) == 2  # of the last predict: a pattern of two files
     demo = tmp_path / "results" / "demo"
     name = name_of_root(tmp_path / "datasets" / "demo")
-    for written in ("evaluation/{}/evaluation.md", "evaluation/{}/formats.tex", "robustness/{}/robustness.png"):
-        assert (demo / written.format(name)).stat().st_size > 100
+    for written in ("evaluation/demo-*/evaluation.md", "evaluation/demo-*/formats.tex", "robustness/demo-*/*.png"):
+        assert [path.stat().st_size > 100 for path in demo.glob(written)] == [True]
     assert (demo / "dataset" / "audit" / name / "audit.json").stat().st_size > 100
     assert "0001.png" in (tmp_path / "evidence" / "index.html").read_text()
     shutil.copy(toy_data / "fake" / "0000.png", tmp_path / "photo.jpg")

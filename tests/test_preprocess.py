@@ -141,9 +141,7 @@ def test_the_report_holds_what_the_authors_does(checked: Checked) -> None:
 
 
 def test_other_files_are_counted_and_the_data_set_is_never_touched(checked: Checked) -> None:
-    assert (
-        "Ignored: 2 files that are hidden or do not end as an image (fake/notes.txt, real/Thumbs.db)" in checked.printed
-    )
+    assert "Ignored, as hidden or without the ending of an image: 2 (fake/notes.txt, real/Thumbs.db)" in checked.printed
     assert state(checked.root) == checked.before
 
 
@@ -173,6 +171,9 @@ def test_a_class_without_a_readable_image_and_results_inside_the_data_are_refuse
         assert re.search(reason, said)
         assert not (results / "paper" / "dataset" / "index.csv").exists()
     assert not (root / "results").exists()
+    (root / "real").rename(root / "REAL")
+    said = refused("data.data_preprocess", "--data-root", root, "--results-root", tmp_path / "results")
+    assert f"{root / 'REAL'} must be called real, in lower case: rename it" in said
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the worker processes in /proc")

@@ -1,6 +1,7 @@
 """What was stopped resumes exactly; what must not be mixed is refused; what fails says why. Short campaigns."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -290,7 +291,9 @@ def test_a_training_resumed_under_other_versions_says_so_and_records_where(stopp
     before = {"from": "epoch 1", "commit": "0123abc", "versions": now["versions"] | {"torch": "1.0"}}
     write_json(path, metadata | {"environments": [before]})
     epochs = len((stopped.folder / "history.csv").read_text().splitlines()) - 1
-    line = next(line for line in stopped.finish().splitlines() if "resumes at" in line)
+    said = stopped.finish()
+    line = next(line for line in said.splitlines() if "resumes at" in line)
+    assert re.search(rf"standard_resnet seed \d+: resumed at epoch ({epochs}|{epochs + 1}), step \d+\n", said), said
     assert f"commit 0123abc -> {now['commit']}, torch 1.0 -> {torch.__version__.partition('+')[0]}" in line
     found = read_json(path)["environments"]
     assert found == [before, now | {"from": found[1]["from"]}]

@@ -52,7 +52,7 @@ def essence(trial: FrozenTrial) -> tuple:
 
 
 def toy(toy_preset: MakePreset, results: Path, trials: int, **settings: int) -> Preset:
-    counts = dict(glass_trials=trials, standard_trials=trials)
+    counts = dict(trials=trials)
     tuning = Tuning(epochs=3, min_resource=1, max_resource=3, reduction_factor=2, **counts)
     return replace(toy_preset(results_root=results, valid_size=VALID, **settings), tuning=tuning)
 
@@ -153,7 +153,7 @@ def test_a_killed_trial_is_run_again_with_the_same_values(uninterrupted: Path, r
     command = [
         *(f"hyperparameter_tuning.{NAME}_tuning", *TOY_FLAGS, "--epochs", "3"),
         *(
-            "--standard-trials",
+            "--trials",
             "4",
             "--valid-size",
             str(VALID),

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields, replace
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ Step = Callable[[Sequence[torch.Tensor], torch.Tensor], object]
 class Cost:
     """Peak memory in MB (2**20 bytes; of which kind, `Runtime.memory_kind` says), seconds of an epoch with its
     validation, and the best validation accuracy as a fraction (None in quick mode, which trains too little for one).
+    `warm_up_memory_mb` is the peak of the steps before, with compilation; NaN of an earlier version.
     """
 
     peak_memory_mb: float
     epoch_seconds: float
     valid_accuracy: float | None
+    warm_up_memory_mb: float = float("nan")
 
 
 COLUMNS = ("num_crops", *(field.name for field in fields(Cost)))  # of costs.csv; num_crops is empty for standard models
@@ -52,6 +55,7 @@ def read_costs(path: Path) -> dict[int | None, Cost]:
                 float(row["peak_memory_mb"] or ""),
                 float(row["epoch_seconds"] or ""),
                 float(row["valid_accuracy"]) if row["valid_accuracy"] else None,
+                float(row.get("warm_up_memory_mb") or "nan"),
             )
             for row in read_csv(path)
         }
@@ -89,8 +93,8 @@ def run_cost_study(
                     session.stop.raise_if_requested(f"before {label}")
                     chosen = experiment if num_crops is None else replace(experiment, num_crops=num_crops)
                     rows = (session.splits.train, session.splits.valid)
-                    job = build_job(session, chosen, preset.settings.main_seed, study.epochs, rows, label)
-                    costs[num_crops] = _measure(job, study, run, checkpoint, session.stop)
+                    job = partial(build_job, session, chosen, preset.settings.main_seed, study.epochs, rows, label)
+                    costs[num_crops] = _measure(job(), study, run, checkpoint, session.stop)  # kept by no name here
                     lines = [("" if k is None else k, *astuple(cost)) for k, cost in sorted(costs.items())]
                     write_csv(folder / "costs.csv", COLUMNS, lines)
                 checkpoint.remove()  # also where a kill came between the two
@@ -110,8 +114,8 @@ def _settings_of(session: Session, study: CostSettings, experiment: Experiment) 
 def _in_words(cost: Cost, memory_kind: str, quick: bool) -> str:
     accuracy = "" if cost.valid_accuracy is None else f", best validation accuracy {cost.valid_accuracy:.2%}"
     return (
-        f"{cost.peak_memory_mb:.1f} MB ({memory_kind}), {cost.epoch_seconds:.2f} s an epoch"
-        f"{' (extrapolated)' if quick else ''}{accuracy}"
+        f"{cost.peak_memory_mb:.1f} MB ({memory_kind}; {cost.warm_up_memory_mb:.1f} MB warming up), "
+        f"{cost.epoch_seconds:.2f} s an epoch{' (extrapolated)' if quick else ''}{accuracy}"
     )
 
 
@@ -119,35 +123,41 @@ def _measure(job: Job, study: CostSettings, run: RunFolder, checkpoint: Checkpoi
     """Train and measure: all epochs, resumed from `checkpoint`, or a few steps in quick mode, extrapolated.
 
     Full mode takes the maximum memory and the mean seconds over epochs, first epoch included, as the paper does;
-    compilation comes before them. Of a quick measurement that is stopped nothing is saved.
+    compilation comes before them, and has a peak of its own. Of a quick measurement that is stopped nothing is saved.
     """
     check_smallest_batch(job)
     if study.quick:
         run.record(job.label)
-        _warm_up(job)
-        return _measure_steps(job, study, stop)
+        warm_up_memory_mb = _warm_up(job)
+        return replace(_measure_steps(job, study, stop), warm_up_memory_mb=warm_up_memory_mb)
     if not checkpoint.path.exists():
         run.record(f"{job.label}, epoch 1")
         checkpoint.save(job.trainer, Progress())  # the state that `fit` starts from
-    _warm_up(job)
+    warm_up_memory_mb = _warm_up(job)
     history = fit(job, checkpoint, stop, lambda done: run.record(f"{job.label}, epoch {done.epoch + 1}"))
     return Cost(
         peak_memory_mb=max(record.peak_memory_mb for record in history),
         epoch_seconds=sum(record.epoch_seconds for record in history) / len(history),
         valid_accuracy=max(record.valid_accuracy for record in history),
+        warm_up_memory_mb=warm_up_memory_mb,
     )
 
 
-def _warm_up(job: Job) -> None:
-    """One step with each size of batch that an epoch has, so that all is compiled; it changes the trainer's state."""
+def _warm_up(job: Job) -> float:
+    """One step with each size of batch that an epoch has, so that all is compiled; returns their peak memory in MB.
+
+    It changes the trainer's state.
+    """
     trainer = job.trainer
     steps = ((job.train_loader, 0, trainer.train_step), (job.valid_loader, None, _validate(trainer)))
-    for loader, epoch, step in steps:
-        trainer.model.train(epoch is not None)
-        full = min(trainer.batch_size, len(loader.dataset))
-        for size in dict.fromkeys((full, len(loader.dataset) % full or full)):
-            *views, labels = loader.dataset.__getitems__([(0, epoch)] * size)
-            step(views, labels)
+    with trainer.runtime.track_memory() as memory:
+        for loader, epoch, step in steps:
+            trainer.model.train(epoch is not None)
+            full = min(trainer.batch_size, len(loader.dataset))
+            for size in dict.fromkeys((full, len(loader.dataset) % full or full)):
+                *views, labels = loader.dataset.__getitems__([(0, epoch)] * size)
+                step(views, labels)
+    return memory.peak_mb
 
 
 def _validate(trainer: Trainer) -> Step:

@@ -65,6 +65,8 @@ def fit(
     check_smallest_batch(job)
     progress = checkpoint.load(trainer) if checkpoint else Progress()
     on_start(progress)
+    if progress.epoch < job.epochs and (progress.epoch or progress.steps):
+        print(f"{job.label}: resumed at epoch {progress.epoch + 1}, step {progress.steps + 1}", flush=True)
     first = progress.epoch
     with checkpoint or nullcontext():
         while progress.epoch < job.epochs:

@@ -39,7 +39,13 @@ from training.stopping import StopRequest, stop_signals
 from training.trainer import build_trainer
 from utils import UserError, command_name, locked_folder, preset_folder, read_json, sha256_of, write_json
 
-SETTINGS = [field.name for field in fields(Settings) if field.name not in ("kaggle_dataset", "cache_limit_gb")]  # read
+STUDIES = (config.Tuning, config.Training, config.NumCrops, config.StandardMemory)
+SETTINGS = [  # that the commands of experiments read
+    field.name
+    for kind in (Settings, *STUDIES)
+    for field in fields(kind)
+    if field.name not in ("kaggle_dataset", "cache_limit_gb")
+]
 RESTART = "pass --restart to archive that folder and start over, or choose another --name or --results-root"
 
 
@@ -215,9 +221,8 @@ def _weights_hashes(weights_files: Iterable[str]) -> dict[str, str]:
 @cache
 def _known_settings() -> tuple[dict[str, Any], set[str]]:
     """Default of each setting that has one, and the names of those that have no effect on numbers."""
-    defaults, free = {}, set()
-    kinds = (config.Settings, config.Tuning, config.Training, config.NumCrops, config.StandardMemory)
-    for kind in (*kinds, config.GlassExperiment, config.StandardExperiment):
+    defaults, free = {}, {"glass_trials", "standard_trials"}  # of an earlier version
+    for kind in (Settings, *STUDIES, config.GlassExperiment, config.StandardExperiment):
         defaults |= {field.name: field.default for field in fields(kind) if field.default is not MISSING}
         hints = get_type_hints(kind, include_extras=True)
         free |= {name for name, hint in hints.items() if NO_EFFECT in getattr(hint, "__metadata__", ())}

@@ -77,6 +77,8 @@ class Runtime:
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model on the device, in its memory layout; memory of earlier models is freed first."""
+        if self.compile:  # what is compiled holds its model; and many in one process run into the recompilation limit
+            torch.compiler.reset()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -102,7 +104,6 @@ class Runtime:
         """The model's forward pass, compiled where the settings say so, for one shape of views unless `compile_all`."""
         if not self.compile:
             return model
-        torch.compiler.reset()  # else many models in one process run into the recompilation limit, silently
         return torch.compile(model, dynamic=None if self.compile_all else False)  # None: torch's default
 
     def to_device(self, model: nn.Module, views: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -55,7 +55,7 @@ def in_processes(
         keep_freed_memory()  # here as in a worker
         return [work(*task) for task in progress(tasks)]
     context = worker_context(*modules)
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (context.Lock(),))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (context.Lock(), workers))
     try:
         with signals_held():  # here its processes start
             futures = [pool.submit(work, *task) for task in tasks]  # pool.map can hang when a worker is killed
@@ -73,11 +73,11 @@ def in_processes(
 _large_images: AbstractContextManager = nullcontext()  # a lock that all workers share
 
 
-def _start_worker(lock: AbstractContextManager) -> None:
+def _start_worker(lock: AbstractContextManager, workers: int) -> None:
     global _large_images
     _large_images = lock
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # by which the pool ends them when one was killed
-    keep_freed_memory()
+    keep_freed_memory(workers)
     exit_with_parent()
 
 

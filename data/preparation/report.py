@@ -126,7 +126,7 @@ def report_left_out(folder: Path, problems: Sequence[tuple[str, str]], ignored: 
         print(f"... and {len(unreadable) - SHOWN:,} more in {folder / 'unreadable.csv'}")
     if ignored:
         names = ", ".join(map(_printable, ignored[:3])) + (", ..." if len(ignored) > 3 else "")
-        print(f"\nIgnored: {len(ignored):,} files that are hidden or do not end as an image ({names})")
+        print(f"\nIgnored, as hidden or without the ending of an image: {len(ignored):,} ({names})")
 
 
 def _printable(name: str) -> str:

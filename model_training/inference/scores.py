@@ -7,10 +7,12 @@ library versions. An image whose size or modification time has changed is scored
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -18,10 +20,10 @@ from tqdm import tqdm
 
 from config import Name, Preset, Settings
 from data.images import UnreadableImage
-from data.index import used_images
+from data.index import list_images, used_images
 from data.lists import comparable
 from data.perturbations import perturbation
-from data.records import CLASSES
+from data.records import CLASSES, identity
 from data.splits import groups_of
 from model_training.inference.detector import Detector, Outcome, PredictionOptions, load_detector
 from models.weights import written_by_torch
@@ -52,11 +54,14 @@ class ScoringOptions(PredictionOptions):
     """Which models, how they predict, and where the results go: what the commands that score a data set share."""
 
     weights: Annotated[tuple[Path, ...], Field(min_length=1)]  # model.safetensors files
-    name: Name | None = None  # of the folder for the results; default one after the data root
+    name: Name | None = None  # of the folder for the results; default one after the data root and the choice of images
+    all_images: bool = False  # also those that a model was trained on; they are left out unless --data-list names them
 
-    def output_folder(self, preset: Preset, section: str) -> Path:
+    def output_folder(self, preset: Preset, section: str, *variant: str) -> Path:
         """results/<preset>/<section>/<name>."""
-        return preset_folder(preset) / section / (self.name or name_of_root(preset.settings.data_root))
+        settings = preset.settings
+        choices = (settings.data_list, settings.group_by.removeprefix("none"), "all" * self.all_images, *variant)
+        return preset_folder(preset) / section / (self.name or name_of_root(settings.data_root, *choices))
 
 
 @dataclass(frozen=True)
@@ -80,13 +85,21 @@ class ScoredData:
     data_list: str  # as the setting
     labels: np.ndarray  # (N,), 0 fake, 1 real
     sources: np.ndarray  # (N,), generator or origin of each image; "" where it has none
+    groups: np.ndarray  # (N,), of images that are no independent observations, and so resampled together
+    kind_of_groups: str
     models: dict[str, list[ScoredModel]]  # name -> its seeds
     unreadable: dict[str, str]  # path of each other image -> the reason
+    trained_on: list[str]  # sentences on images that a model was trained on
+
+    @property
+    def interval(self) -> str:
+        """What the intervals of a table are."""
+        return f"95% bootstrap interval over {len(set(self.groups)):,} {self.kind_of_groups}"
 
     def notes(self) -> list[str]:
         """Of a table: which images, and how each model was calibrated."""
         images = f"{len(self.labels):,} images of {self.root}, {int((self.labels == 0).sum()):,} of them fake"
-        notes = [f"{images}{f', listed in {self.data_list}' if self.data_list else ''}."]
+        notes = [f"{images}{f', listed in {self.data_list}' if self.data_list else ''}.", *self.trained_on]
         for name, models in self.models.items():
             seeds = ", ".join(str(model.seed) for model in models)
             smallest = min(min(model.calibration.fake_images, model.calibration.real_images) for model in models)
@@ -94,22 +107,18 @@ class ScoredData:
             uncalibrated = "not calibrated: raw probabilities, threshold 0.5"
             notes.append(f"{name}: seeds {seeds}; {calibrated if smallest else uncalibrated}.")
         if self.unreadable:
-            notes.append(f"{len(self.unreadable)} files cannot be decoded and are left out.")
+            notes.append(f"Left out, since they cannot be decoded: {len(self.unreadable)}.")
         return notes
 
     def report_written(self, folder: Path) -> None:
         """Print where the results are, and which images they lack."""
-        print(f"Written: {folder}")
+        print(*self.trained_on, f"Written: {folder}", sep="\n")
         for path, problem in self.unreadable.items():
             print(f"left out, cannot be decoded: {path} ({problem})")
 
 
 def score_data(
-    preset: Preset,
-    weights: Sequence[Path],
-    perturbations: Sequence[str],
-    options: PredictionOptions,
-    classes: int = len(CLASSES),
+    preset: Preset, options: ScoringOptions, perturbations: Sequence[str], classes: int = len(CLASSES)
 ) -> ScoredData:
     """Score the preset's data set with each weights file; only scores that are not stored yet are computed.
 
@@ -119,17 +128,23 @@ def score_data(
     for name in perturbations:
         perturbation(name)
     settings, scored, unreadable = preset.settings, [], {}
-    paths, labels, sources = labelled_images(settings, classes)
-    for path, digest in _digests(weights).items():
+    root, data_list, every = settings.data_root, settings.data_list, used_images(settings, classes)
+    digests, abouts = _identified(options.weights)
+    seen = _trained_on(root, [path for path, _ in every], abouts.values())
+    left_out = seen if not (data_list or options.all_images) else frozenset()
+    paths, labels = _columns([image for image in every if image[0] not in left_out])
+    if len(set(labels)) < classes:
+        besides = ", besides those that a model was trained on (--all-images keeps these)" if left_out else ""
+        raise UserError(f"{data_list or root} has no images of both classes{besides}: both are needed")
+    for path, digest in digests.items():
         detector = load_detector(path, settings.device, settings.max_image_pixels, options)
-        _warn_of_training_images(settings, detector, path)
         values = _scores_of(preset, detector, digest, paths, perturbations)
         unreadable |= {image: problem for (image, _), (_, _, problem) in values.items() if problem}
         scored.append((detector.name, detector.about.get("seed", "unknown"), detector.calibration, values))
-    readable = np.array([path not in unreadable for path in paths])
+    readable = np.array([path not in unreadable for path in paths], bool)
     if len(set(labels[readable])) < classes:
         missing = CLASSES[next(label for label in range(len(CLASSES)) if label not in labels[readable])]
-        raise UserError(f"no image in {settings.data_root / missing} can be decoded: set another --data-root")
+        raise UserError(f"no image in {root / missing} can be decoded: set another --data-root")
     models: dict[str, list[ScoredModel]] = {}
     for model, seed, calibration, values in scored:
         probabilities = {
@@ -138,44 +153,78 @@ def score_data(
             for name in perturbations
         }
         models.setdefault(model, []).append(ScoredModel(seed, calibration, probabilities))
-    root, chosen = settings.data_root.resolve(), settings.data_list
-    return ScoredData(root, chosen, labels[readable], sources[readable], models, unreadable)
+    sources, groups, kind = _sources_and_groups(settings, paths)
+    notes = _notes_on_training(settings, abouts, len(seen), bool(left_out))
+    chosen = (labels[readable], sources[readable], groups[readable])
+    return ScoredData(root.resolve(), data_list, *chosen, kind, models, unreadable, notes)
 
 
-def labelled_images(settings: Settings, classes: int) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Paths, labels and sources of the images of the data root, or of those that `data_list` names.
+def _columns(images: Sequence[tuple[str, int]]) -> tuple[list[str], np.ndarray]:
+    return [path for path, _ in images], np.array([label for _, label in images], int)
 
-    Sources are the folders below fake/ and real/, unless `group_by` names a CSV. Raises UserError as `used_images` and
-    `groups_of` do, and for images of fewer than `classes` classes.
+
+def _sources_and_groups(settings: Settings, paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray, str]:
+    """Source and group of each image, as `ScoredData` has them, and what the groups are.
+
+    Sources are the folders below fake/ and real/, unless `group_by` names a CSV; groups are those of `group_by`, else
+    pairs, if the data root holds one fake and one real image of each name. Raises UserError as `groups_of` does.
     """
-    paths, labels = zip(*used_images(settings, classes), strict=True)
-    if len(set(labels)) < classes:
-        raise UserError(f"{settings.data_list or settings.data_root} has images of one class only: both are needed")
-    kind = "folder" if settings.group_by in ("none", "stem") else settings.group_by  # pairs are not sources
-    groups = zip(map(comparable, paths), groups_of(paths, kind), strict=True)
-    sources = ["" if group == path else group for path, group in groups]
-    return list(paths), np.array(labels), np.array(sources)
+    group_by = settings.group_by
+    groups = groups_of(paths, "folder" if group_by in ("none", "stem") else group_by)  # pairs are no sources
+    sources = np.array(["" if group == comparable(path) else group for path, group in zip(paths, groups, strict=True)])
+    if group_by != "none":
+        return sources, np.array(groups_of(paths, group_by)), f"groups ({group_by})"
+    every, stems = [path for path, _ in list_images(settings.data_root, 1)], groups_of(paths, "stem")
+    count = Counter(zip(groups_of(every, "stem"), (path.partition("/")[0] for path in every), strict=True))
+    paired = all(count[stem, name] == 1 for stem in stems for name in CLASSES) and len(set(stems)) < len(stems)
+    kind = "pairs" if 2 * len(set(stems)) == len(stems) else "pairs and single images"
+    return (sources, np.array(stems), kind) if paired else (sources, np.array(paths), "images")
 
 
-def _digests(weights: Sequence[Path]) -> dict[Path, str]:
-    """SHA-256 of each weights file; refuses a model that would be counted as two seeds."""
+def _identified(weights: Sequence[Path]) -> tuple[dict[Path, str], dict[Path, dict[str, Any]]]:
+    """SHA-256 of each weights file, and what it says of its model; refuses one that would be counted as two seeds."""
     digests: dict[Path, str] = {}
+    abouts: dict[Path, dict[str, Any]] = {}
     first: dict[object, Path] = {}
     for path in weights:
-        about = {} if written_by_torch(path) else read_about(path)
+        about = abouts[path] = {} if written_by_torch(path) else read_about(path)
         digests[path] = sha256_of(path)
         name_and_seed = about.get("experiment", {}).get("name"), about.get("seed")
         for key in (digests[path], *([] if None in name_and_seed else [name_and_seed])):
             if first.setdefault(key, path) is not path:
                 raise UserError(f"{first[key]} and {path} are the same model and seed: name each once")
-    return digests
+    return digests, abouts
 
 
-def _warn_of_training_images(settings: Settings, detector: Detector, path: Path) -> None:
-    trained_on = detector.about["settings"].get("data_root")
-    if trained_on and Path(trained_on).absolute() == settings.data_root.absolute() and not settings.data_list:
-        test_split = path.with_name("predictions.csv")
-        print(f"{path} was trained on images of this folder: to use its test split only, pass --data-list {test_split}")
+def _trained_on(root: Path, paths: Sequence[str], abouts: Iterable[Mapping[str, Any]]) -> Set[str]:
+    """Those of the images, by their content, that one of the models was trained or validated on, as far as it says."""
+    lists = [about["trained_on"] for about in abouts if isinstance(about.get("trained_on"), list)]
+    known = {str(one) for of_model in lists for one in of_model}
+    sizes = {one.partition("-")[0] for one in known}
+
+    def is_known(path: Path) -> bool:
+        with suppress(OSError):
+            size = path.stat().st_size
+            return str(size) in sizes and path.is_file() and identity(size, sha256_of(path)) in known
+        return False
+
+    return {path for path in paths if is_known(root / path)}
+
+
+def _notes_on_training(
+    settings: Settings, abouts: Mapping[Path, Mapping[str, Any]], seen: int, left_out: bool
+) -> list[str]:
+    """Sentences on the images of which it is known, or not known, that a model was trained on them."""
+    notes = []
+    if seen and left_out:
+        notes.append(f"Left out, since a model was trained or validated on them (--all-images keeps them): {seen:,}.")
+    elif seen:
+        notes.append(f"A model was trained or validated on {seen:,} of these images: nothing follows for others.")
+    for path, about in abouts.items():
+        root = about.get("settings", {}).get("data_root")
+        if "trained_on" not in about and root and Path(root).absolute() == settings.data_root.absolute():
+            notes.append(f"{path} was trained on images of this folder and does not say on which.")
+    return notes
 
 
 def _scores_of(

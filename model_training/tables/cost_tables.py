@@ -8,6 +8,11 @@ from model_training.tables.table import Cell, Row, Table, listed, notes_of, show
 from training.cost import Cost
 from training.metrics import NAN, fit_line
 
+WARM_UP = (
+    "Memory is the peak after compilation; warming up, the peak of the steps before, with compilation. The paper's "
+    "protocol, the maximum over all epochs, the first with compilation included, has the larger of the two."
+)
+
 
 def table_of_crop_costs(studies: Sequence[CostStudy], expected_crops: Sequence[int]) -> Table:
     """A row for each crop count of each study."""
@@ -83,17 +88,21 @@ def _row(study: CostStudy) -> Row:
 
 
 def _costs(cost: Cost | None, prefix: str = "") -> Row:
-    """The three costs; None where they are not measured, NaN for the accuracy of a quick measurement."""
+    """The costs; None where they are not measured, NaN for the accuracy of a quick measurement."""
     accuracy = NAN if cost and cost.valid_accuracy is None else cost and 100 * cost.valid_accuracy
-    memory, seconds = (cost.peak_memory_mb, cost.epoch_seconds) if cost else (None, None)
-    names = ("peak_memory_mb", "epoch_seconds", "valid_accuracy_percent")
-    return {f"{prefix}{name}": value for name, value in zip(names, (memory, seconds, accuracy), strict=True)}
+    names = ("peak_memory_mb", "warm_up_memory_mb", "epoch_seconds")
+    row = {f"{prefix}{name}": cost and getattr(cost, name) for name in names}
+    return row | {f"{prefix}valid_accuracy_percent": accuracy}
 
 
 def _cost_columns(studies: Sequence[CostStudy], heading: str = "", prefix: str = "") -> dict[str, Cell]:
-    """Columns of the three costs; each kind of memory has one of its own, so that no column mixes two."""
+    """Columns of the costs; each kind of memory has two of its own, so that no column mixes two."""
     measured = [study for study in studies if study.mode]
-    columns = {f"{heading}{study.memory_text} (MB)": _memory_cell(study.memory_kind, prefix) for study in measured}
+    columns = {}
+    for study in measured:
+        for key, when in (("peak_memory_mb", ""), ("warm_up_memory_mb", ", warming up")):
+            cell = _memory_cell(study.memory_kind, prefix, key)
+            columns[f"{heading}{study.memory_text}{when} (MB)"] = cell
     if not measured:
         columns[f"{heading}memory (MB)"] = value_of(f"{prefix}peak_memory_mb", ".1f")
     columns[f"{heading}epoch time (s)"] = value_of(f"{prefix}epoch_seconds", ".2f")
@@ -101,12 +110,12 @@ def _cost_columns(studies: Sequence[CostStudy], heading: str = "", prefix: str =
     return {heading[0].upper() + heading[1:]: cell for heading, cell in columns.items()}
 
 
-def _memory_cell(kind: str | None, prefix: str) -> Cell:
+def _memory_cell(kind: str | None, prefix: str, key: str) -> Cell:
     """The memory of rows of this kind and of rows that have none yet; nothing for rows of another kind."""
 
     def cell(row: Row) -> str:
         other_kind = row[f"{prefix}memory_kind"] not in (kind, None)
-        return "" if other_kind else show(row[f"{prefix}peak_memory_mb"], ".1f")
+        return "" if other_kind else show(row[f"{prefix}{key}"], ".1f")
 
     return cell
 
@@ -114,7 +123,7 @@ def _memory_cell(kind: str | None, prefix: str) -> Cell:
 def _cost_notes(studies: Sequence[CostStudy]) -> list[str]:
     """How the numbers were measured, and so which of them can be compared."""
     measured = [study for study in studies if study.mode]
-    notes = []
+    notes = [WARM_UP] if measured else []
     if len({study.memory_kind for study in measured}) > 1:
         notes.append("Memory of different kinds cannot be compared.")
     about = []

@@ -90,14 +90,20 @@ def _missing_seeds(runs: Sequence[Run], expected: Sequence[int]) -> list[str]:
 # ---------------------------------------------------------------------------------- GLASS against standard
 def table_of_differences(runs: Mapping[str, Sequence[Run]]) -> Table:
     """A row for each GLASS experiment whose standard one is there: glass_mine minus standard_mine, seed by seed."""
-    rows, notes = [], ["Over the seeds that both models have; Student's t interval of the paired differences."]
+    rows, notes = (
+        [],
+        [
+            "Over the seeds that both models have, on the same test images; Student's t interval of the paired "
+            "differences: of other seeds, not of other images."
+        ],
+    )
     for glass in runs:
         standard = glass.replace("glass_", "standard_", 1)
         if standard == glass or standard not in runs:
             continue
         glass_runs, standard_runs = ({run.seed: run for run in runs[name] if run.test} for name in (glass, standard))
         seeds = sorted(glass_runs.keys() & standard_runs.keys())
-        missing = "" if len(seeds) > 1 else f"{'one' if seeds else 'no'} seed in common with {standard}"
+        missing = "" if len(seeds) > 1 else f"{'only one' if seeds else 'no'} seed in common with {standard}"
         if seeds:
             one, other = glass_runs[seeds[0]].metadata, standard_runs[seeds[0]].metadata
             difference = first_difference(one, other, ignore=("seed", "name", *HYPERPARAMETERS))
@@ -156,7 +162,7 @@ def _missing_trials(preset: Preset, name: str, study: TuningStudy | None) -> str
         return "no study"
     if not study.best:
         return "no complete trial"
-    expected = preset.tuning.standard_trials if name.startswith("standard_") else preset.tuning.glass_trials
+    expected = preset.tuning.trials_of(name.startswith("standard_"))
     finished = sum(trial.state.is_finished() for trial in study.trials)
     return f"{expected - finished} of {expected} trials" if finished < expected else ""
 

@@ -131,10 +131,13 @@ def ticks_by_kind(names: Iterable[str]) -> dict[str, dict[str, str]]:
     return kinds
 
 
-def plot_strengths(path: Path, title: str, metric: str, models: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+def plot_strengths(
+    path: Path, title: str, metric: str, highest: float, models: Mapping[str, Mapping[str, Sequence[float]]]
+) -> None:
     """A metric against the strength of each kind of perturbation, a line a model; bars are 95% intervals.
 
-    `models` has (metric, low, high) of each model and perturbation, native too, in the order to be shown.
+    `models` has (metric, low, high) of each model and perturbation, native too, in the order to be shown; the metric is
+    `highest` at most.
     """
     kinds = ticks_by_kind(next(iter(models.values())))
     with _panels(path, title, len(kinds), (1.75, 2.7), sharey=True) as axes:
@@ -143,10 +146,12 @@ def plot_strengths(path: Path, title: str, metric: str, models: Mapping[str, Map
                 middle, low, high = np.array([values[name] for name in ticks]).T
                 x = np.arange(len(ticks)) + 0.08 * (offset - (len(models) - 1) / 2)
                 bars = np.maximum([middle - low, high - middle], 0)
-                axis.errorbar(x, middle, bars, fmt=f"o{line}", color=colour, capsize=2, markersize=3, label=model)
+                style = {"fmt": f"o{line}", "color": colour, "capsize": 2, "markersize": 3, "clip_on": False}
+                axis.errorbar(x, middle, bars, label=model, **style)
             axis.set_xticks(range(len(ticks)), ticks.values(), rotation=45, ha="right", rotation_mode="anchor")
             axis.set(title=kind, xlim=(-0.4, len(ticks) - 0.6))
         axes[0].set_ylabel(metric)
+        axes[0].set_ylim(top=min(axes[0].get_ylim()[1], highest))
         _legend_below(axes[0], 4)
 
 
@@ -189,8 +194,10 @@ def plot_test_metrics(path: Path, title: str, scores: Mapping[str, Mapping[str, 
                 if len(values):
                     spread = np.std(values, ddof=1) if len(values) > 1 else None
                     axis.errorbar(np.mean(values), y, xerr=spread, fmt="D", color=colour, capsize=2.5)
-                    axis.plot(values, [y + 0.28] * len(values), "o", color=colour, alpha=0.6, markersize=2.5, mew=0)
+                    seeds = {"alpha": 0.6, "markersize": 2.5, "mew": 0, "clip_on": False}
+                    axis.plot(values, [y + 0.28] * len(values), "o", color=colour, **seeds)
             axis.set_xlabel(metric)
+            axis.set_xlim(right=min(axis.get_xlim()[1], 100))
             axis.xaxis.set_major_locator(MaxNLocator(nbins=6))
         n = {name: max(map(len, of_name.values())) for name, of_name in scores.items()}
         axes[0].set_yticks(list(at.values()), [f"{name} (n = {n[name]})" for name in at])

@@ -96,7 +96,7 @@ def training(experiment: str) -> Campaign:
     return Campaign(f"model_training.{experiment}_training", (*TOY_FLAGS, *flags), "results/demo/*/seed_*/run.json")
 
 
-TRIALS = ("--epochs", "3", "--standard-trials", "8", "--min-resource", "1", "--max-resource", "3")
+TRIALS = ("--epochs", "3", "--trials", "8", "--min-resource", "1", "--max-resource", "3")
 TUNING = Campaign(
     "hyperparameter_tuning.standard_convnext_tuning",
     (*TOY_FLAGS, *TRIALS, "--reduction-factor", "2", "--checkpoint-every", "2"),
