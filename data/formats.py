@@ -17,6 +17,8 @@ UNSUPPORTED = {  # what people have at hand -> how such a file begins
     "a raw photo": rb"II\*\0.{4}CR|II(RO|U\0)|FUJIFILMCCD-RAW|.{4}ftypcrx",
     "TIFF of a kind": rb"II[*+]\0|MM\0[*+]",
 }
+# As safetensors and torch write them.
+WEIGHTS = re.compile(rb'.{4}\0{4}\{"|PK\x03\x04.{26}[^/]{1,255}/(data\.pkl|\.format_version)', re.DOTALL)
 ADVICE = "which is not supported here: convert it to PNG, which changes no pixel"
 
 PNG, JPEG, AVIF = (re.compile(start, re.DOTALL) for start in (rb"\x89PNG\r\n\x1a\n", rb"\xff\xd8\xff", rb".{4}ftypavi"))
@@ -28,6 +30,8 @@ END_OF_SCAN = re.compile(rb"\xff[^\0\xd0-\xd7\xff]")  # a marker that is no rest
 
 def unsupported(head: bytes) -> str:
     """What a file that begins so is, and what to do, if its format is known and not supported; else empty."""
+    if WEIGHTS.match(head):
+        return "the weights of a model, which go after --weights"
     name = next((name for name, start in UNSUPPORTED.items() if re.match(start, head, re.DOTALL)), "")
     return f"{name}, {ADVICE}".replace("a kind, which", "a kind that") if name else ""
 

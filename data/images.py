@@ -11,8 +11,10 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Lock, get_ident
 
 import nanoarrow
 import numpy as np
@@ -35,17 +37,39 @@ def is_image_name(name: str) -> bool:
 
 PIXEL_LAYOUT = """+w:4 [{b'image': b'{"bands": ["R", "G", "B", "X"]}'}]"""  # an Arrow list of 4 bytes for each pixel
 
-Image.MAX_IMAGE_PIXELS = None  # our own check comes before any decoding and names the setting
 Image.core.set_use_block_allocator(1)  # all of an image in one piece, which `pixels_of` needs
 
 
 JPEG_SIDE = 65_500  # pixels; libjpeg writes no larger side
 MISSING = {(128, 128, 128), (63, 63, 63), (64, 64, 64)}  # where a JPEG's data ends early; the others are of CMYK
 REDUCED_IMAGE, DNG_VERSION = 254, 50706  # tags of a TIFF: NewSubfileType, which is 1 for a preview, and DNGVersion
+_SWITCHING, _WITHIN, _AS_BEFORE = Lock(), [], ExitStack()  # of `pillow_unlimited`
 
 
 class UnreadableImage(Exception):
     """A file that cannot be decoded, with the reason as its message."""
+
+
+@contextmanager
+def pillow_unlimited() -> Iterator[None]:
+    """In the block, Pillow opens images of any size (our own limit is checked before any decoding) and does not warn.
+
+    Both are switches of the whole process: the first of our threads that comes in sets them, and the last one that
+    leaves sets them back.
+    """
+    with _SWITCHING:
+        if not _WITHIN:
+            _AS_BEFORE.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+            _AS_BEFORE.enter_context(warnings.catch_warnings(action="ignore"))  # of metadata, of palette transparency
+            Image.MAX_IMAGE_PIXELS = None
+        _WITHIN.append(get_ident())
+    try:
+        yield
+    finally:
+        with _SWITCHING:
+            _WITHIN.pop()
+            if not _WITHIN:
+                _AS_BEFORE.close()
 
 
 def open_image(path: str | Path, max_pixels: int) -> Image.Image:
@@ -76,8 +100,7 @@ def open_image(path: str | Path, max_pixels: int) -> Image.Image:
 
 
 def _open(source: str | Path | io.BytesIO, formats: Sequence[str] = FORMATS) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damaged metadata, which we do not use
+    with pillow_unlimited():
         return Image.open(source, formats=formats)
 
 
@@ -106,8 +129,7 @@ def decode(image: Image.Image) -> Image.Image:
         UnreadableImage: the file is truncated or damaged, wholly transparent, or its samples have no known range.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of palette transparency; we drop it knowingly
+        with pillow_unlimited():
             image = _loaded(image)
             if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # a PPM's are of 16 bits
                 raise UnreadableImage(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from data.images import resaved
+from data.images import pillow_unlimited, pixel_key, resaved
 from utils import UserError
 
 Perturbation = Callable[[Image.Image], Image.Image]
@@ -39,9 +39,9 @@ def blurred(image: Image.Image, sigma: float) -> Image.Image:
 
 
 def noisy(image: Image.Image, sigma: float) -> Image.Image:
-    """Gaussian noise of that standard deviation in grey levels, the same for images of one size."""
+    """Gaussian noise of that standard deviation in grey levels; its seed is the hash of the image's pixels."""
     pixels = np.asarray(image)
-    noise = np.random.default_rng(0).standard_normal(pixels.shape, np.float32)
+    noise = np.random.default_rng(int(pixel_key(image), 16)).standard_normal(pixels.shape, np.float32)
     noise *= sigma
     noise += pixels
     return Image.fromarray(noise.round().clip(0, 255).astype(np.uint8))
@@ -51,7 +51,8 @@ def centre_crop(image: Image.Image, share: float) -> Image.Image:
     """The middle of the image, `share` of each side."""
     width, height = (max(1, round(side * share)) for side in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    with pillow_unlimited():
+        return image.crop((left, top, left + width, top + height))
 
 
 def social(image: Image.Image) -> Image.Image:

@@ -4,20 +4,30 @@
 
 A PATH is a file, a folder (searched recursively), a pattern such as "photos/**/*.jpg", or LIST.csv:COLUMN. Prints and
 writes to predictions.csv the calibrated probability of fake of each image, and a verdict (fake, real or inconclusive)
-by thresholds fitted on validation images. Files that cannot be decoded are listed, and make the exit code 1. The same
-image gets the same prediction on every run; --draws T draws its crops T times, to show how much the prediction depends
-on them. --precision trained computes as the run's own test did; the default, fp32, is reproducible across devices.
+by thresholds fitted on validation images. Files that get no prediction are listed, and make the exit code 1. The same
+image gets the same prediction on every run. --precision trained computes as the run's own test did; the default, fp32,
+is reproducible across devices. Interrupted, the same command goes on from the CSV: it keeps rows of the same image,
+model, options and version.
+
+--draws T draws the crops T times, to show how much the prediction depends on them: the probability is the mean over the
+draws, ± its standard deviation, and flips is the share of the draws that alone have another verdict than the mean. If
+that is half of them or more, the verdict is inconclusive. Both are empty where the image holds but one crop.
 
 --evidence DIR draws each image with its crops, the score of each alone and its effect on the score, and writes
 DIR/index.html: all images on one page that needs no network, 0.15 MB an image (1,000 images: 150 MB). --evidence-map
-slides crops over the whole image and maps both numbers: 0.25 MB an image, and minutes for a large one on the CPU.
+slides crops over the whole image and maps both numbers: 0.25 MB an image, and minutes for a large one on the CPU. With
+evidence, every image is predicted anew.
 
 Hardware: a CUDA GPU if there is one, else the CPU. Measured: docs/performance.md.
 """
 
+import hashlib
+import json
+import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,19 +39,22 @@ from config import Preset
 from data.images import IMAGE_ENDINGS, UnreadableImage
 from data.lists import check_output, render_table
 from data.pictures import find_images
-from model_training.inference.detector import SMALL, TRANSPARENT, Outcome, Prediction, PredictionOptions, load_detector
+from model_training.inference.detector import SMALL, TRANSPARENT, Outcome, PredictionOptions, load_detector
 from model_training.inference.evidence import write_evidence
-from utils import UserError, run_command, write_csv
+from training.runs import git_commit, library_versions
+from utils import UserError, read_csv, reading, run_command, sha256_of, stat_of, write_csv
 
 COLUMNS = (
     "path", "probability_fake", "verdict", "standard_deviation", "flips", "raw_probability_fake", "width", "height",
-    "note", "problem",
+    "note", "problem", "key",
 )  # fmt: skip
 NOTES = {
     SMALL: "a side smaller than a crop, so that part of what the model sees is padding or enlarged",
     TRANSPARENT: "transparent parts, whose hidden colours count too",
 }
 SHOWN = 100  # rows on the terminal; the CSV has them all
+SAVE_EVERY, SAVE_SHARE = 1.0, 0.05  # seconds between two writes of the CSV, more where they take that share of the time
+Row = dict[str, str]  # by COLUMNS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +75,7 @@ def predict(preset: Preset, weights: Path, paths: Sequence[str], **others: Any) 
 
     Raises:
         UserError: no weights, no images, or invalid options.
-        SystemExit: with code 1, after everything was written, if a file could not be decoded.
+        SystemExit: with code 1, after everything was written, if a file gets no prediction.
     """
     options = Options(weights=weights, paths=tuple(paths), **others)
     output, evidence, draws = options.output, options.evidence, options.draws
@@ -85,49 +98,105 @@ def predict(preset: Preset, weights: Path, paths: Sequence[str], **others: Any) 
         calibration = replace(detector.calibration, real_below=real_below, fake_from=fake_from)
         detector = replace(detector, calibration=calibration)
     if not detector.calibrated:
-        print(f"{weights} has no calibration: probabilities are raw, and the threshold is 0.5", file=sys.stderr)
+        threshold = "" if options.band else ", and the threshold is 0.5"
+        print(f"{weights} has no calibration: probabilities are raw{threshold}", file=sys.stderr)
+    elif detector.calibration.is_rough:
+        few = f"{detector.calibration.fake_images} fake and {detector.calibration.real_images} real validation images"
+        print(f"{weights} was calibrated on {few}, which are few: its thresholds are rough", file=sys.stderr)
     if not detector.num_crops and draws > 1:
         raise UserError(f"--draws {draws}: {detector.name} looks at the whole image and draws no crops")
-    predictions = detector.predict_all(images, preset.settings.num_workers)
-    predictions = tqdm(predictions, total=len(images), desc="predicting", unit=" images", disable=None)
-    if evidence:
-        predictions = write_evidence(evidence, detector, images, predictions, options.evidence_map)
-    found = dict(zip(images, predictions, strict=True))
-    write_csv(output, COLUMNS, [_row(path, prediction) for path, prediction in found.items()])
-    print(_summary(found, draws))
+    keys = _keys(images, options, [detector.runtime.device.type, preset.settings.max_image_pixels])
+    rows = {} if evidence else {row["path"]: row for row in _written(output) if row["key"] == keys.get(row["path"])}
+    if rows:
+        print(f"{len(rows):,} of the predictions are in {output} and are kept: delete it to start over")
+    missing = [path for path in images if path not in rows]
+    predictions = detector.predict_all(missing, preset.settings.num_workers)
+    predictions = tqdm(predictions, total=len(missing), desc="predicting", unit=" images", disable=None)
+    predictions = _saved(predictions, missing, keys, rows, output)
+    try:
+        if evidence:
+            write_evidence(evidence, detector, images, predictions, options.evidence_map)
+        for _ in predictions:
+            pass
+    except KeyboardInterrupt:
+        again = ", but --evidence starts over" if evidence else ""
+        print(f"{len(rows):,} of {len(images):,} predictions are in {output}{again}", file=sys.stderr)
+        raise
+    finally:
+        rows = {path: rows[path] for path in images if path in rows}
+        if rows:
+            _write(output, rows)
+    print(_summary(rows, draws))
     for note, meaning in NOTES.items():
-        noted = [_one_line(path) for path, one in found.items() if note in getattr(one, "note", "")]
+        noted = [_one_line(path) for path, row in rows.items() if note in row["note"]]
         if noted:
             print(f"{len(noted):,} with {meaning}: {', '.join(noted[:3])}{', ...' if len(noted) > 3 else ''}")
     print(f"\nWritten: {output}{f' and {evidence}/index.html' if evidence else ''}")
-    unreadable = {path: one for path, one in found.items() if isinstance(one, UnreadableImage)}
-    if unreadable:
-        print(f"\n{len(unreadable):,} of {len(found):,} files cannot be decoded:", file=sys.stderr)
-        for path, reason in unreadable.items():
+    left_out = {path: row["problem"] for path, row in rows.items() if row["problem"]}
+    if left_out:
+        print(f"\n{len(left_out):,} of {len(rows):,} files are left out:", file=sys.stderr)
+        for path, reason in left_out.items():
             print(f"  {_one_line(path)}: {reason}", file=sys.stderr)
         sys.exit(1)
 
 
-def _row(path: str, found: Outcome) -> list[object]:
+def _keys(images: Sequence[str], options: Options, others: Sequence[object]) -> dict[str, str]:
+    """Each image -> a hash of what its row depends on: the file's place, size and time, the model, options, version."""
+    others = [options.band, *(getattr(options, field.name) for field in fields(PredictionOptions)), *others]
+    common = json.dumps([sha256_of(options.weights), others, git_commit(), library_versions()])
+    keys = {}
+    for path in images:
+        state = stat_of(Path(path))
+        text = f"{common}{os.path.abspath(path)} {state and (state.st_size, state.st_mtime_ns)}"
+        keys[path] = hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
+    return keys
+
+
+def _written(output: Path) -> list[Row]:
+    """The predictions in a CSV of ours, if there is one; files without one are tried again."""
+    if not output.exists():
+        return []
+    with reading(output, "delete it"):
+        return [row for row in read_csv(output) if not row["problem"]]
+
+
+def _saved(
+    predictions: Iterator[Outcome], paths: Sequence[str], keys: Mapping[str, str], rows: dict[str, Row], output: Path
+) -> Iterator[Outcome]:
+    """The predictions of `paths` as they come; they are added to `rows`, which are saved every few seconds."""
+    due = time.monotonic() + SAVE_EVERY
+    for path, found in zip(paths, predictions, strict=True):
+        rows[path] = dict(zip(COLUMNS, (path, *_cells(found), keys[path]), strict=True))
+        if (start := time.monotonic()) > due:
+            _write(output, rows)
+            due = time.monotonic() + max(SAVE_EVERY, (time.monotonic() - start) / SAVE_SHARE)
+        yield found
+
+
+def _write(output: Path, rows: Mapping[str, Row]) -> None:
+    write_csv(output, COLUMNS, (row.values() for row in rows.values()))
+
+
+def _cells(found: Outcome) -> list[str]:
+    """All but the path and the key."""
     if isinstance(found, UnreadableImage):
-        return [path, *[""] * (len(COLUMNS) - 2), str(found)]
-    values = [getattr(found, name) for name in COLUMNS[1:-1]]
-    return [path, *("" if value != value else value for value in values), ""]
+        return [*[""] * (len(COLUMNS) - 3), str(found)]
+    values = [getattr(found, name) for name in COLUMNS[1:-2]]
+    return [*("" if value != value else str(value) for value in values), ""]
 
 
-def _summary(found: Mapping[str, Outcome], draws: int) -> str:
+def _summary(rows: Mapping[str, Row], draws: int) -> str:
     """The first predictions as a table for the terminal, and how many of each verdict there are."""
     columns = ["path", "P(fake)", "verdict", "± over draws", "flips"][: 5 if draws > 1 else 3]
-    rows = []
-    for path, one in list(found.items())[:SHOWN]:
-        cells = ["", "not decoded", "", ""]
-        if isinstance(one, Prediction):
-            cells = [f"{one.probability_fake:.3f}", one.verdict, f"{one.standard_deviation:.3f}", f"{one.flips:.0%}"]
-        rows.append([_one_line(path), *cells][: len(columns)])
-    more = f"\n... and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
-    verdicts = [one.verdict for one in found.values() if isinstance(one, Prediction)]
+    forms = {"probability_fake": ".3f", "verdict": "", "standard_deviation": ".3f", "flips": ".0%"}
+    table = []
+    for path, row in list(rows.items())[:SHOWN]:
+        cells = [format(float(row[name]), form) if form and row[name] else row[name] for name, form in forms.items()]
+        table.append([_one_line(path), *(("", "left out", "", "") if row["problem"] else cells)][: len(columns)])
+    more = f"\n... and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
+    verdicts = [row["verdict"] for row in rows.values() if row["verdict"]]
     counts = ", ".join(f"{verdicts.count(name):,} {name}" for name in ("fake", "real", "inconclusive"))
-    return f"{render_table(columns, rows)}{more}\n\n{len(verdicts):,} images: {counts}"
+    return f"{render_table(columns, table)}{more}\n\n{len(verdicts):,} images: {counts}"
 
 
 def _one_line(path: str) -> str:

@@ -58,7 +58,7 @@ def train_and_evaluate(preset: Preset, experiment: Experiment, restart: bool = F
         )
         initial = training.initial_weights
         if initial and not Path(initial).is_file():
-            raise UserError(f"the initial weights {initial} do not exist: correct --initial-weights")
+            raise UserError(f"the initial weights {initial} are no file: correct --initial-weights")
         start = {"initial_weights_sha256": sha256_of(Path(initial))} if initial else {}  # wherever the file lies
         if restart:
             archive(preset, folders.values())
@@ -77,7 +77,12 @@ def _report(run: RunFolder, experiment: Experiment, seed: int, note: str) -> Non
     metrics = read_json(run.path / "metrics.json")
     with reading(run.path / "metrics.json"):
         accuracy, best = float(metrics["test"]["accuracy"]), int(metrics["best_epoch"])
-    print(f"{experiment.name} seed {seed}: test accuracy {accuracy:.2%}, checkpoint of epoch {best}{note}", flush=True)
+        if not metrics.get("calibration", True):
+            note = f", not calibrated: all validation images are of one class{note}"
+    print(
+        f"{experiment.name} seed {seed}: test accuracy {accuracy:.2%}, checkpoint of epoch {best}{note}",
+        flush=True,
+    )
 
 
 @dataclass(frozen=True)

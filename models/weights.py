@@ -11,14 +11,23 @@ from utils import UserError, first_line
 
 
 def written_by_torch(file: Path) -> bool:
-    """Whether a file begins as torch.save writes it, a zip archive or a pickle, and not as safetensors."""
+    """Whether a file begins as torch.save writes it, a zip archive or a pickle, and not as safetensors.
+
+    Raises UserError for a folder.
+    """
+    _refuse_folder(file)
     if not file.is_file():
         return False
     with open(file, "rb") as opened:
         head = opened.read(9)
-    return head.startswith((b"PK", b"\x80")) and not head.endswith(
-        b"{"
-    )  # there, safetensors' header follows its length
+    return head.startswith((b"PK", b"\x80")) and head[8:] != b"{"  # there, safetensors' header follows its length
+
+
+def _refuse_folder(file: Path) -> None:
+    if file.is_dir():
+        found = sorted([*file.glob("*.safetensors"), *file.glob("*/*.safetensors")])
+        inside = f"name a weights file in it, such as {found[0]}" if found else "name a weights file (*.safetensors)"
+        raise UserError(f"{file} is a folder: {inside}")
 
 
 def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
@@ -29,6 +38,7 @@ def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: it says what the file holds instead.
     """
+    _refuse_folder(file)
     try:
         is_safetensors = file.suffix == ".safetensors"
         state = load_file(file) if is_safetensors else torch.load(file, map_location="cpu", weights_only=True)

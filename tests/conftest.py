@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ import config
 from config import NumCrops, Preset, StandardMemory, Training, Tuning
 from data.datasets import load_splits
 from models.build import build_model
+from tests.command_server import Server
 from training.checkpoints import save_model
 from training.loop import Job
 from training.runs import Session, build_job, resolved
@@ -55,11 +57,15 @@ def write_toy_images(root: Path, images_per_class: int = 20) -> None:
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # of commands: tiny models, on busy cores
 
 
+_servers = threading.local()  # one for each thread
+
+
 def run_module(module: str, *arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess:
-    """`python -m module arguments` in the repository, without a terminal."""
-    command, environment = [sys.executable, "-m", module, *map(str, arguments)], os.environ | ENVIRONMENT
-    options = dict(cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    return subprocess.run(command, timeout=timeout, **options)
+    """`python -m module arguments` in the repository, without a terminal, but for the import of the libraries."""
+    environment = os.environ | ENVIRONMENT
+    if not hasattr(_servers, "server"):
+        _servers.server = Server(REPOSITORY, environment)
+    return _servers.server.run([module, *map(str, arguments)], environment, timeout)
 
 
 def start_module(module: str, *arguments: str | Path) -> subprocess.Popen:

@@ -164,8 +164,10 @@ def predicted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "images" / "<b>no image.png").write_text("no")
     weights = untrained_weights(root / "model.safetensors", "glass_resnet")
     options = ["--output", root / "found.csv", "--evidence", root / "evidence", "--evidence-map", "--device", "cpu"]
+    options += ["--band", "0.2", "0.8"]
     done = run_module("model_training.predict", "--weights", weights, root / "images", *options)
-    assert done.returncode == 1 and "1 of 7 files cannot be decoded" in done.stderr, done.stderr
+    assert done.returncode == 1 and "1 of 7 files are left out" in done.stderr, done.stderr
+    assert "has no calibration: probabilities are raw\n" in done.stderr
     return root
 
 
@@ -174,7 +176,8 @@ def test_hostile_names_are_text_in_a_page_that_needs_nothing_else(predicted: Pat
     page = Page(folder / "index.html")
     for name in (*NASTY, "again/2.png", "<b>no image.png"):
         assert f"images/{name}" in page.text
-    assert "not an image" in page.text
+    assert "not an image" in page.text and "probability, not calibrated, that" in page.text
+    assert "real below 0.200, fake from 0.800" in page.text
     assert {tag for tag, _ in page.tags}.isdisjoint({"b", "link", "iframe", "object"})
     for tag, attributes in page.tags:
         assert not [name for name in attributes if name.startswith("on")]
@@ -202,14 +205,14 @@ def test_a_standard_model_has_a_page_without_crops_and_a_second_run_replaces_the
         Image.fromarray(noise(40, 50)).save(path)
     detector = load_detector(untrained_weights(tmp_path / "model.safetensors", "standard_resnet"), "cpu")
 
-    def write(shown: list[str], with_map: bool = False) -> int:
-        return len(write_evidence(tmp_path / "evidence", detector, shown, detector.predict_all(shown), with_map))
+    def write(shown: list[str], with_map: bool = False) -> None:
+        write_evidence(tmp_path / "evidence", detector, shown, detector.predict_all(shown), with_map)
 
     with pytest.raises(UserError, match="no crops"):
         write(paths, with_map=True)
-    assert write(paths) == 2
+    write(paths)
     assert "\ufffd.png" in Page(tmp_path / "evidence" / "index.html").text
-    assert write(paths[:1]) == 1
+    write(paths[:1])
     names = {path.name for path in (tmp_path / "evidence").iterdir()}
     assert names == {"0001_a.jpg", "index.html", ".evidence", ".lock"}
     assert '<body class="standard">' in (tmp_path / "evidence" / "index.html").read_text()

@@ -3,8 +3,11 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +18,21 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from data.images import pixel_key, read_image
-from data.pictures import Picture, find_images
+from data.perturbations import perturbation
+from data.pictures import Picture, find_images, read_pictures
 from model_training.inference.detector import Detector, PredictionOptions, load_detector
 from model_training.inference.scores import ScoringOptions, score_data
 from model_training.predict import predict
-from tests.conftest import ENVIRONMENT, REPOSITORY, TOY_FLAGS, copy_index, run_module, succeed
+from tests.conftest import (
+    ENVIRONMENT,
+    REPOSITORY,
+    TOY_FLAGS,
+    copy_index,
+    run_module,
+    start_module,
+    succeed,
+    untrained_weights,
+)
 from training.checkpoints import save_model
 from training.detection_metrics import bootstrap_intervals
 from utils import UserError, load_preset, name_of_root, read_csv, read_json, write_csv
@@ -83,7 +96,7 @@ def test_draws_differ_and_are_averaged(results: Path, toy_data: Path) -> None:
     fake = six.calibration.probabilities(found.scores.values)
     assert len(set(fake)) > 1 and found.scores.boxes.shape == (6, 4, 4)
     assert found.probability_fake == fake.mean() and found.standard_deviation == fake.std(ddof=1)
-    assert found.flips == np.mean([six.calibration.verdict(p) != found.verdict for p in fake])
+    assert found.flips == np.mean([six.calibration.verdict(p) != six.calibration.verdict(fake.mean()) for p in fake])
     assert (one.predict(toy_data / "fake" / "0000.png").scores.boxes == found.scores.boxes[:1]).all()
 
 
@@ -157,13 +170,17 @@ def test_predict_accepts_files_folders_patterns_and_lists(results: Path, toy_dat
     (folder / "broken.jpg").write_bytes(b"\xff\xd8 no more")
     (tmp_path / "list.csv").write_text("image\nmy photos/d.png\n")
     flags = predict_flags(weights(results), tmp_path)
-    done = run_module("model_training.predict", *flags, folder, f"{folder}/*.txt", f"{tmp_path}/list.csv:image")
+    paths = (folder, f"{folder}/*.txt", f"{tmp_path}/list.csv:image", weights(results))
+    done = run_module("model_training.predict", *flags, *paths)
     assert done.returncode == 1, done.stderr
-    assert "1 of 5 files cannot be decoded" in done.stderr and "broken.jpg: " in done.stderr
+    assert "2 of 6 files are left out" in done.stderr and "broken.jpg: " in done.stderr
+    assert f"{weights(results)}: the weights of a model, which go after --weights" in done.stderr
+    assert re.search(r"calibrated on \d+ fake and \d+ real validation images, which are few", done.stderr)
     assert "Ignored, in folders: 1 files of other kinds (.txt)" in done.stdout
     rows = {Path(row["path"]).name: row for row in read_csv(tmp_path / "p.csv")}
-    assert list(rows) == ["b.png", "broken.jpg", "d.png", "é 1.png", "c.txt"]
+    assert list(rows) == ["b.png", "broken.jpg", "d.png", "é 1.png", "c.txt", "model.safetensors"]
     detector = detector_of(results)
+    assert rows.pop("model.safetensors")["problem"]
     assert rows["broken.jpg"]["problem"] and not rows.pop("broken.jpg")["verdict"]
     for row in rows.values():
         expected = detector.predict(row["path"])
@@ -180,6 +197,90 @@ def test_predict_repeats_draws_and_takes_a_band(results: Path, toy_data: Path, t
     assert all(float(row["standard_deviation"]) > 0 and float(row["flips"]) == 0 for row in rows)
 
 
+def test_a_verdict_needs_the_mean_and_most_of_the_draws(results: Path, toy_data: Path, tmp_path: Path) -> None:
+    """With a threshold between mean and median, two of three draws have another verdict than the mean."""
+    image = toy_data / "fake" / "0000.png"
+    detector = detector_of(results, draws=3)
+    fake = detector.calibration.probabilities(detector.predict(image).scores.values)
+    band = ("--band", *2 * (str((fake.mean() + np.median(fake)) / 2),))
+    for number, side in enumerate((20, 32)):  # no larger than a crop
+        Image.open(image).crop((0, 0, side, side)).save(tmp_path / f"{number}.png")
+    files, flags = (image, tmp_path / "0.png", tmp_path / "1.png"), predict_flags(weights(results), tmp_path)
+    printed = succeed("model_training.predict", *flags, *files, "--draws", "3", *band)
+    rows = read_csv(tmp_path / "p.csv")
+    assert rows[0]["verdict"] == "inconclusive" and float(rows[0]["flips"]) == 2 / 3 and "67%" in printed
+    assert [(row["standard_deviation"], row["flips"]) for row in rows[1:]] == [("", "")] * 2
+    assert "0.000" not in printed and "1 with a side smaller than a crop" in printed
+
+
+def test_validation_images_of_one_class_calibrate_nothing(indexed: Path, toy_data: Path, tmp_path: Path) -> None:
+    root = copy_index(indexed, tmp_path / "results")
+    flags = (*TOY_FLAGS, "--data-root", toy_data, "--results-root", root, "--epochs", "1", "--seeds", "1")
+    flags += ("--final-valid-fraction", "0.03", "--batch-size", "11")
+    printed = succeed("model_training.standard_resnet_training", *flags)
+    assert "1 to validate" in printed and "not calibrated: all validation images are of one class" in printed
+    metrics = read_json(weights(root, "standard_resnet").with_name("metrics.json"))
+    assert metrics["calibration"] is None and metrics["test_calibrated"] is None
+    done = run_module("model_training.predict", *predict_flags(weights(root, "standard_resnet"), tmp_path), toy_data)
+    assert done.returncode == 0 and "probabilities are raw, and the threshold is 0.5\n" in done.stderr
+    for row in read_csv(tmp_path / "p.csv"):
+        assert row["probability_fake"] == row["raw_probability_fake"]
+        assert row["verdict"] == ("fake" if float(row["probability_fake"]) >= 0.5 else "real")
+
+
+def test_an_interrupted_predict_keeps_its_rows_and_goes_on_from_them(
+    tmp_path: Path, toy_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, links = tmp_path / "images", []
+    images.mkdir()
+    for number in range(1500):
+        links.append(images / f"{number:04d}.png")
+        links[-1].symlink_to(toy_data / "fake" / f"{2 * number % 20:04d}.png")
+    flags = predict_flags(untrained_weights(tmp_path / "w.safetensors", "glass_resnet"), tmp_path)
+    output, command = tmp_path / "p.csv", ("model_training.predict", *flags, images)
+    process = start_module(*command)
+    while not output.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    errors, first = process.communicate(timeout=60)[1], read_csv(output)
+    assert process.returncode == 130 and 0 < len(first) < 1500
+    assert errors.endswith(
+        f"{len(first):,} of 1,500 predictions are in {output}\n"
+        "interrupted: run the same command again; what is finished is kept\n"
+    )
+    for link in links[len(first) + 5 :]:
+        link.unlink()
+    links[0].unlink()
+    shutil.copy(toy_data / "fake" / "0000.png", links[0])  # another time
+    assert f"{len(first) - 1:,} of the predictions are in {output} and are kept" in succeed(*command)
+    again = read_csv(output)
+    assert [row["path"] for row in again] == [str(link) for link in links[: len(first) + 5]]
+    assert again[1 : len(first)] == first[1:] and again[0]["key"] != first[0]["key"]
+    preset, other = load_preset("demo"), untrained_weights(tmp_path / "o.safetensors", "standard_resnet")
+    preset = replace(preset, settings=replace(preset.settings, device="cpu"))
+    for path, options in ((flags[1], {}), (flags[1], {"draws": 2}), (other, {})):  # the same, another option and model
+        predict(preset, path, [str(links[1])], output=output, **options)
+        assert ("are kept" in capsys.readouterr().out) == (path == flags[1] and not options)
+
+
+def test_pillow_is_left_as_it_was(toy_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Image.MAX_IMAGE_PIXELS, "an import changed it"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # the toy images are larger than twice that
+    files, filters = 3 * find_images([str(toy_data)])[0], list(warnings.filters)
+    found = list(read_pictures(files, 10**9, 8, ["native", "crop_0.75"]))
+    assert len(found) == 240 and all(isinstance(one, Picture) for one in found)
+    assert Image.MAX_IMAGE_PIXELS == 100 and warnings.filters == filters
+
+
+def test_each_image_has_noise_of_its_own_and_the_same_each_time() -> None:
+    def noise_of(grey: int) -> np.ndarray:
+        return np.asarray(perturbation("noise_10")(Image.new("RGB", (64, 64), (grey,) * 3)), float) - grey
+
+    assert (noise_of(128) == noise_of(128)).all() and noise_of(128).std() == pytest.approx(10, abs=0.3)
+    assert abs(np.corrcoef(noise_of(128).ravel(), noise_of(129).ravel())[0, 1]) < 0.05
+
+
 def test_predict_refuses_invalid_arguments_in_one_sentence(results: Path, tmp_path: Path) -> None:
     preset, path = load_preset("demo"), weights(results)
     for paths, options, sentence in (
@@ -189,9 +290,12 @@ def test_predict_refuses_invalid_arguments_in_one_sentence(results: Path, tmp_pa
         (["README.md"], {"band": (0.9, 0.1)}, "--band 0.9 0.1: expected two probabilities, the smaller first"),
         (["README.md"], {"output": Path("README.md")}, "README.md exists, and is not a table that this"),
         (["a.csv"], {}, "a.csv is a list: name its column of paths too, as a.csv:COLUMN"),
+        (["README.md"], {"weights": path.parent}, f"is a folder: name a weights file in it, such as {path}"),
+        (["README.md"], {"weights": Path("tests")}, "tests is a folder: name a weights file"),
+        (["README.md"], {"weights": Path("docs/evidence.jpg")}, "docs/evidence.jpg is an image: name a weights file"),
     ):
         with pytest.raises(UserError, match=re.escape(sentence)):
-            predict(preset, path, paths, **({"output": tmp_path / "p.csv"} | options))
+            predict(preset, paths=paths, **({"output": tmp_path / "p.csv", "weights": path} | options))
 
 
 def run_on(command: str, results: Path, data: Path, *flags: str | Path) -> str:

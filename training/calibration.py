@@ -26,6 +26,7 @@ Verdict = Literal["fake", "real", "inconclusive"]
 class Calibration:
     """Thresholds are on the calibrated probability of fake; an image at a threshold is classified as fake.
 
+    They are of a single draw of an image's crops, as validation makes it: a mean over several varies less.
     Between `real_below` and `fake_from`, the verdict is inconclusive. They are equal where the classes overlap less.
     """
 
@@ -43,6 +44,11 @@ class Calibration:
         """Raises ValueError for values from a damaged file."""
         if not (0 < self.temperature < np.inf and 0 <= self.real_below <= self.fake_from and 0 <= self.balanced < 2):
             raise ValueError(f"not a calibration: {self}")
+
+    @property
+    def is_rough(self) -> bool:
+        """Whether the share `band_error` of a class is less than one image."""
+        return min(self.fake_images, self.real_images) * self.band_error < 1
 
     def probabilities(self, scores: np.ndarray) -> np.ndarray:
         """Calibrated probabilities of fake."""

@@ -5,10 +5,11 @@ import json
 import os
 import random
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from data.images import UnreadableImage, open_image
 from models.weights import read_state_dict, state_dict_mismatch, written_by_torch
 from training.progress import EpochRecord, Progress, best_epoch
 from training.trainer import Trainer
@@ -77,6 +79,8 @@ def _opened(path: Path) -> Iterator[safe_open]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or first_line(error)}): name a weights file") from None
     except (SafetensorError, ValueError) as error:
+        with suppress(UnreadableImage), open_image(path, sys.maxsize):
+            raise UserError(f"{path} is an image: name a weights file (model.safetensors of a run)") from None
         with open(path, "rb") as other:
             head = other.read(16)
         raise UserError(

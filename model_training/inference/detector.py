@@ -37,7 +37,7 @@ UNCALIBRATED = Calibration(1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.0, 0, 0)
 class PredictionOptions:
     """How a detector predicts; batch and chunk size change its results by rounding at most."""
 
-    draws: Count = 1  # T, how often each image's crops are drawn; probabilities are means over the draws
+    draws: Count = 1  # T, how often each image's crops are drawn; the mean counts, if most draws confirm it
     # of the forward pass on CUDA, where fp32 is without TF32; trained: as in the model's own test (predictions.csv)
     precision: Literal["fp32", "bf16", "fp16", "trained"] = "fp32"
     batch_size: Count = 8  # images that are processed together
@@ -62,12 +62,15 @@ class Scores:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The prediction for one image; probabilities are means over the draws."""
+    """The prediction for one image; probabilities are means over the draws.
+
+    The thresholds were fitted on single draws: the mean's verdict stands if more than half of the draws have it too.
+    """
 
     probability_fake: float  # calibrated
     verdict: Verdict
-    standard_deviation: float  # of the calibrated probability over the draws; NaN for one draw
-    flips: float  # share of the draws whose own verdict differs; NaN for one draw
+    standard_deviation: float  # of the calibrated probability over the draws; NaN if all have the same crops
+    flips: float  # share of the draws whose own verdict is not that of the mean; NaN likewise
     raw_probability_fake: float  # uncalibrated, as in the paper's metrics
     width: int  # of the image, in pixels
     height: int
@@ -98,7 +101,7 @@ class Detector:
     @property
     def calibrated(self) -> bool:
         """Whether the weights came with a calibration."""
-        return self.calibration is not UNCALIBRATED
+        return self.calibration.fake_images > 0
 
     @property
     def num_crops(self) -> int:
@@ -149,9 +152,10 @@ class Detector:
         fake = self.calibration.probabilities(scores.values)
         mean, raw = float(fake.mean()), float(expit(scores.values).mean())
         verdict, deviation, flips = self.calibration.verdict(mean), float("nan"), float("nan")
-        if len(fake) > 1:
+        if (scores.boxes != scores.boxes[0]).any():  # else there is one draw, or but one crop in the image
             deviation = float(fake.std(ddof=1))
             flips = float(np.mean([self.calibration.verdict(one) != verdict for one in fake]))
+            verdict = verdict if flips < 0.5 else "inconclusive"
         notes = {SMALL: min(width, height) < self.settings.patch_size, TRANSPARENT: transparent}
         note = "; ".join(name for name, holds in notes.items() if holds)
         return Prediction(mean, verdict, deviation, flips, raw, width, height, scores, note)

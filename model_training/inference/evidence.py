@@ -26,20 +26,19 @@ PAGE_QUALITY = {"quality": 70}  # of the same picture in the page
 
 def write_evidence(
     folder: Path, detector: Detector, paths: Sequence[str], predictions: Iterable[Outcome], with_map: bool = False
-) -> list[Outcome]:
-    """Write the pictures of each image and index.html to `folder`, as predictions come in; returns the predictions.
+) -> None:
+    """Write the pictures of each image and index.html to `folder`, as predictions come in.
 
     Each image is decoded once more and written at once, so that no more than a few are in memory. Pictures of an
     earlier call are removed. Raises UserError for a folder that holds something else.
     """
     _check_folder(folder, paths)
-    settings, found = detector.settings, []
+    settings = detector.settings
     pictures = read_pictures(paths, settings.max_image_pixels, workers=1, reencode_jpeg=settings.reencode_jpeg)
     unreadable: dict[str, str] = {}  # complete when the page comes to it
 
     def images() -> Iterator[tuple[str, Prediction, str, list[tuple[str, str, str]]]]:
         for number, (path, prediction, picture) in enumerate(zip(paths, predictions, pictures, strict=True), 1):
-            found.append(prediction)
             problem = next((str(one) for one in (prediction, picture) if isinstance(one, UnreadableImage)), None)
             if problem:
                 unreadable[path] = problem
@@ -60,7 +59,6 @@ def write_evidence(
             picture.unlink()
         with open(temporary, "w", encoding="utf-8", errors="xmlcharrefreplace") as file:  # of names that are not UTF-8
             page.dump(file)
-    return found
 
 
 def _check_folder(folder: Path, paths: Sequence[str]) -> None:

@@ -104,13 +104,15 @@ def _blank(width: int, height: int) -> Image.Image:
 def _lines(prediction: Prediction) -> list[str]:
     """What is said above the pictures."""
     (draws, K), deviation = prediction.scores.attention.shape, prediction.standard_deviation
-    over_draws = f" ± {deviation:.3f} over {draws} draws" if draws > 1 else ""
+    over_draws = f" ± {deviation:.3f} over {draws} draws, flips {prediction.flips:.0%}"
+    over_draws = over_draws if deviation == deviation else ""
     first = " of the first draw, which is shown" if draws > 1 else ""
     score = f"score {prediction.scores.values[0]:+.2f}{first} (logit of fake minus logit of real)"
     crops = f"{K} crop{'s' if K > 1 else ''}" if K else "the model looks at the whole image, resized, and has no crops"
     return [
         f"P(fake) {prediction.probability_fake:.3f}{over_draws}: {prediction.verdict}",
         f"{prediction.width} x {prediction.height} pixels; {crops}; {score}",
+        *([f"Note: {prediction.note}"] if prediction.note else []),
     ]
 
 
