@@ -30,7 +30,7 @@ from training.loop import Job, fit
 from training.metrics import compute_metrics
 from training.optimizer import build_optimizer
 from training.runs import seed_folder
-from training.runtime import MEGABYTE, build_runtime
+from training.runtime import MEGABYTE, OutOfMemory, build_runtime
 from training.stopping import StopRequest
 from utils import Stopped, UserError, find_experiment, read_csv, read_json
 
@@ -250,6 +250,45 @@ def test_the_losses_and_weights_are_those_of_the_equations_written_down_plainly(
     small = replace(tuned, backbone=find_experiment(config.DEMO, name).backbone, batch_size=8, **crops)
     found = plain_loop.compare(toy_preset(), small, epochs=2)
     assert found.loss < 1e-7 and found.weight < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "sentence"),
+    [
+        ("CUDA out of memory. Tried to allocate 2 GiB", OutOfMemory, "cpu has no memory left for a step in fp32"),
+        ("Caught RuntimeError in pin memory thread: CUDA error: out of memory", OutOfMemory, "lower --batch-size"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", OutOfMemory, "lower --batch-size"),
+        (
+            "Failed to find C compiler. Please specify via CC",
+            UserError,
+            r"no C compiler .*: install gcc, or .*--no-compile",
+        ),
+        ("shapes cannot be multiplied", RuntimeError, "^backend='inductor' raised"),
+    ],
+)
+def test_what_runs_out_is_said_in_a_sentence_also_within_a_compilers_error(
+    said: str, error: type[Exception], sentence: str, toy_preset: MakePreset
+) -> None:
+    with pytest.raises(error, match=sentence), build_runtime(toy_preset().settings).memory_for("a step"):
+        try:
+            raise RuntimeError(said)
+        except RuntimeError as cause:
+            raise RuntimeError("backend='inductor' raised") from cause
+
+
+def test_torchs_switches_are_the_callers_again_after_a_run_and_a_prediction(
+    finished: tuple[Preset, Path], toy_data: Path
+) -> None:
+    _, folder = finished
+
+    def switches() -> tuple[object, ...]:
+        determinism = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+        return *determinism, torch.get_float32_matmul_precision(), torch.get_num_threads()
+
+    before = switches()
+    assert before[:3] == (False, True, "highest")
+    load_detector(folder / "model.safetensors", "cpu").predict(toy_data / "fake" / "0000.png")
+    assert switches() == before
 
 
 def test_models_that_onednn_damages_are_not_channels_last_on_the_cpu(toy_preset: MakePreset) -> None:
