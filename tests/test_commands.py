@@ -104,12 +104,11 @@ def test_the_reproduction_names_the_commands_that_failed(toy_data: Path, tmp_pat
     assert "2 of 2 commands failed" in done.stderr and "glass_resnet_training" in done.stderr
 
 
-def test_the_benchmark_of_training_leaves_a_table_however_early_it_is_cut(tmp_path: Path) -> None:
+def test_the_benchmark_of_training_leaves_a_table(tmp_path: Path) -> None:
     report, data = tmp_path / "report.md", tmp_path / "report.json"
-    succeed("tests.benchmarks.training", "--minutes", "0.6", "--json", data, "--markdown", report)
+    succeed("tests.benchmarks.training", "--cases", "1", "--minutes", "4", "--json", data, "--markdown", report)
     found = json.loads(data.read_text())
     assert len(found["ceilings"]) == 10 and all(value > 0 for _, value, _ in found["ceilings"])
     (case, first), *_ = found["cases"]
     assert case["model"] == "glass_vit" and first["images/s"] > 0 and first["loss after 2"] < 2
-    assert all(row.get("error", "not finished").startswith("not finished") for _, row in found["cases"])
     assert "### Training" in report.read_text() and "| glass_vit |" in report.read_text()

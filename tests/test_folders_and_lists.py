@@ -118,7 +118,8 @@ def test_one_class_alone_gives_the_share_called_fake_at_each_threshold(
 
 
 LAYOUTS = {  # files -> the sentence
-    ("Fake/a.jpg", "0_real/a.jpg", "ai/", "x.csv"): "/fake does not exist: .* holds 0_real/, Fake/, ai/, x.csv \\(",
+    ("0_fake/a.jpg", "0_real/a.jpg", "ai/", "x.csv"): "/fake does not exist: .* holds 0_fake/, 0_real/, ai/, x.csv \\(",
+    ("Fake/a.jpg", "real/a.jpg"): "/Fake must be called fake, in lower case: rename it",
     ("fake/a.jpg", *(f"{n}/" for n in range(7))): "/real does not exist: .* holds 0/, 1/, 2/, 3/, 4/ and 3 more \\(",
     ("fake/a.jpg", "real/a.cr2"): "/real holds no image file .*, but a.cr2",
     (): "/fake does not exist: .* holds nothing, since it does not exist",

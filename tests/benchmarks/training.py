@@ -258,7 +258,8 @@ def report(found: dict[str, Any], arguments: argparse.Namespace) -> str:
         rows.append({"model": case["model"], "mode": case["mode"], **row})
         if row.get("precision") in limits:
             rows[-1]["% of ceiling"] = 100 * row["TFLOP/s"] / limits[row["precision"]]
-    names = list(dict.fromkeys(name for row in rows for name in row if name not in ("% of ceiling", "error")))
+    found_names = (name for row in rows for name in row if name not in ("% of ceiling", "error"))
+    names = list(dict.fromkeys(("model", "mode", *found_names)))
     if "TFLOP/s" in names:
         names.insert(names.index("TFLOP/s") + 1, "% of ceiling")
     names += ["error"] * any("error" in row for row in rows)
@@ -279,6 +280,7 @@ def main() -> None:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--minutes", type=float, default=9, help="end by then; default 9")
+    parser.add_argument("--cases", type=int, help="measure the first so many only")
     for ending in ("json", "markdown"):
         parser.add_argument(f"--{ending}", type=Path, metavar="FILE", help="write the report there too")
     for hidden in ("--case", "--folder"):  # of the processes that it starts
@@ -302,7 +304,8 @@ def main() -> None:
         write_images(Path(scratch, "images"))
         with quiet():
             preprocess(preset_in(Path(scratch)), (PIXELS,))
-        for case in tqdm(cases(), disable=None):
+        text = report(found, arguments)
+        for case in tqdm(cases()[: arguments.cases], disable=None):
             left = deadline - time.monotonic()
             if left < 10:
                 break
