@@ -223,8 +223,8 @@ class Checkpoint:
         except (OSError, RuntimeError):  # torch's ways to say that the disk is full
             free = shutil.disk_usage(self.path.parent).free
             self._error = UserError(
-                f"{self.path} cannot be written, {free / 1e6:,.0f} MB are free there: make room, and run the same "
-                f"command again to resume from what was saved before"
+                f"{self.path} cannot be written, {free / 1e6:,.0f} MB are free there, too few: make room, and run "
+                f"the same command again to resume from what was saved before"
             )
         except Exception as error:  # to be raised by who waits
             self._error = error
