@@ -321,6 +321,9 @@ def check_replaceable(path: Path) -> None:
         raise UserError(f"{path} is a pipe or a device, and output is written whole or not at all: name a file")
 
 
+os.umask(UMASK := os.umask(0))  # there is no other way to read it, and none that other threads do not see
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it replaces `path` if the block ends well.
@@ -335,8 +338,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        os.umask(mask := os.umask(0))
-        os.chmod(temporary, 0o666 & ~mask)  # as any new file; some libraries make theirs private
+        os.chmod(temporary, 0o666 & ~UMASK)  # as any new file; some libraries make theirs private
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

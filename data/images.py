@@ -186,7 +186,7 @@ def _ends_early(image: Image.Image) -> bool:
     """
     if image.info.get("progressive") or not os.path.isfile(_path_of(image)):  # less sharp, not grey; in memory
         return False
-    data, pictures = Path(image.filename).read_bytes(), []
+    data, pictures = without_metadata(Path(image.filename).read_bytes()), []
     for content in (data, with_filling(data)):
         picture = _open(io.BytesIO(content), ("JPEG",))
         picture.draft(None, (picture.width // 8, picture.height // 8))  # at an eighth of its size, in little memory
@@ -291,7 +291,7 @@ def _reason(error: Exception, path: str | Path = "") -> str:
         return error.strerror  # without the path, which the reader knows
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
-    if not isinstance(error, UnidentifiedImageError):
+    if not path or not isinstance(error, UnidentifiedImageError):
         return first_line(error)
     with open(path, "rb") as file:
         return unsupported(file.read(HEAD_BYTES)) or "not an image"

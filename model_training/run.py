@@ -102,11 +102,11 @@ class _SeedRun:
         if initial:  # instead of the backbones' own
             session = replace(session, settings=replace(session.settings, pretrained=False, weights_files=()))
         job = build_job(session, self.experiment, self.seed, self.training.epochs, rows, self.title)
-        if initial:
-            load_model(Path(initial), job.trainer.model)
+        earlier = load_model(Path(initial), job.trainer.model) if initial else {}
         model, weights = job.trainer.model, folder / "model.safetensors"
         about = {"experiment": asdict(self.experiment), "settings": resolved(self.session.settings), "seed": self.seed}
-        about["trained_on"] = sorted(session.index.records[row].identity for part in rows for row in part)
+        own = {session.index.records[row].identity for part in rows for row in part}
+        about["trained_on"] = sorted(own.union(earlier.get("trained_on") or ()))
 
         def on_epoch(history: list[EpochRecord]) -> None:
             write_csv(folder / "history.csv", [field.name for field in fields(EpochRecord)], map(astuple, history))

@@ -20,6 +20,7 @@ from utils import name_of_root, read_csv
 
 PHOTO = noise(120, 90).resize((240, 180), Image.Resampling.BICUBIC)
 PNG, JPEG, AVIF = (saved(PHOTO, kind, quality=90) for kind in ("PNG", "JPEG", "AVIF"))
+GREY = saved(Image.new("RGB", (240, 180), (128, 128, 128)), "JPEG")  # the colour of what a decoder lacks
 
 
 def with_chunk(kind: bytes, content: bytes, wrong_by: int = 0) -> bytes:
@@ -72,6 +73,7 @@ FILES = {  # name: content, and what is said of it where it is left out
     "heic.jpg": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100), f"HEIC, {UNSUPPORTED}"),
     "vector.jpg": (b'<?xml version="1.0"?>\n<!-- a -->\n<svg xmlns="">', f"SVG, {UNSUPPORTED}"),
     "layers.png": (b"8BPS\0\1" + bytes(100), f"Photoshop, {UNSUPPORTED}"),
+    "grey, odd head.jpg": (b"\xff\xd8\xff\xe0\0\6JF\0\0" + GREY[20:], ""),
     "cut.jpg": (JPEG[: len(JPEG) // 2] + b"\xff\xd9", DAMAGED),
     "cut grey.jpg": (saved(PHOTO.convert("L"), "JPEG")[:-2000] + b"\xff\xd9", DAMAGED),
     "cut cmyk.jpg": (saved(PHOTO.convert("CMYK"), "JPEG")[:-2000] + b"\xff\xd9", DAMAGED),

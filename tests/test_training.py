@@ -232,6 +232,17 @@ def test_a_step_whose_gradients_are_not_finite_is_skipped_and_counted_also_after
     assert torch.equal(state, expected)
 
 
+def test_many_skipped_steps_leave_no_trace_in_those_that_follow(toy_preset: MakePreset) -> None:
+    scaler, weight = build_runtime(toy_preset().settings).grad_scaler(), nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    for gradient in (*[math.inf] * 200, 1e-30):
+        optimizer.zero_grad()
+        scaler.scale(weight.sum() * gradient).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 1 and weight.grad == 1e-30
+
+
 def test_training_ends_in_a_sentence_after_many_skipped_steps_in_a_row(toy_preset: MakePreset) -> None:
     job = toy_job(toy_preset(), epochs=20)
     overflowing(job, 1, *range(3, 100))  # four steps an epoch

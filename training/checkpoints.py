@@ -221,7 +221,7 @@ class Checkpoint:
             if best:
                 self.best_model(state["model"], len(state["progress"]["history"]))
         except (OSError, RuntimeError):  # torch's ways to say that the disk is full
-            free = shutil.disk_usage(self.path.parent).free
+            free = shutil.disk_usage(self.path.parent).free if self.path.parent.exists() else 0
             self._error = UserError(
                 f"{self.path} cannot be written, {free / 1e6:,.0f} MB are free there, too few: make room, and run "
                 f"the same command again to resume from what was saved before"

@@ -169,7 +169,7 @@ class _Epoch:
             if self.stop.requested:
                 self._save_and_stop()
 
-        trainer = self.job.trainer
+        trainer, self.progress.valid_seconds = self.job.trainer, 0.0  # one that was stopped starts over
         description = f"{self.description}, validation"
         predictions = evaluate(trainer.valid_model, self.job.valid_loader, trainer.runtime, description, after_batch)
         self.progress.valid_seconds += self._elapsed()
@@ -225,6 +225,7 @@ class _Epoch:
 
     def _save(self) -> None:
         self._collect()
+        self.progress.train_seconds += self._elapsed()  # of steps that were still on the device
         self._note_memory()
         self.checkpoint.save(self.job.trainer, self.progress)
         self._elapsed()  # saving counts as no part of an epoch

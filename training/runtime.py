@@ -156,7 +156,10 @@ class Runtime:
         """Loss scaling, which only fp16 needs; in other precisions by 1, which only skips steps that are not finite."""
         if self.precision == "fp16":
             return torch.amp.GradScaler(self.device.type)
-        return torch.amp.GradScaler(self.device.type, init_scale=1.0, growth_interval=2**30)
+        stays = dict(
+            init_scale=1.0, backoff_factor=1 - 1e-12, growth_interval=2**30
+        )  # 1 in float32, however many skips
+        return torch.amp.GradScaler(self.device.type, **stays)
 
     @contextmanager
     def track_memory(self) -> Iterator["MemoryMeter"]:

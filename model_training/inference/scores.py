@@ -274,9 +274,9 @@ def _values(found: Outcome) -> Values:
 
 
 def _read(file: Path) -> dict[Key, Values]:
-    """The stored scores, except a row that a kill cut short."""
+    """The stored scores; without rows that a kill cut short, and images that could not be read, which may be now."""
     if not file.exists():
         return {}
     with reading(file):
-        rows = [[row[column] for column in COLUMNS] for row in read_csv(file) if row["problem"] is not None]
+        rows = [[row[column] for column in COLUMNS] for row in read_csv(file) if row["problem"] == ""]
         return {tuple(row[:4]): (float(row[4]), float(row[5]), row[6]) for row in rows}
