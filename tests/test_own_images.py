@@ -472,7 +472,7 @@ def test_the_commands_for_own_images_do_what_their_document_says(results: Path, 
     commands, programs = ([text for kind, text in blocks if kind == wanted] for wanted in ("", "python"))
     assert len(commands) == 5 and len(programs) == 1
     shutil.copytree(toy_data, tmp_path / "datasets" / "demo")
-    shutil.copy(toy_data / "fake" / "0000.png", tmp_path / "datasets" / "demo" / "fake" / "0001.png")
+    shutil.copy(toy_data / "fake" / "0001.jpg", tmp_path / "datasets" / "demo" / "fake" / "0004.jpg")
     for name in ("glass_resnet", "standard_resnet"):
         shutil.copytree(weights(results, name).parent, tmp_path / "results" / "demo" / name / "seed_100")
     environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}
@@ -490,6 +490,6 @@ def test_the_commands_for_own_images_do_what_their_document_says(results: Path, 
     for written in ("evaluation/demo-*/evaluation.md", "evaluation/demo-*/formats.tex", "robustness/demo-*/*.png"):
         assert [path.stat().st_size > 100 for path in demo.glob(written)] == [True]
     assert (demo / "dataset" / "audit" / name / "audit.json").stat().st_size > 100
-    assert "0001.png" in (tmp_path / "evidence" / "index.html").read_text()
+    assert "0004.png" in (tmp_path / "evidence" / "index.html").read_text()
     shutil.copy(toy_data / "fake" / "0000.png", tmp_path / "photo.jpg")
     assert 0 <= float(printed(sys.executable, "-c", programs[0])) <= 1
