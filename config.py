@@ -98,9 +98,7 @@ class Settings:
     device: Free[str] = "auto"  # auto: CUDA where there is one; or cpu, cuda, cuda:1
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"  # of the forward pass on CUDA; the CPU computes in fp32
     compile: bool = True  # torch.compile, on CUDA
-    channels_last: Literal["auto", "on", "off"] = (
-        "auto"  # memory layout of convolutional backbones; auto: where it is safe
-    )
+    channels_last: Literal["auto", "on", "off"] = "auto"  # layout of convolutional backbones; auto: where it is safe
     deterministic: bool = True  # the same numbers on every run on the same machine
     matmul_precision: Literal["highest", "high", "medium"] = "high"  # of float32 products; high is TF32
     num_workers: Free[Number | Literal["auto"]] = "auto"  # processes that load images; auto: by the number of cores

@@ -410,6 +410,18 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def database_problem(path: Path, error: Exception) -> str:
+    """What SQLite, or Optuna of it, says of the file `path`, in a line.
+
+    Raises:
+        UserError: another program holds the file, which is no fault of it.
+    """
+    reason = first_line(error.__cause__ or error)
+    if "database is locked" in reason:
+        raise UserError(f"{path} is in use by another program: wait, or close it") from None
+    return reason
+
+
 def stat_of(path: Path) -> os.stat_result | None:
     """State of a file; None if it is unavailable."""
     try:

@@ -180,8 +180,7 @@ def _match(path: Path, table: pd.DataFrame, auc_of_all: float, caliper: float, s
     if not len(pairs):
         raise UserError(
             f"none of the {(labels == 0).sum():,} fake images has a real one of its format and quality whose headers "
-            f"look as fake: "
-            f"raise --caliper above {caliper:g}, or add images"
+            f"look as fake: raise --caliper above {caliper:g}, or add images"
         )
     rows = pairs.ravel()
     matched, labels = table.iloc[rows], labels[rows]

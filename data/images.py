@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from threading import Lock, get_ident
+from threading import Lock
 
 import nanoarrow
 import numpy as np
@@ -43,7 +43,8 @@ Image.core.set_use_block_allocator(1)  # all of an image in one piece, which `pi
 JPEG_SIDE = 65_500  # pixels; libjpeg writes no larger side
 MISSING = {(128, 128, 128), (63, 63, 63), (64, 64, 64)}  # where a JPEG's data ends early; the others are of CMYK
 REDUCED_IMAGE, DNG_VERSION = 254, 50706  # tags of a TIFF: NewSubfileType, which is 1 for a preview, and DNGVersion
-_SWITCHING, _WITHIN, _AS_BEFORE = Lock(), [], ExitStack()  # of `pillow_unlimited`
+_SWITCHING, _AS_BEFORE = Lock(), ExitStack()  # of `pillow_unlimited`
+_within = 0  # how many threads are in it
 
 
 class UnreadableImage(Exception):
@@ -57,18 +58,19 @@ def pillow_unlimited() -> Iterator[None]:
     Both are switches of the whole process: the first of our threads that comes in sets them, and the last one that
     leaves sets them back.
     """
+    global _within
     with _SWITCHING:
-        if not _WITHIN:
+        if not _within:
             _AS_BEFORE.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
             _AS_BEFORE.enter_context(warnings.catch_warnings(action="ignore"))  # of metadata, of palette transparency
             Image.MAX_IMAGE_PIXELS = None
-        _WITHIN.append(get_ident())
+        _within += 1
     try:
         yield
     finally:
         with _SWITCHING:
-            _WITHIN.pop()
-            if not _WITHIN:
+            _within -= 1
+            if not _within:
                 _AS_BEFORE.close()
 
 

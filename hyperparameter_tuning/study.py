@@ -39,7 +39,7 @@ from training.runs import (
     resolved,
 )
 from training.runtime import OutOfMemory
-from utils import UserError, first_line, preset_folder, replacing, run_command
+from utils import UserError, database_problem, preset_folder, replacing, run_command
 
 PAPER_OPTUNA = "4.6.0"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
@@ -256,11 +256,9 @@ def _study_file(path: Path, *damages: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, StorageInternalError, sqlite3.Error, *damages) as error:
-        reason = first_line(error.__cause__ or error)
-        if "database is locked" in reason:
-            raise UserError(f"{path} is in use by another program: wait, or close it") from None
+        problem = database_problem(path, error)
         raise UserError(
-            f"cannot resume from {path} ({reason}): make room and let it be written, or, if it is damaged, pass "
+            f"cannot resume from {path} ({problem}): make room and let it be written, or, if it is damaged, pass "
             f"--restart to archive it and start over"
         ) from None
 

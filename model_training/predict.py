@@ -16,7 +16,7 @@ that is half of them or more, the verdict is inconclusive. Both are empty where 
 --evidence DIR draws each image with its crops, the score of each alone and its effect on the score, and writes
 DIR/index.html: all images on one page that needs no network, 0.15 MB an image (1,000 images: 150 MB). --evidence-map
 slides crops over the whole image and maps both numbers: 0.25 MB an image, and minutes for a large one on the CPU. With
-evidence, every image is predicted anew.
+evidence, every image is predicted again.
 
 Hardware: a CUDA GPU if there is one, else the CPU. Measured: docs/performance.md.
 """
@@ -27,7 +27,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +41,6 @@ from data.lists import check_output, render_table
 from data.pictures import find_images
 from model_training.inference.detector import SMALL, TRANSPARENT, Outcome, PredictionOptions, load_detector
 from model_training.inference.evidence import write_evidence
-from training.runs import git_commit, library_versions
 from utils import UserError, read_csv, reading, run_command, sha256_of, stat_of, write_csv
 
 COLUMNS = (
@@ -105,7 +104,8 @@ def predict(preset: Preset, weights: Path, paths: Sequence[str], **others: Any) 
         print(f"{weights} was calibrated on {few}, which are few: its thresholds are rough", file=sys.stderr)
     if not detector.num_crops and draws > 1:
         raise UserError(f"--draws {draws}: {detector.name} looks at the whole image and draws no crops")
-    keys = _keys(images, options, [detector.runtime.device.type, preset.settings.max_image_pixels])
+    others = [options.band, options.batch_size, options.chunk_size, preset.settings.max_image_pixels]
+    keys = _keys(images, [sha256_of(weights), *others, *detector.depends_on()])
     rows = {} if evidence else {row["path"]: row for row in _written(output) if row["key"] == keys.get(row["path"])}
     if rows:
         print(f"{len(rows):,} of the predictions are in {output} and are kept: delete it to start over")
@@ -140,11 +140,9 @@ def predict(preset: Preset, weights: Path, paths: Sequence[str], **others: Any) 
         sys.exit(1)
 
 
-def _keys(images: Sequence[str], options: Options, others: Sequence[object]) -> dict[str, str]:
-    """Each image -> a hash of what its row depends on: the file's place, size and time, the model, options, version."""
-    others = [options.band, *(getattr(options, field.name) for field in fields(PredictionOptions)), *others]
-    common = json.dumps([sha256_of(options.weights), others, git_commit(), library_versions()])
-    keys = {}
+def _keys(images: Sequence[str], others: Sequence[object]) -> dict[str, str]:
+    """Each image -> a hash of what its row depends on: the file's place, size and time, and `others`."""
+    common, keys = json.dumps(others), {}
     for path in images:
         state = stat_of(Path(path))
         text = f"{common}{os.path.abspath(path)} {state and (state.st_size, state.st_mtime_ns)}"

@@ -7,7 +7,7 @@ from config import Experiment, Preset, Training
 from data.loaders import build_loader
 from model_training.tables.figures import plot_reliability, plot_training_curve
 from training.calibration import calibrate
-from training.checkpoints import Checkpoint, load_model, save_model
+from training.checkpoints import Checkpoint, copied, load_model, save_model
 from training.evaluation import evaluate
 from training.loop import Job, fit
 from training.metrics import compute_metrics
@@ -79,10 +79,7 @@ def _report(run: RunFolder, experiment: Experiment, seed: int, note: str) -> Non
         accuracy, best = float(metrics["test"]["accuracy"]), int(metrics["best_epoch"])
         if not metrics.get("calibration", True):
             note = f", not calibrated: all validation images are of one class{note}"
-    print(
-        f"{experiment.name} seed {seed}: test accuracy {accuracy:.2%}, checkpoint of epoch {best}{note}",
-        flush=True,
-    )
+    print(f"{experiment.name} seed {seed}: test accuracy {accuracy:.2%}, checkpoint of epoch {best}{note}", flush=True)
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,7 @@ class _SeedRun:
         about["calibration"] = calibration and calibration.as_json()
         test_loader = build_loader(session.settings, self.experiment, session.index, session.splits.test)
         test = evaluate(trainer.model, test_loader, trainer.runtime, f"{self.title}, test", after_batch)
-        save_model(folder / "model.safetensors", trainer.model.state_dict(), about)
+        save_model(folder / "model.safetensors", copied(trainer.model.state_dict()), about)
         write_csv(
             folder / "predictions.csv",
             ("path", "label", "probability_fake", "probability_real"),

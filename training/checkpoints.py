@@ -29,9 +29,11 @@ from utils import UserError, first_line, replacing
 
 # ---------------------------------------------------------------------------------------------------- weights
 def save_model(path: Path, state: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
-    """Write a model's state dict as safetensors, with `about` (JSON-ready: all that rebuilds the model) as metadata."""
-    # Layers that share weights each get their own, which safetensors asks for.
-    state = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+    """Write a model's state dict as safetensors, with `about` (JSON-ready: all that rebuilds the model) as metadata.
+
+    Each tensor must have memory of its own, which layers that share weights have in `copied` only.
+    """
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
     try:
         with replacing(path) as temporary:
             save_file(state, temporary, metadata={"about": json.dumps(about)})
@@ -146,7 +148,7 @@ class Checkpoint:
             "random": _random_states(trainer.runtime.device),
             "progress": asdict(progress),
         }
-        self._thread = threading.Thread(target=self._write, args=(_copied(state), self._is_best(progress)))
+        self._thread = threading.Thread(target=self._write, args=(copied(state), self._is_best(progress)))
         self._thread.start()
         if not self.background:
             self.wait()
@@ -264,13 +266,13 @@ class _Digested:
         self.file.flush()
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """`value` with a copy in main memory of every tensor in it, which further training leaves as it is."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
+        return {key: copied(item) for key, item in value.items()}
+    return [copied(item) for item in value] if isinstance(value, list) else value
 
 
 def _digest(file: BinaryIO, size: int) -> bytes:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields, replace
-from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -93,8 +92,10 @@ def run_cost_study(
                     session.stop.raise_if_requested(f"before {label}")
                     chosen = experiment if num_crops is None else replace(experiment, num_crops=num_crops)
                     rows = (session.splits.train, session.splits.valid)
-                    job = partial(build_job, session, chosen, preset.settings.main_seed, study.epochs, rows, label)
-                    costs[num_crops] = _measure(job(), study, run, checkpoint, session.stop)  # kept by no name here
+                    costs[num_crops] = _measure(  # without a name for the job, which would outlive it into the next K
+                        build_job(session, chosen, preset.settings.main_seed, study.epochs, rows, label),
+                        study, run, checkpoint, session.stop,
+                    )  # fmt: skip
                     lines = [("" if k is None else k, *astuple(cost)) for k, cost in sorted(costs.items())]
                     write_csv(folder / "costs.csv", COLUMNS, lines)
                 checkpoint.remove()  # also where a kill came between the two

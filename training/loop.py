@@ -169,7 +169,8 @@ class _Epoch:
             if self.stop.requested:
                 self._save_and_stop()
 
-        trainer, self.progress.valid_seconds = self.job.trainer, 0.0  # one that was stopped starts over
+        trainer = self.job.trainer
+        self.progress.valid_seconds = 0.0  # one that was stopped starts over
         description = f"{self.description}, validation"
         predictions = evaluate(trainer.valid_model, self.job.valid_loader, trainer.runtime, description, after_batch)
         self.progress.valid_seconds += self._elapsed()

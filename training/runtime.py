@@ -60,20 +60,25 @@ class Runtime:
     def switched(self) -> Iterator[None]:
         """In the block, torch's global switches are this runtime's, and its device is the current one."""
         before = _switches()
-        deterministic, high = self.deterministic, self.matmul_precision != "highest"
-        threads = before[0]
-        if (
-            self.device.type == "cpu"
-        ):  # whatever num_workers is: sums over another number of threads may round otherwise
-            threads = min(threads, max(1, available_cores() - loading_processes(cpu_computes=True)))
+        wanted = before | {
+            "matmul_precision": self.matmul_precision,
+            "tf32": self.matmul_precision != "highest",
+            "benchmark": not self.deterministic,
+            "deterministic": self.deterministic,
+            "warn_only": False,
+            "fill_memory": False,  # with NaN, as deterministic algorithms do by default: a tenth of a step
+        }
+        if self.device.type == "cpu":
+            # Whatever num_workers is: sums over another number of threads may round otherwise.
+            computing = max(1, available_cores() - loading_processes(cpu_computes=True))
+            wanted["threads"] = min(before["threads"], computing)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             try:
-                # Deterministic algorithms would fill all new memory with NaN, a tenth of a step.
-                _set_switches(threads, self.matmul_precision, high, not deterministic, deterministic, False, False)
+                _set_switches(**wanted)
                 yield
             finally:
-                _set_switches(*before)
+                _set_switches(**before)
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model on the device, in its memory layout; memory of earlier models is freed first."""
@@ -156,10 +161,8 @@ class Runtime:
         """Loss scaling, which only fp16 needs; in other precisions by 1, which only skips steps that are not finite."""
         if self.precision == "fp16":
             return torch.amp.GradScaler(self.device.type)
-        stays = dict(
-            init_scale=1.0, backoff_factor=1 - 1e-12, growth_interval=2**30
-        )  # 1 in float32, however many skips
-        return torch.amp.GradScaler(self.device.type, **stays)
+        # A skip lowers it by a factor that float32 rounds to 1.
+        return torch.amp.GradScaler(self.device.type, init_scale=1.0, backoff_factor=1 - 1e-12, growth_interval=2**30)
 
     @contextmanager
     def track_memory(self) -> Iterator["MemoryMeter"]:
@@ -214,28 +217,35 @@ def build_runtime(settings: Settings) -> Runtime:
     )
 
 
-def _switches() -> tuple[Any, ...]:
-    """What `_set_switches` sets."""
-    return (
-        torch.get_num_threads(),
-        torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cudnn.benchmark,
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
+def _switches() -> dict[str, Any]:
+    """What `_set_switches` sets, by its arguments."""
+    return {
+        "threads": torch.get_num_threads(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "tf32": torch.backends.cudnn.allow_tf32,
+        "benchmark": torch.backends.cudnn.benchmark,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "fill_memory": torch.utils.deterministic.fill_uninitialized_memory,
+    }
 
 
 def _set_switches(
-    threads: int, products: str, tf32: bool, benchmark: bool, deterministic: bool, only_warn: bool, fill_memory: bool
+    *,
+    threads: int,
+    matmul_precision: str,
+    tf32: bool,
+    benchmark: bool,
+    deterministic: bool,
+    warn_only: bool,
+    fill_memory: bool,
 ) -> None:
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(products)
+    torch.set_float32_matmul_precision(matmul_precision)
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = benchmark
-    torch.use_deterministic_algorithms(deterministic, warn_only=only_warn)
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = fill_memory
 
 

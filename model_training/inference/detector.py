@@ -25,6 +25,7 @@ from models.weights import read_state_dict, written_by_torch
 from training.calibration import Calibration, Verdict
 from training.checkpoints import load_model, read_about
 from training.evaluation import sizes_of
+from training.runs import git_commit, library_versions
 from training.runtime import Runtime, build_runtime
 from utils import UserError, checked
 
@@ -107,6 +108,12 @@ class Detector:
     def num_crops(self) -> int:
         """K, or 0."""
         return getattr(self.experiment, "num_crops", 0)
+
+    def depends_on(self) -> list[Any]:
+        """What its scores depend on besides weights and images, JSON-ready; rounding by batches is left out."""
+        numerics = self.runtime.precision, self.settings.matmul_precision, self.runtime.device.type
+        model = self.experiment.backbone, self.num_crops, self.options.draws
+        return [*model, *numerics, git_commit(), library_versions()]
 
     def predict(self, image: Source) -> Prediction:
         """The prediction for one file or PIL image; raises UnreadableImage if the file cannot be decoded."""

@@ -29,7 +29,7 @@ from model_training.inference.detector import Detector, Outcome, PredictionOptio
 from models.weights import written_by_torch
 from training.calibration import Calibration
 from training.checkpoints import read_about
-from training.runs import git_commit, library_versions
+from training.runs import git_commit
 from utils import (
     UserError,
     csv_line,
@@ -232,16 +232,7 @@ def _scores_of(
 ) -> dict[tuple[str, str], Values]:
     """(path, perturbation) -> the detector's scores, stored ones first."""
     root, folder = preset.settings.data_root.resolve(), preset_folder(preset) / "scores"
-    runtime, commit = detector.runtime, git_commit()
-    numerics = [
-        detector.experiment.backbone,
-        detector.num_crops,
-        detector.options.draws,
-        runtime.precision,
-        detector.settings.matmul_precision,
-        runtime.device.type,
-    ]
-    key = json.dumps([str(root), weights_digest, numerics, commit, library_versions()])
+    key = json.dumps([str(root), weights_digest, *detector.depends_on()])
     file = folder / f"{detector.name}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.csv"
     states = {path: stat_of(root / path) for path in paths}
     stamps = {path: (str(s.st_size), str(s.st_mtime_ns)) if s else ("", "") for path, s in states.items()}
@@ -249,7 +240,7 @@ def _scores_of(
         known = _read(file)
         missing = [path for path in paths if not all((path, kind, *stamps[path]) in known for kind in perturbations)]
         if known:
-            print(f"{len(known):,} scores are in {file} (commit {commit}) and are kept: delete it to start over")
+            print(f"{len(known):,} scores are in {file} (commit {git_commit()}) and are kept: delete it to start over")
         images = [root / path for path in missing]
         predictions = detector.predict_all(images, preset.settings.num_workers, perturbations)
         # Whole again: without a row that a kill cut short.

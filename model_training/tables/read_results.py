@@ -20,7 +20,7 @@ from training.metrics import METRICS, NAN, Metric
 from training.progress import EpochRecord
 from training.runs import first_difference, read_metadata
 from training.runtime import CPU_MEMORY, CUDA_MEMORY
-from utils import UserError, first_line, read_csv, read_json, reading
+from utils import UserError, database_problem, read_csv, read_json, reading
 
 MEMORY_KINDS = {CUDA_MEMORY: "peak GPU memory", CPU_MEMORY: "memory kept for the backward pass, CPU"}
 
@@ -194,11 +194,9 @@ def read_tuning_studies(folder: Path) -> dict[str, TuningStudy]:
                 if trial.state == TrialState.COMPLETE and trial.value != best:
                     raise ValueError(f"trial {trial.number} has the value {trial.value}, not {best}, its best epoch's")
         except (SQLAlchemyError, StorageInternalError, sqlite3.Error, KeyError, RuntimeError, ValueError) as error:
-            reason = first_line(error.__cause__ or error)
-            if "database is locked" in reason:
-                raise UserError(f"{path} is in use by another program: wait, or close it") from None
+            problem = database_problem(path, error)
             raise UserError(
-                f"{path} cannot be read as the Optuna study {name} ({reason}): run its tuning command again, or move "
+                f"{path} cannot be read as the Optuna study {name} ({problem}): run its tuning command again, or move "
                 f"the file away"
             ) from None
         studies[name] = TuningStudy(study, read_metadata(path.with_name("run.json")), trials)
