@@ -167,6 +167,13 @@ class Reproduce:
 
 
 # ---------------------------------------------------------------------------------------------- experiments
+CropSampler = Literal[  # data/samplers.py
+    "stratified", "random", "grid", "five", "texture_low", "texture_high", "texture_mixed", "frequency", "cooi", "all"
+]  # fmt: skip
+Pooling = Literal["attention", "gated", "mean", "max", "query"]  # models/pooling.py
+Branches = Literal["both", "global", "local", "shared"]  # models/glass_models.py
+
+
 @dataclass(frozen=True)
 class GlassExperiment:
     """A GLASS model and its hyperparameters; `name` is its run folder and its row in the tables."""
@@ -181,6 +188,11 @@ class GlassExperiment:
     wd_global: Decay  # weight decay of the global view's backbone
     wd_local: Decay  # weight decay of the crops' backbone
     num_crops: Crops  # K
+
+    # --- Beyond the paper
+    crop_sampler: CropSampler = "stratified"  # how crops are placed
+    pooling: Pooling = "attention"  # of the crops' features
+    branches: Branches = "both"  # global: no crops; local: no global view; shared: one backbone for both
 
 
 @dataclass(frozen=True)
