@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
@@ -93,34 +94,21 @@ class ImageDataset(Dataset):
 
     def __getitems__(self, items: list[tuple[int, int | None]]) -> tuple[torch.Tensor, ...]:
         """A batch, written once, to where the process that trains will read it."""
-        B, P, K = len(items), self.views.patch_size, self.views.num_crops
-        resized = _batch((B, P, P, 3), torch.float32 if self.views.exact_resize else torch.uint8)
-        crops = _batch((B, K, P, P, 3), torch.uint8) if K else None
+        B, P = len(items), self.views.patch_size
+        resized, crops = _batch((B, P, P, 3), torch.float32 if self.views.exact_resize else torch.uint8), None
         for place, (position, epoch) in enumerate(items):
-            self._write_views(self.records[position], epoch, resized[place], crops[place] if K else None)
+            image = _IndexedImage(self, self.records[position])
+            image.write_view(resized[place])
+            if self.views.num_crops:
+                boxes = image.boxes(epoch)
+                if crops is None:  # of all images alike, or there is but one: EpochSampler, every_tile
+                    crops = _batch((B, len(boxes), P, P, 3), torch.uint8)
+                image.write_crops(boxes, crops[place])
         views = [view.movedim(-1, -3) for view in (resized, crops) if view is not None]
         return *views, self.labels[[position for position, _ in items]]
 
-    def _write_views(
-        self, record: ImageRecord, epoch: int | None, resized: torch.Tensor, crops: torch.Tensor | None
-    ) -> None:
-        decoded = functools.cache(lambda: Picture(self._image(record), record.key))  # only if the cache lacks something
-        view = None
-        if self.cache and not self.views.exact_resize:
-            view = self.cache.view(record, STANDARD_VIEW if crops is None else GLOBAL_VIEW)
-        resized.numpy()[:] = decoded().resized(self.views) if view is None else view
-        if crops is None:
-            return
-        key, number = (record.key, 0) if epoch is None else (record.path, epoch)
-        boxes = self.views.boxes((record.height, record.width), key, number)
-        if not (self.cache and self.cache.crops(record, boxes, crops.numpy())):
-            cut_crops(decoded().pixels, boxes, crops.numpy())
-
-    def _image(self, record: ImageRecord) -> Image.Image:
-        """The whole image."""
-        pixels = self.cache.pixels(record) if self.cache else None
-        if pixels is not None:
-            return Image.fromarray(pixels)
+    def read(self, record: ImageRecord) -> Image.Image:
+        """The whole image, from its file."""
         path = self.root / record.path
         try:
             if path.stat().st_size != record.bytes:
@@ -134,6 +122,44 @@ class ImageDataset(Dataset):
                 f"{path} is not what it was when the index was made ({error}): "
                 f"restore it, or run python -m data.data_preprocess again"
             ) from None
+
+
+class _IndexedImage:
+    """An image of a data set, of which no more is read than is asked for: a `SampledImage`."""
+
+    def __init__(self, dataset: ImageDataset, record: ImageRecord) -> None:
+        self.dataset, self.record, self.cache, self.views = dataset, record, dataset.cache, dataset.views
+        self.height, self.width = record.height, record.width
+
+    @functools.cached_property
+    def pixels(self) -> np.ndarray:
+        """uint8 (H, W, 3 or 4)."""
+        cached = self.cache.pixels(self.record) if self.cache else None
+        return self.picture.pixels if cached is None else cached
+
+    @functools.cached_property
+    def picture(self) -> Picture:
+        """The whole image, decoded."""
+        cached = self.cache.pixels(self.record) if self.cache else None
+        image = self.dataset.read(self.record) if cached is None else Image.fromarray(cached)
+        return Picture(image, self.record.key)
+
+    def write_view(self, view: torch.Tensor) -> None:
+        """The resized image, (P, P, 3)."""
+        cached = None
+        if self.cache and not self.views.exact_resize:
+            cached = self.cache.view(self.record, STANDARD_VIEW if self.views.standard else GLOBAL_VIEW)
+        view.numpy()[:] = self.picture.resized(self.views) if cached is None else cached
+
+    def boxes(self, epoch: int | None) -> np.ndarray:
+        """Of the crops of a training epoch, or of evaluation."""
+        key, number = (self.record.key, 0) if epoch is None else (self.record.path, epoch)
+        return self.views.boxes(self, key, number, training=epoch is not None)
+
+    def write_crops(self, boxes: np.ndarray, crops: torch.Tensor) -> None:
+        """The crops, (N, P, P, 3)."""
+        if not (self.cache and self.cache.crops(self.record, boxes, crops.numpy())):
+            cut_crops(self.picture.pixels, boxes, crops.numpy())
 
 
 def _batch(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

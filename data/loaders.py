@@ -122,13 +122,15 @@ def build_loader(
     workers = settings.num_workers
     if workers == "auto":
         workers = loading_processes(cpu_computes=settings.device == "cpu" or not torch.cuda.is_available())
-    workers = min(workers, -(-len(rows) // experiment.batch_size))  # no more workers than batches
-    views_of_one = views.num_crops + (4 if views.exact_resize else 1)  # in units of a view of bytes
-    batch_bytes = min(experiment.batch_size, len(rows)) * 3 * views.patch_size**2 * views_of_one
+    # One at a time where images have different numbers of crops.
+    batch_size = min(1 if views.every_tile and not training else experiment.batch_size, len(rows))
+    workers = min(workers, -(-len(rows) // batch_size))  # no more workers than batches
+    crops = views.most_crops([(record.height, record.width) for record in dataset.records], training)
+    batch_bytes = batch_size * 3 * views.patch_size**2 * (crops + (4 if views.exact_resize else 1))
     workers = _that_fit(workers, batch_bytes, say=training)
     loader = ImageLoader(
         dataset,
-        batch_size=experiment.batch_size,
+        batch_size=batch_size,
         sampler=EpochSampler(len(dataset), seed, training),
         collate_fn=_as_it_is,
         num_workers=workers,

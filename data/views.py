@@ -3,7 +3,8 @@
 docs/method.md, Views. Training, evaluation and prediction all make their views here.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,9 +13,11 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from config import Experiment, Settings
-from data.crops import crop_generator, sample_crop_boxes
+from config import CropSampler, Experiment, GlassExperiment, Settings
+from data.crops import crop_generator
 from data.images import pixels_of
+from data.samplers import MAP_SIDE, SAMPLERS, SampledImage
+from utils import UserError
 
 
 @dataclass(frozen=True)
@@ -23,31 +26,58 @@ class ViewSettings:
 
     Args:
         patch_size: P, the side of all views in pixels.
-        num_crops: K for GLASS; 0 for a standard model, which sees the whole image only.
+        num_crops: K for GLASS; 0 for a model that sees the whole image only.
         seed: of the crops.
         exact_resize: resize GLASS's global view in float32.
+        standard: the whole image is resized as for a standard model.
+        crop_sampler: how crops are placed.
     """
 
     patch_size: int
     num_crops: int = 0
     seed: int = 0
     exact_resize: bool = False
+    standard: bool = False
+    crop_sampler: CropSampler = "stratified"
 
     @staticmethod
     def of(settings: Settings, experiment: Experiment, seed: int) -> "ViewSettings":
-        """Those of an experiment's model."""
-        num_crops = getattr(experiment, "num_crops", 0)
-        return ViewSettings(settings.patch_size, num_crops, seed, settings.exact_resize and num_crops > 0)
+        """Those of an experiment's model; raises UserError for a K that its sampler does not take."""
+        P = settings.patch_size
+        if not isinstance(experiment, GlassExperiment):
+            return ViewSettings(P, 0, seed, standard=True)
+        K, sampler = 0 if experiment.branches == "global" else experiment.num_crops, experiment.crop_sampler
+        if K and sampler == "five" and K != 5:
+            raise UserError(f"num_crops is {K}: crop_sampler five takes 5, the centre and corners; change one of them")
+        if sampler == "cooi" and K > MAP_SIDE**2:
+            raise UserError(f"num_crops is {K}: crop_sampler cooi takes at most {MAP_SIDE**2}; change one of them")
+        return ViewSettings(P, K, seed, settings.exact_resize, crop_sampler=sampler)
 
-    def boxes(self, size: tuple[int, int], key: str, number: int = 0) -> np.ndarray:
-        """The crops of an image, int64 (K, 4), as `sample_crop_boxes` gives them.
+    @property
+    def every_tile(self) -> bool:
+        """Whether an image has as many crops as it has tiles, in evaluation."""
+        return self.num_crops > 0 and self.crop_sampler == "all"
+
+    def most_crops(self, sizes: Iterable[tuple[int, int]], training: bool) -> int:
+        """How many crops the image has that has most, of images of these heights and widths in pixels."""
+        if self.num_crops and self.crop_sampler == "cooi":
+            return MAP_SIDE**2
+        if not self.every_tile or training:
+            return self.num_crops
+        P = self.patch_size  # as `tile_boxes` lays them
+        return max(math.prod(-(-max(0, side - P) // P) + 1 for side in size) for size in sizes)
+
+    def boxes(self, image: SampledImage, key: str, number: int = 0, training: bool = False) -> np.ndarray:
+        """The crops of an image, int64 (N, 4), as `data.samplers` gives them.
+
+        N is K; in evaluation with sampler `all`, the number of tiles; with `cooi`, that of the places that the model
+        chooses from.
 
         Args:
-            size: height and width in pixels.
             key, number: as for `crop_generator`.
         """
-        generator = crop_generator(self.seed, key, number)
-        return sample_crop_boxes(*size, self.num_crops, self.patch_size, generator)
+        K = 0 if self.every_tile and not training else self.num_crops
+        return SAMPLERS[self.crop_sampler](image, K, self.patch_size, crop_generator(self.seed, key, number))
 
 
 @dataclass(frozen=True)
@@ -62,6 +92,16 @@ class Picture:
     key: str
     transparent: bool = False  # the file has transparent parts, whose hidden colours `image` shows
 
+    @property
+    def height(self) -> int:
+        """In pixels."""
+        return self.image.height
+
+    @property
+    def width(self) -> int:
+        """In pixels."""
+        return self.image.width
+
     @cached_property
     def pixels(self) -> np.ndarray:
         """uint8 (H, W, 4)."""
@@ -69,14 +109,13 @@ class Picture:
 
     def resized(self, views: ViewSettings) -> np.ndarray:
         """The whole image (P, P, 3) as GLASS or a standard model sees it; uint8, or float32 with `exact_resize`."""
-        if views.num_crops:
-            return global_view(self.pixels, views.patch_size, views.exact_resize)
-        return standard_view(self.image, views.patch_size)
+        if views.standard:
+            return standard_view(self.image, views.patch_size)
+        return global_view(self.pixels, views.patch_size, views.exact_resize)
 
     def boxes(self, views: ViewSettings, draws: int) -> np.ndarray:
-        """The crops of draw 0 to `draws` - 1, int64 (draws, K, 4); draw 0 is that of evaluation."""
-        size = self.image.height, self.image.width
-        return np.stack([views.boxes(size, self.key, draw) for draw in range(draws)])
+        """The crops of draw 0 to `draws` - 1, int64 (draws, N, 4); draw 0 is that of evaluation."""
+        return np.stack([views.boxes(self, self.key, draw) for draw in range(draws)])
 
     def crops(self, boxes: np.ndarray, patch_size: int) -> Iterator[np.ndarray]:
         """Each box (N, 4) as uint8 (P, P, 3), padded with black."""

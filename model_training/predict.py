@@ -102,6 +102,9 @@ def predict(preset: Preset, weights: Path, paths: Sequence[str], **others: Any) 
     elif detector.calibration.is_rough:
         few = f"{detector.calibration.fake_images} fake and {detector.calibration.real_images} real validation images"
         print(f"{weights} was calibrated on {few}, which are few: its thresholds are rough", file=sys.stderr)
+    if detector.calibrated and options.other_crops:
+        chosen = ", ".join(f"{name} {value}" for name, value in options.other_crops.items())
+        print(f"{weights} was calibrated with the crops of its training, not with {chosen}", file=sys.stderr)
     if not detector.num_crops and draws > 1:
         raise UserError(f"--draws {draws}: {detector.name} looks at the whole image and draws no crops")
     others = [options.band, options.batch_size, options.chunk_size, preset.settings.max_image_pixels]

@@ -5,6 +5,7 @@ of torchvision is one more entry of `TORCHVISION_BACKBONES`.
 """
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,13 +30,14 @@ class TorchvisionBackbone:
 
     model: str  # its name in torchvision.models.list_models()
     norm: str | None = None  # path of the normalisation before the last layer, where GLASS takes it off too
+    last_map: str | None = None  # path of the layer whose output is the last map, (B, C, h, w) or tokens (B, N, C)
     vit_patch: int | None = None  # side of a ViT's patches: the network is built for one image size, a multiple of it
 
 
 TORCHVISION_BACKBONES = {
-    "vit": TorchvisionBackbone("vit_b_16", vit_patch=16),
-    "convnext": TorchvisionBackbone("convnext_tiny", norm="classifier.0"),
-    "resnet": TorchvisionBackbone("resnet50"),
+    "vit": TorchvisionBackbone("vit_b_16", last_map="encoder", vit_patch=16),
+    "convnext": TorchvisionBackbone("convnext_tiny", norm="classifier.0", last_map="features"),
+    "resnet": TorchvisionBackbone("resnet50", last_map="layer4"),
 }
 
 
@@ -49,6 +51,7 @@ class Backbone:
     std: tuple[float, ...]
     last: str | None = None  # path where the last layer was; None: the network ends without one
     norm: str | None = None  # as in TorchvisionBackbone
+    last_map: str | None = None  # likewise; None of timm's networks, which say it themselves
 
     def without_head(self) -> nn.Module:
         """The network as GLASS uses it, (B, 3, P, P) -> (B, D)."""
@@ -67,6 +70,31 @@ class Backbone:
         """Give `model` the buffers `input_mean` and `input_std` (3, 1, 1), which normalise views in [0, 1]."""
         for name, values in (("input_mean", self.mean), ("input_std", self.std)):
             model.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+
+
+def features_and_map(network: nn.Module, last_map: str | None, view: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (B, D) of a backbone without its last layer, and its last map (B, C, h, w), for a view (B, 3, P, P).
+
+    Args:
+        last_map: as in `Backbone`.
+    """
+    if last_map is None:
+        activations = network.forward_features(view)
+        features, prefix = network.forward_head(activations), getattr(network, "num_prefix_tokens", 0)
+    else:
+        seen: list[torch.Tensor] = []
+        handle = network.get_submodule(last_map).register_forward_hook(lambda *call: seen.append(call[-1]))
+        try:
+            features = network(view)
+        finally:
+            handle.remove()
+        (activations,), prefix = seen, 1  # torchvision's ViT has a class token
+    if activations.ndim == 3:  # tokens
+        tokens = activations[:, prefix:]
+        activations = tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
+    elif activations.shape[1] == activations.shape[2] != activations.shape[3]:  # of some of timm's networks
+        activations = activations.movedim(-1, 1)
+    return features, activations
 
 
 def load_backbone(name: str, settings: Settings) -> Backbone:
@@ -102,7 +130,7 @@ def _load_torchvision(name: str, settings: Settings, file: Path | None) -> Backb
     if not isinstance(layer, nn.Linear):
         raise UserError(f"backbone {name} does not end in a linear layer, which the models replace: choose another")
     network.set_submodule(last, nn.Identity())
-    return Backbone(network, layer.in_features, IMAGENET_MEAN, IMAGENET_STD, last, entry.norm)
+    return Backbone(network, layer.in_features, IMAGENET_MEAN, IMAGENET_STD, last, entry.norm, entry.last_map)
 
 
 def _imagenet_file(name: str, weights: WeightsEnum) -> Path:

@@ -5,7 +5,9 @@ from torch import nn
 from config import Experiment, GlassExperiment, Settings
 from models.backbones import load_backbone
 from models.glass_models import GlassModel
+from models.pooling import build_pool
 from models.standard_models import build_standard
+from utils import UserError
 
 
 def build_model(experiment: Experiment, settings: Settings) -> nn.Module:
@@ -13,7 +15,13 @@ def build_model(experiment: Experiment, settings: Settings) -> nn.Module:
 
     New layers are drawn from torch's global generator: seed it first. Raises UserError as `load_backbone` does.
     """
-    if isinstance(experiment, GlassExperiment):
-        global_backbone, local_backbone = (load_backbone(experiment.backbone, settings) for _ in range(2))
-        return GlassModel(global_backbone, local_backbone, experiment.dropout_rate)
-    return build_standard(load_backbone(experiment.backbone, settings), experiment.dropout_rate)
+    name, rate = experiment.backbone, experiment.dropout_rate
+    if not isinstance(experiment, GlassExperiment):
+        return build_standard(load_backbone(name, settings), rate)
+    branches, K = experiment.branches, experiment.num_crops if experiment.crop_sampler == "cooi" else 0
+    if branches == "local" and K:
+        raise UserError("crop_sampler cooi asks the global view where to look, which branches local has none of")
+    whole = None if branches == "local" else load_backbone(name, settings)
+    crops = whole if branches == "shared" else None if branches == "global" else load_backbone(name, settings)
+    pool = build_pool(experiment.pooling, (whole or crops).width, rate)
+    return GlassModel(whole, crops, pool, rate, K if crops else 0)

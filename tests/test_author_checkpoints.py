@@ -43,7 +43,7 @@ def checkpoints(models: dict[str, nn.Module], tmp_path_factory: pytest.TempPathF
 def direct_probability(model: nn.Module, path: Path, num_crops: int) -> float:
     """Of fake, by the model itself."""
     image = read_image(path, 10**9)
-    picture, views = Picture(image, pixel_key(image)), ViewSettings(224, num_crops, 606)
+    picture, views = Picture(image, pixel_key(image)), ViewSettings(224, num_crops, 606, standard=not num_crops)
     resized, boxes = picture.resized(views), picture.boxes(views, 1)[0] if num_crops else []
     arrays = [resized[None], *([np.stack([*picture.crops(boxes, 224)])[None]] if num_crops else [])]
     with torch.no_grad():

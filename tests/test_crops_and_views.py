@@ -181,7 +181,7 @@ def test_a_file_that_changed_after_preprocessing_is_named(tmp_path: Path, toy_pr
     preset = toy_preset(data_root=tmp_path / "images", results_root=tmp_path / "results")
     preprocess(preset)
     index, splits = load_splits(preset)
-    dataset = ImageDataset(index, splits.train, ViewSettings(32), max_pixels=10**6)
+    dataset = ImageDataset(index, splits.train, ViewSettings(32, standard=True), max_pixels=10**6)
     path = index.root / dataset.names[0]
     path.write_bytes(path.read_bytes() + b"more")
     with pytest.raises(UserError, match=rf"{dataset.names[0]} is not what it was .*its size in bytes has changed"):
@@ -190,7 +190,7 @@ def test_a_file_that_changed_after_preprocessing_is_named(tmp_path: Path, toy_pr
     with pytest.raises(UserError, match=rf"{dataset.names[0]} is not what it was .*No such file"):
         dataset[0, None]
     with pytest.raises(UserError, match="more than max_image_pixels = 10: raise it"):
-        ImageDataset(index, splits.train, ViewSettings(32), max_pixels=10)
+        ImageDataset(index, splits.train, ViewSettings(32, standard=True), max_pixels=10)
 
 
 def test_perturbations_do_what_their_names_say() -> None:

@@ -11,23 +11,16 @@ def parameter_groups(model: nn.Module, experiment: Experiment) -> list[dict]:
     """Every parameter exactly once, with its learning rate and weight decay."""
     if not isinstance(experiment, GlassExperiment):
         return [{"params": list(model.parameters()), "lr": experiment.lr, "weight_decay": experiment.weight_decay}]
-    return [
-        {
-            "params": list(model.global_model.parameters()),
-            "lr": experiment.lr_global,
-            "weight_decay": experiment.wd_global,
-        },
-        {
-            "params": list(model.local_model.parameters()),
-            "lr": experiment.lr_local,
-            "weight_decay": experiment.wd_local,
-        },
-        {
-            "params": [*model.attention.parameters(), *model.classifier.parameters()],
-            "lr": experiment.lr_atten_class,
-            "weight_decay": 0.0,
-        },
-    ]
+    local = list(model.local_model.parameters()) if hasattr(model, "local_model") else []
+    shared = {id(parameter) for parameter in local}  # one network for both views counts as the crops'
+    whole = [parameter for parameter in model.global_model.parameters() if id(parameter) not in shared]
+    rest = [*(model.attention.parameters() if local else ()), *model.classifier.parameters()]
+    groups = (
+        (whole, experiment.lr_global, experiment.wd_global),
+        (local, experiment.lr_local, experiment.wd_local),
+        (rest, experiment.lr_atten_class, 0.0),
+    )
+    return [{"params": params, "lr": lr, "weight_decay": decay} for params, lr, decay in groups if params]
 
 
 def build_optimizer(

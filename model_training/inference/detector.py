@@ -15,7 +15,7 @@ import torch
 from scipy.special import expit
 from torch import nn
 
-from config import Count, Crops, Experiment, GlassExperiment, Settings, StandardExperiment
+from config import Count, Crops, CropSampler, Experiment, GlassExperiment, Settings, StandardExperiment
 from data.images import UnreadableImage
 from data.pictures import Picture, Source, read_pictures
 from data.views import ViewSettings
@@ -44,10 +44,16 @@ class PredictionOptions:
     batch_size: Count = 8  # images that are processed together
     chunk_size: Count = 64  # views that a backbone encodes at a time
     backbone: str | None = None  # of a checkpoint (.pt) of the author's code, which does not say it: vit, resnet, ...
-    num_crops: Crops | None = None  # likewise, of a GLASS model
+    num_crops: Crops | None = None  # likewise, of a GLASS model; of other weights: instead of the K of their training
+    crop_sampler: CropSampler | None = None  # instead of that of the training, such as all: every tile of an image
 
     def __post_init__(self) -> None:
         checked(self)
+
+    @property
+    def other_crops(self) -> dict[str, Any]:
+        """What is chosen of a GLASS model's crops instead of what it was trained with."""
+        return {name: value for name in ("num_crops", "crop_sampler") if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -106,13 +112,13 @@ class Detector:
 
     @property
     def num_crops(self) -> int:
-        """K, or 0."""
-        return getattr(self.experiment, "num_crops", 0)
+        """K, or 0 of a model that looks at no crops."""
+        return ViewSettings.of(self.settings, self.experiment, 0).num_crops
 
     def depends_on(self) -> list[Any]:
         """What its scores depend on besides weights and images, JSON-ready; rounding by batches is left out."""
         numerics = self.runtime.precision, self.settings.matmul_precision, self.runtime.device.type
-        model = self.experiment.backbone, self.num_crops, self.options.draws
+        model = self.experiment.backbone, self.num_crops, self.options.draws, self.options.crop_sampler
         return [*model, *numerics, git_commit(), library_versions()]
 
     def predict(self, image: Source) -> Prediction:
@@ -175,7 +181,7 @@ class Detector:
 
     def _score(self, pictures: Iterable[Picture], boxes: np.ndarray | None) -> list[Scores]:
         views = ViewSettings.of(self.settings, self.experiment, self.settings.main_seed)
-        if isinstance(self.experiment, StandardExperiment):
+        if not views.num_crops:
             logits = self._encode(self.model, (picture.resized(views) for picture in pictures))
             nothing = np.zeros((1, 0))
             return [Scores(_scores(row[None]), np.zeros((1, 0, 4), int), nothing, nothing, nothing) for row in logits]
@@ -184,14 +190,22 @@ class Detector:
         def crops() -> Iterator[np.ndarray]:
             for picture in pictures:
                 of_picture = picture.boxes(views, self.options.draws) if boxes is None else boxes
-                drawn.append(of_picture)
                 global_views.append(picture.resized(views))
+                if boxes is None and self.model.num_chosen:
+                    of_picture = of_picture[:, self._chosen(global_views[-1], of_picture.shape[1])]
+                drawn.append(of_picture)
                 yield from picture.crops(of_picture.reshape(-1, 4), views.patch_size)
 
         crop_features = self._encode(self.model.local_model, crops())
         global_features = self._encode(self.model.global_model, global_views)
         of_pictures = crop_features.split([of_picture.shape[0] * of_picture.shape[1] for of_picture in drawn])
         return list(map(self._classify, global_features, of_pictures, drawn))
+
+    def _chosen(self, global_view: np.ndarray, places: int) -> np.ndarray:
+        """Which K of the `places` the model looks at."""
+        batch = self.runtime.to_device(self.model, [torch.from_numpy(global_view)[None].movedim(-1, -3)])
+        with self.runtime.autocast():
+            return self.model.choose(*batch, places)[1][0].cpu().numpy()
 
     def _encode(self, network: Callable[[torch.Tensor], torch.Tensor], views: Iterable[np.ndarray]) -> torch.Tensor:
         """Outputs (N, ...) in float32 on the device for N views (P, P, 3), `chunk_size` at a time."""
@@ -244,13 +258,15 @@ def load_detector(
         experiment, settings, calibration = _described(about)
     except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{path} does not describe a model of this version ({error}): train it again") from None
-    for name in ("backbone", "num_crops"):
-        given, own = (getattr(of, name, None) for of in (options, experiment))
-        if given and own and given != own:
-            raise UserError(f"{path} says itself that its {name} is {own}, not {given}: leave that option out")
+    if options.backbone not in (None, experiment.backbone):
+        own = f"its backbone is {experiment.backbone}, not {options.backbone}"
+        raise UserError(f"{path} says itself that {own}: leave that option out")
+    if isinstance(experiment, GlassExperiment):
+        experiment = replace(experiment, **options.other_crops)
     if options.precision != "trained":
         settings = replace(settings, precision=options.precision, matmul_precision="highest")
     settings = replace(settings, device=device, max_image_pixels=max_image_pixels, compile=False, pretrained=False)
+    ViewSettings.of(settings, experiment, 0)  # which refuses crops that cannot be drawn
     runtime = build_runtime(checked(settings))
     model = build_model(experiment, settings)
     load_model(path, model)

@@ -16,7 +16,7 @@ from model_training.tables.table import show
 INK, PAPER, FAINT = "#222222", "white", "#e4e4e4"
 GAP, LINE = 16, 22  # pixels between parts, and from one line of text to the next
 LARGEST, MAP_LARGEST, SMALLEST = 900, 500, 300  # sides of an image as it is shown
-SHOWN_CROPS, CAPTION_WIDTH = 4, 190
+SHOWN_CROPS, SHOWN_ROWS, CAPTION_WIDTH = 4, 16, 190
 ROUNDING = 0.0005  # smaller effects are shown as 0
 BADGE = (24, 18)
 FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
@@ -185,13 +185,14 @@ def _native_crop(picture: Picture, number: int, box: np.ndarray, effect: float) 
 def _table(attention: np.ndarray, alone: np.ndarray, effects: np.ndarray) -> Image.Image:
     """A line for each crop: number, attention, score alone, effect, and its bar to the left (real) or right (fake)."""
     ends, middle, reach = (100, 160, 220), 310, 85
+    largest, more = np.nanmax(np.abs(effects), initial=0) or 1, max(0, len(effects) - SHOWN_ROWS)
+    attention, alone, effects = (values[:SHOWN_ROWS] for values in (attention, alone, effects))
     table = _blank(middle + reach + 5, (len(effects) + 3) * LINE)
     draw = ImageDraw.Draw(table)
     for end, heading in zip(ends, ("attention", "alone", "effect"), strict=True):
         draw.text((end, 0), heading, INK, BOLD, anchor="ra")
     draw.text((middle - 6, 0), "◂ to real", BLUE, BOLD, anchor="ra")
     draw.text((middle + 6, 0), "to fake ▸", VERMILLION, BOLD)
-    largest = np.nanmax(np.abs(effects), initial=0) or 1
     for i, (weight, score, effect) in enumerate(zip(attention, alone, effects, strict=True), 1):
         y = i * LINE
         draw.line((0, y - 3, table.width, y - 3), FAINT)
@@ -204,6 +205,8 @@ def _table(attention: np.ndarray, alone: np.ndarray, effects: np.ndarray) -> Ima
             draw.rectangle((left, y + 2, right, y + 14), _colour(effect))
     below = (len(effects) + 1) * LINE
     draw.line((middle, LINE, middle, below), GREY)
+    if more:
+        draw.text((table.width, below + 4), f"and {more} more", GREY, PLAIN, anchor="ra")
     draw.text((0, below + 4), "alone: the score if the crop were the only one", GREY, PLAIN)
     draw.text((0, below + LINE), "effect: how much the score falls without the crop", GREY, PLAIN)
     return table

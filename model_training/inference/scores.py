@@ -60,7 +60,8 @@ class ScoringOptions(PredictionOptions):
     def output_folder(self, preset: Preset, section: str, *variant: str) -> Path:
         """results/<preset>/<section>/<name>."""
         settings = preset.settings
-        choices = (settings.data_list, settings.group_by.removeprefix("none"), "all" * self.all_images, *variant)
+        images = settings.data_list, settings.group_by.removeprefix("none"), "all" * self.all_images
+        choices = *images, *(f"{name}-{value}" for name, value in self.other_crops.items()), *variant
         return preset_folder(preset) / section / (self.name or name_of_root(settings.data_root, *choices))
 
 
@@ -155,6 +156,9 @@ def score_data(
         models.setdefault(model, []).append(ScoredModel(seed, calibration, probabilities))
     sources, groups, kind = _sources_and_groups(settings, paths)
     notes = _notes_on_training(settings, abouts, len(seen), bool(left_out))
+    if options.other_crops:
+        crops = ", ".join(f"{name} = {value}" for name, value in options.other_crops.items())
+        notes.append(f"Crops: {crops}; thresholds and calibration are of the crops of each model's training.")
     chosen = (labels[readable], sources[readable], groups[readable])
     return ScoredData(root.resolve(), data_list, *chosen, kind, models, unreadable, notes)
 

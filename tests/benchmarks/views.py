@@ -82,7 +82,8 @@ def decode(index: Index, rows: list[int]) -> Repeat:
 
 
 def dataset(index: Index, rows: list[int], num_crops: int | None, exact_resize: bool = False) -> ImageDataset:
-    return ImageDataset(index, rows, ViewSettings(P, num_crops or 0, exact_resize=exact_resize), MAX_PIXELS)
+    views = ViewSettings(P, num_crops or 0, exact_resize=exact_resize, standard=not num_crops)
+    return ImageDataset(index, rows, views, MAX_PIXELS)
 
 
 def ours(index: Index, rows: list[int], num_crops: int | None, normalise: bool = False) -> Repeat:
@@ -129,7 +130,7 @@ def used_bytes(data: ImageDataset, epoch: int) -> Measured:
     used, distinct = views, views
     for record in data.records:
         seen = np.zeros((record.height, record.width), bool)
-        for top, left, h, w in data.views.boxes(seen.shape, record.key, epoch):
+        for top, left, h, w in data.views.boxes(record, record.key, epoch):
             used += 3 * int(h * w)
             seen[top : top + h, left : left + w] = True
         distinct += 3 * int(np.count_nonzero(seen))
