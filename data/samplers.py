@@ -17,7 +17,7 @@ from config import CropSampler
 from data.crops import sample_crop_boxes, tile_boxes
 
 CANDIDATES = 64  # boxes or windows that are graded
-BLOCK = 16  # pixels; the side of the blocks that texture is summed over, where P is a multiple of it
+BLOCK = 16  # pixels; the side of the blocks that texture is summed over; less where P is no multiple of it
 STRIP = 150_000  # values whose texture is computed at a time, in a processor's own cache
 WINDOW, STRIDE, BANDS = 32, 16, 6  # of AIDE's grade: side of a window, pixels to the next, bands of frequencies
 RGB_OF_FOUR = np.array([255, 255, 255, 0], np.uint8).view(np.uint32)  # without the fourth byte of a pixel
@@ -96,13 +96,14 @@ def texture(image: SampledImage, K: int, P: int, generator: torch.Generator, *, 
     Args:
         lowest: share of the K boxes with the lowest texture, rounded up; the others have the highest.
     """
-    block, room = math.gcd(P, BLOCK), _room(image, P)
+    sides, room = (min(image.height, P), min(image.width, P)), _room(image, P)
+    block = math.gcd(*sides, BLOCK)
     origin = [int(torch.randint(0, min(block - 1, last) + 1, (), generator=generator)) for last in room]
     rows, columns = ((last - first) // block + 1 for first, last in zip(origin, room, strict=True))
     chosen = torch.randperm(rows * columns, generator=generator)[:CANDIDATES].numpy()
     down, right = np.divmod(chosen, columns)
     boxes = _boxes(image, origin[0] + down * block, origin[1] + right * block, P)
-    box = [min(P, side) // block for side in (image.height, image.width)]  # in blocks
+    box = [side // block for side in sides]
     if len(boxes) * P * P < image.height * image.width:  # a large image: look at the candidates only
         grades = np.array([block_textures(image.pixels, place, box, block).sum() for place in boxes[:, :2].tolist()])
     else:

@@ -107,12 +107,13 @@ def places_of_interest(activations: torch.Tensor, side: int, K: int) -> torch.Te
     if scores.shape[-2:] != (side, side):
         scores = F.interpolate(scores, (side, side), mode="bilinear", antialias=True)
     scores = F.avg_pool2d(scores, 3, stride=1, padding=1, count_include_pad=False).flatten(1)  # (B, side * side)
-    below_all = 2 * (scores.amax(dim=1) - scores.amin(dim=1) + 1)  # (B,)
+    # Places whose scores differ by rounding alone count as equal, of which the first is taken.
+    scores = (1e4 * scores / scores.abs().amax(dim=1, keepdim=True).clamp(min=1e-12)).round()
     cells = torch.arange(side * side, device=scores.device)
     rows, columns, chosen = cells // side, cells % side, []
     for _ in range(K):
         cell = scores.argmax(dim=1)  # (B,)
         chosen.append(cell)
         near = [(part - part[cell][:, None]).abs() <= 1 for part in (rows, columns)]  # (B, side * side) each
-        scores = scores - below_all[:, None] * (near[0] & near[1]) * (1 + (cells == cell[:, None]) * K)
+        scores = scores - 3e4 * (near[0] & near[1]) * (1 + (cells == cell[:, None]) * K)
     return torch.stack(chosen, dim=1)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -16,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import config
 from config import CostSettings, LogUniform, NumCrops, Preset, Reproduce, StandardMemory, Training, Tuning
+from data.views import ViewSettings
 from hyperparameter_tuning.search_spaces import suggest_experiment
 from hyperparameter_tuning.study import build_live_study, tune
 from model_training.reproduce import commands_of, reproduce
@@ -24,7 +26,7 @@ from models.build import build_model
 from num_crops.sweep import sweep
 from standard_memory.profile import profile
 from tests.conftest import FIXTURES, MakePreset
-from tests.setting_effects import EFFECTS, GLASS, STANDARD, Lab, Observe, effect
+from tests.setting_effects import EFFECTS, GLASS, STANDARD, Lab, Observe, batch, effect
 from training.optimizer import parameter_groups
 from training.runs import seed_folder
 from utils import UserError, preset_folder, read_csv, read_json
@@ -179,6 +181,25 @@ def dropout_rates(lab: Lab, rate: float) -> float:
         model = build_model(replace(experiment, dropout_rate=rate), lab.preset().settings)
         assert [module.p for module in model.modules() if isinstance(module, nn.Dropout)].count(rate) == count
     return rate
+
+
+@effect("GlassExperiment.crop_sampler", {"five": [[2, 2], [0, 0], [0, 5], [4, 0], [4, 5]], "grid": [[0, 0]]})
+def places_of_crops(lab: Lab, sampler: str) -> list[list[int]]:
+    image = SimpleNamespace(height=36, width=37)
+    experiment = replace(GLASS, crop_sampler=sampler, num_crops=5)
+    boxes = ViewSettings.of(lab.preset().settings, experiment, 0).boxes(image, "key")
+    return boxes[: 5 if sampler == "five" else 1, :2].tolist()
+
+
+@effect("GlassExperiment.pooling", {"attention": "AttentionPool", "max": "MaxPool"})
+def kinds_of_pools(lab: Lab, pooling: str) -> str:
+    return type(build_model(replace(GLASS, pooling=pooling), lab.preset().settings).attention).__name__
+
+
+@effect("GlassExperiment.branches", {"both": 2, "global": 1, "local": 2})
+def views_of_a_batch(lab: Lab, branches: str) -> int:
+    *views, _ = batch(lab.preset(), replace(GLASS, branches=branches))
+    return len(views)
 
 
 @effect("LogUniform.low LogUniform.high", {(3e-3, 4e-3): True, (5e-3, 6e-3): True})
