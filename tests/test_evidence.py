@@ -23,6 +23,7 @@ from model_training.inference.evidence_pictures import GAP, LINE, draw_evidence,
 from model_training.tables.figures import BLUE, VERMILLION
 from models.backbones import Backbone
 from models.glass_models import GlassModel
+from models.pooling import build_pool
 from tests.conftest import run_module, untrained_weights
 from training.runtime import build_runtime
 from utils import UserError, find_experiment
@@ -47,7 +48,7 @@ MEAN_COLOUR = Backbone(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), 3, 
 
 def redness(backbone: Backbone = MEAN_COLOUR) -> Detector:
     """A detector of red in the features, colours: all crops have the same weight, and red is evidence for fake."""
-    model = GlassModel(backbone, backbone, 0.0).eval()
+    model = GlassModel(backbone, backbone, build_pool("attention", backbone.width, 0.0), 0.0).eval()
     with torch.no_grad():
         for parameters in (*model.attention.parameters(), *model.classifier[2].parameters()):
             parameters.zero_()
