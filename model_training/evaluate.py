@@ -4,12 +4,12 @@
 
 ROOT holds fake/ and real/, each with a folder for each generator or source, if you have them. Prints a row for all
 images and one for each generator: the usual metrics with 95% bootstrap intervals; weights of several seeds give mean ±
-standard deviation. With fake/ or real/ alone: the share called fake at each of the model's thresholds. --format-matched
-90 adds the same images, all saved as JPEG of quality 90 first: a detector of file formats, not of fakes, does worse
-there. Images that one of the models was trained or validated on are left out, unless --data-list names them. Intervals
-are over pairs of one file name, or the groups of --group-by, where there are any. Writes tables and figures to
-results/<preset>/evaluation/<NAME>, NAME after data root and choice of images. Scores are stored: an interrupted
-evaluation resumes. --precision trained computes as the run's own test did.
+standard deviation, those of several models the differences from the first. With fake/ or real/ alone: the share called
+fake at each of the model's thresholds. --format-matched 90 adds the same images, all saved as JPEG of quality 90 first:
+a detector of file formats, not of fakes, does worse there. Images that one of the models was trained or validated on
+are left out, unless --data-list names them. Intervals are over pairs of one file name, or the groups of --group-by,
+where there are any. Writes tables and figures to results/<preset>/evaluation/<NAME>, NAME after data root and choice of
+images. Scores are stored: an interrupted evaluation resumes. --precision trained computes as the run's own test did.
 
 Hardware: a CUDA GPU if there is one, else the CPU. Measured: docs/performance.md.
 """
@@ -27,11 +27,12 @@ from config import Preset
 from data.records import CLASSES
 from model_training.inference.scores import SETTINGS, ScoredData, ScoredModel, ScoringOptions, score_data
 from model_training.tables.figures import plot_reliability, plot_roc, plot_score_histograms
-from model_training.tables.table import Cell, Row, Table, show, value_of
-from training.detection_metrics import DETECTION_METRICS, bootstrap_intervals, detection_metrics
+from model_training.tables.table import Cell, Row, Table, interval_of, show, value_of
+from training.detection_metrics import DETECTION_METRICS, bootstrap_intervals, detection_metrics, paired_differences
 from utils import run_command
 
 SHOWN = ("auc", "balanced_accuracy")  # where models or formats stand side by side
+NOT_ALWAYS = ("evaluation_raw.*", "formats.*", "differences.*", "roc.png", "calibration.png")  # of what is written
 PARTS = ("mean", "std", "low", "high")  # of a metric
 COUNTS = {key: value_of(key) for key in ("model", "images", "fake", "real")}  # columns
 THRESHOLDS = {  # of a calibration
@@ -66,6 +67,8 @@ def evaluate_weights(preset: Preset, **values: Any) -> None:
     folder = options.output_folder(preset, "evaluation", *kinds[1:])
     both = len(set(data.labels)) == len(CLASSES)
     tables = _tables(data, kinds) if both else [_table_of_one_class(data, kinds)]
+    for old in (path for pattern in NOT_ALWAYS for path in folder.glob(pattern)):
+        old.unlink()
     for table in tables:
         table.write(folder)
         if table.name != "evaluation_raw":
@@ -92,7 +95,27 @@ def _tables(data: ScoredData, kinds: Sequence[str]) -> list[Table]:
         for metric, kind in product(SHOWN, kinds):
             columns[f"{DETECTION_METRICS[metric].label}, {kind.replace('_', ' ')}"] = metric_of(f"{kind} {metric}")
         tables.append(Table("formats", "Native, and all images in one format", list(wide.values()), columns, notes))
-    return tables
+    return tables + ([_differences(data, kinds)] if len(data.models) > 1 else [])
+
+
+def _differences(data: ScoredData, kinds: Sequence[str]) -> Table:
+    """Each model minus the first one, by calibrated probabilities."""
+    (first, of_first), *_ = data.models.items()
+    rows = []
+    for row, models, chosen in _counted(data, kinds, "calibrated"):
+        if models is not of_first:
+            (a, at_a), (b, at_b) = (_outputs(each, "calibrated", row["format"], chosen) for each in (of_first, models))
+            found = paired_differences(a, b, data.labels[chosen], (at_a, at_b), data.groups[chosen])
+            rows.append(row | {"minus": first})
+            for metric, values in found.items():
+                rows[-1] |= dict(zip((metric, f"{metric}_low", f"{metric}_high"), values, strict=True))
+    columns: dict[str, Cell] = {"model": lambda row: f"{row['model']} minus {row['minus']}"}
+    columns |= {key: value_of(key) for key in ("images", "format")}
+    columns |= {DETECTION_METRICS[key].label: interval_of(key, DETECTION_METRICS[key].scale, "+.1f") for key in SHOWN}
+    note = (
+        f"In percentage points; [{data.interval}, resampled alike for both models]; other seeds would differ besides."
+    )
+    return Table("differences", f"Differences from {first} on the same images", rows, columns, [note, *data.notes()])
 
 
 def _table_of_one_class(data: ScoredData, kinds: Sequence[str]) -> Table:
@@ -163,17 +186,11 @@ def metrics_row(
 ) -> Row:
     """Each metric's mean and standard deviation over models, and the 95% interval of the mean; nll in nats.
 
-    Of the `chosen` images under a perturbation, by "calibrated" or "raw" probabilities. Where the images of a class are
-    of one group, such as those of one generator, the interval is over them.
+    Of the `chosen` images under a perturbation, by "calibrated" or "raw" probabilities.
     """
-    labels, groups = data.labels[chosen], data.groups[chosen].astype(object)
-    for of_class in map(np.flatnonzero, (labels == 0, labels == 1)):
-        if len(set(groups[of_class])) == 1:
-            groups[of_class] = [f"image {row}" for row in of_class]
-    thresholds = [model.threshold(which) for model in models]
-    probabilities = [model.probabilities[which, kind][chosen] for model in models]
+    labels, (probabilities, thresholds) = data.labels[chosen], _outputs(models, which, kind, chosen)
     values = [detection_metrics(fake, labels, at) for fake, at in zip(probabilities, thresholds, strict=True)]
-    intervals = bootstrap_intervals(probabilities, labels, thresholds, groups.astype(str))
+    intervals = bootstrap_intervals(probabilities, labels, thresholds, data.groups[chosen])
     row: Row = {}
     for metric in DETECTION_METRICS:
         of_models = np.array([of_model[metric] for of_model in values])
@@ -181,6 +198,13 @@ def metrics_row(
         of_metric = (float(of_models.mean()), std, *intervals[metric])
         row |= {f"{metric}_{part}": value for part, value in zip(PARTS, of_metric, strict=True)}
     return row
+
+
+def _outputs(
+    models: Sequence[ScoredModel], which: str, kind: str, chosen: np.ndarray | slice
+) -> tuple[list[np.ndarray], list[float]]:
+    """Of each model, its probabilities of fake for the chosen images and its threshold."""
+    return [model.probabilities[which, kind][chosen] for model in models], [model.threshold(which) for model in models]
 
 
 def metric_of(key: str) -> Cell:

@@ -34,7 +34,7 @@ from tests.conftest import (
     untrained_weights,
 )
 from training.checkpoints import save_model
-from training.detection_metrics import bootstrap_intervals
+from training.detection_metrics import bootstrap_intervals, paired_differences
 from utils import UserError, load_preset, name_of_root, read_csv, read_json, write_csv
 
 SAME = 1e-5  # logits; what the order of sums may change
@@ -444,8 +444,30 @@ def test_intervals_are_over_pairs_and_groups(
     found = [float(row[f"balanced_accuracy_{end}"]) for end in ("low", "high")]
     fake = np.array([one.raw_probability_fake for one in detector_of(results).predict_all(paths)])
     labels = np.array([int(path.parent.name == "real") for path in paths])
-    groups = [f"image {row}" for row in range(40)] if kind == "classes" else [group_of(path) for path in paths]
+    groups = range(40) if kind == "classes" else [group_of(path) for path in paths]
     assert found == pytest.approx(bootstrap_intervals([fake], labels, [0.5], groups)["balanced_accuracy"], abs=1e-6)
+
+
+def test_evaluate_has_the_paired_differences_from_the_first_model(results: Path, by_generator: Path) -> None:
+    files = weights(results, "standard_resnet"), weights(results), weights(results, seed=2)
+    flags = ("--all-images", "--name", "d", "--group-by", "stem", "--weights", *files, "--format-matched", "60")
+    printed, folder = run_on("evaluate", results, by_generator, *flags), results / "demo" / "evaluation" / "d"
+    rows = {(row["images"], row["format"]): row for row in read_csv(folder / "differences.csv")}
+    assert len(rows) == 8 and {row["model"] for row in rows.values()} == {"glass_resnet"}
+    paths = [path for path in map(Path, find_images([str(by_generator)])[0]) if path.stem != "broken"]
+    labels = np.array([int("real" in path.parts) for path in paths])
+    detectors = [load_detector(file, "cpu") for file in files]
+    fakes = [np.array([one.probability_fake for one in detector.predict_all(paths)]) for detector in detectors]
+    at = [detector.calibration.balanced for detector in detectors]
+    groups = [path.stem for path in paths]
+    found = paired_differences(fakes[:1], fakes[1:], labels, (at[:1], at[1:]), groups)
+    for name in ("auc", "balanced_accuracy"):
+        row = [float(rows["all", "native"][f"{name}{end}"]) for end in ("", "_low", "_high")]
+        assert row == pytest.approx(found[name], abs=1e-6)
+    low, middle, high = sorted(100 * value for value in found["auc"])
+    assert f"| glass_resnet minus standard_resnet | all | native | {middle:+.1f} [{low:+.1f}, {high:+.1f}] |" in printed
+    run_on("evaluate", results, by_generator, *flags[:6], *files[1:])  # of one model: nothing of before is left
+    assert not list(folder.glob("differences.*")) and not list(folder.glob("formats.*"))
 
 
 def test_robustness_has_a_row_for_each_perturbation(results: Path, toy_data: Path) -> None:

@@ -39,11 +39,64 @@ def bootstrap_intervals(
 
     Args:
         fakes: for each model (the seeds of one experiment, say) its probabilities of fake for the same images.
+        labels: (N,), 0 fake, 1 real.
         thresholds: for each model.
         groups: of each image, such as its pair or source. Images of a group are no independent observations: whole
-            groups are resampled, those of fake images, of real ones and of both among themselves.
+            groups are resampled, those of fake images, of real ones and of both among themselves. The images of a
+            class that are all of one group, such as those of one generator, are resampled one by one.
     """
+    drawn = _resampled(fakes, labels, thresholds, groups, resamples, seed)
+    return {name: _interval(values.mean(axis=1)) for name, values in drawn.items()}
+
+
+def paired_differences(
+    first: Sequence[np.ndarray],
+    second: Sequence[np.ndarray],
+    labels: np.ndarray,
+    thresholds: tuple[Sequence[float], Sequence[float]],
+    groups: Sequence[str] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, tuple[float, float, float]]:
+    """Mean of `detection_metrics` over the models of `second` minus that over the models of `first`, with the ends of
+    its 95% percentile interval: both are resampled alike, so that what is hard for both cancels out.
+
+    The interval is over images, for these models; other seeds would differ besides.
+
+    Args:
+        first, second: as `fakes` of `bootstrap_intervals`, on the same images, with as many models as there are.
+        thresholds: for each model of `first`, and of `second`.
+        labels, groups: as for `bootstrap_intervals`.
+    """
+    models, at = [*first, *second], [*thresholds[0], *thresholds[1]]
+    values = [detection_metrics(fake, labels, threshold) for fake, threshold in zip(models, at, strict=True)]
+    drawn = _resampled(models, labels, at, groups, resamples, seed)
+
+    def difference(of_models: np.ndarray) -> np.ndarray:
+        return of_models[..., len(first) :].mean(axis=-1) - of_models[..., : len(first)].mean(axis=-1)
+
+    return {
+        name: (
+            float(difference(np.array([of_model[name] for of_model in values]))),
+            *_interval(difference(drawn[name])),
+        )
+        for name in DETECTION_METRICS
+    }
+
+
+def _resampled(
+    fakes: Sequence[np.ndarray],
+    labels: np.ndarray,
+    thresholds: Sequence[float],
+    groups: Sequence[str] | None,
+    resamples: int,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Each metric of each model in each resample, the same ones for all models: (R, models)."""
     _, group = np.unique(np.arange(len(labels)) if groups is None else groups, return_inverse=True)
+    for of_class in (np.flatnonzero(labels == label) for label in (0, 1)):
+        if len(set(group[of_class])) == 1:
+            group[of_class] = group.max() + 1 + np.arange(len(of_class))
     classes = sum((label + 1) * (np.bincount(group, labels == label) > 0) for label in (0, 1))  # 1, 2, or 3 for both
     generator = np.random.default_rng(seed)
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in DETECTION_METRICS}
@@ -55,8 +108,12 @@ def bootstrap_intervals(
                 weights[:, of_kind] = generator.multinomial(n, np.full(n, 1 / n), len(weights))
         of_models = [_Counts(fake, labels, at, weights[:, group]) for fake, at in zip(fakes, thresholds, strict=True)]
         for name, metric in DETECTION_METRICS.items():
-            drawn[name].append(np.mean([metric.compute(counts) for counts in of_models], axis=0))
-    return {name: tuple(np.quantile(np.concatenate(parts), (0.025, 0.975)).tolist()) for name, parts in drawn.items()}
+            drawn[name].append(np.stack([metric.compute(counts) for counts in of_models], axis=1))
+    return {name: np.concatenate(parts) for name, parts in drawn.items()}
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    return tuple(np.quantile(values, (0.025, 0.975)).tolist())
 
 
 class _Counts:
