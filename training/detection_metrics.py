@@ -5,6 +5,7 @@ training.metrics.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from training.metrics import ECE_BINS, Metric, bins_of
 
 RESAMPLES = 1000
+SOURCE_IMAGES = 5  # sources of fewer images say too little of how they differ
 _CHUNK = 100  # resamples at a time, so that memory does not grow with their number
 
 
@@ -110,6 +112,74 @@ def _resampled(
         for name, metric in DETECTION_METRICS.items():
             drawn[name].append(np.stack([metric.compute(counts) for counts in of_models], axis=1))
     return {name: np.concatenate(parts) for name, parts in drawn.items()}
+
+
+@dataclass(frozen=True)
+class SourcesApart:
+    """What `sources_apart` found; AUCs are fractions.
+
+    Attributes:
+        names, images: the sources that were compared, and how many images they have together.
+        aucs: of each model, its mean over all pairs of sources.
+        chance: what 95% of the means over models stay below if sources are shuffled.
+        pair, pair_auc: the two sources that are most apart, and their AUC, mean over models.
+    """
+
+    names: tuple[str, ...]
+    images: int
+    aucs: np.ndarray
+    chance: float
+    pair: tuple[str, str]
+    pair_auc: float
+
+
+def sources_apart(
+    fakes: Sequence[np.ndarray], sources: np.ndarray, permutations: int = RESAMPLES, seed: int = 0
+) -> SourcesApart | None:
+    """How well a score tells sources of real images apart, which a detector of fakes should not: AUC near one half.
+
+    The AUC between each two sources that have SOURCE_IMAGES images, folded, since neither is the positive class: the
+    larger of AUC and 1 - AUC; then the mean over all pairs (Hand and Till, Machine Learning 45, 2001). Folded AUCs of
+    few images are above one half by chance: `chance` is the 95% quantile of the same number, sources permuted among
+    the images; near copies within a source exceed it easily. None for fewer than two sources.
+
+    Args:
+        fakes: for each model its probabilities of fake for the same N images, all real.
+        sources: (N,), names; "" of an image that has none, which is left out.
+    """
+    every, counts = np.unique(sources, return_counts=True)
+    names = every[(counts >= SOURCE_IMAGES) & (every != "")]
+    if len(names) < 2:
+        return None
+    chosen, ranked = np.isin(sources, names), []
+    source = np.searchsorted(names, sources[chosen])
+    upper, pairs = np.triu_indices(len(names), 1), np.outer(*2 * (np.bincount(source),))
+    for fake in fakes:
+        order = np.argsort(fake[chosen])
+        scores = fake[chosen][order]
+        ranked.append((order, *(np.searchsorted(scores, scores, side) for side in ("left", "right"))))
+
+    def folded(source: np.ndarray) -> np.ndarray:
+        """AUC of each model and pair of sources: (models, pairs)."""
+        found = []
+        for order, below, not_above in ranked:
+            ones = np.eye(len(names))[source[order]]  # (images, sources), the lowest score first
+            counted = np.vstack([np.zeros(len(names)), np.cumsum(ones, axis=0)])
+            auc = ones.T @ (counted[below] + counted[not_above]) / 2 / pairs  # a tie counts half
+            found.append(np.maximum(auc, auc.T)[upper])
+        return np.array(found)
+
+    generator, aucs = np.random.default_rng(seed), folded(source)
+    by_chance = [folded(generator.permutation(source)).mean() for _ in range(permutations)]
+    most = aucs.mean(axis=0).argmax()
+    return SourcesApart(
+        names=tuple(names.tolist()),
+        images=len(source),
+        aucs=aucs.mean(axis=1),
+        chance=float(np.quantile(by_chance, 0.95)),
+        pair=tuple(str(names[index[most]]) for index in upper),
+        pair_auc=float(aucs[:, most].mean()),
+    )
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
