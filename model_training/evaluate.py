@@ -4,12 +4,13 @@
 
 ROOT holds fake/ and real/, each with a folder for each generator or source, if you have them. Prints a row for all
 images and one for each generator: the usual metrics with 95% bootstrap intervals; weights of several seeds give mean ±
-standard deviation. With fake/ or real/ alone: the share called fake at each of the model's thresholds. --format-matched
-90 adds the same images, all saved as JPEG of quality 90 first: a detector of file formats, not of fakes, does worse
-there. Images that one of the models was trained or validated on are left out, unless --data-list names them. Intervals
-are over pairs of one file name, or the groups of --group-by, where there are any. Writes tables and figures to
-results/<preset>/evaluation/<NAME>, NAME after data root and choice of images. Scores are stored: an interrupted
-evaluation resumes. --precision trained computes as the run's own test did.
+standard deviation, those of several models the differences from the first. A control, where real/ has several sources:
+the AUC between these, which should be near one half. With fake/ or real/ alone: the share called fake at each of the
+model's thresholds. --format-matched 90 adds the same images, all saved as JPEG of quality 90 first: a detector of file
+formats, not of fakes, does worse there. Images that one of the models was trained or validated on are left out, unless
+--data-list names them. Intervals are over pairs of one file name, or the groups of --group-by, where there are any.
+Writes tables and figures to results/<preset>/evaluation/<NAME>, NAME after data root and choice of images. Scores are
+stored: an interrupted evaluation resumes. --precision trained computes as the run's own test did.
 
 Hardware: a CUDA GPU if there is one, else the CPU. Measured: docs/performance.md.
 """
@@ -27,11 +28,18 @@ from config import Preset
 from data.records import CLASSES
 from model_training.inference.scores import SETTINGS, ScoredData, ScoredModel, ScoringOptions, score_data
 from model_training.tables.figures import plot_reliability, plot_roc, plot_score_histograms
-from model_training.tables.table import Cell, Row, Table, show, value_of
-from training.detection_metrics import DETECTION_METRICS, bootstrap_intervals, detection_metrics
+from model_training.tables.table import Cell, Row, Table, interval_of, show, value_of
+from training.detection_metrics import (
+    DETECTION_METRICS,
+    bootstrap_intervals,
+    detection_metrics,
+    paired_differences,
+    sources_apart,
+)
 from utils import run_command
 
 SHOWN = ("auc", "balanced_accuracy")  # where models or formats stand side by side
+NOT_ALWAYS = ("evaluation_raw.*", "formats.*", "differences.*", "roc.png", "calibration.png")  # of what is written
 PARTS = ("mean", "std", "low", "high")  # of a metric
 COUNTS = {key: value_of(key) for key in ("model", "images", "fake", "real")}  # columns
 THRESHOLDS = {  # of a calibration
@@ -44,6 +52,10 @@ THRESHOLDS = {  # of a calibration
 NOTE = (
     "In percent, except for the negative log-likelihood (nats); [{}]; fake is the positive class. An interval of zero "
     "width says that all of these images were classified correctly (or none), not that all images would be."
+)
+ABOVE = (
+    "The score depends on what sets real images of these sources apart, such as camera, compression or subject: where "
+    "fakes come from other sources than the real images, part of its AUC may be that. "
 )
 
 
@@ -66,6 +78,8 @@ def evaluate_weights(preset: Preset, **values: Any) -> None:
     folder = options.output_folder(preset, "evaluation", *kinds[1:])
     both = len(set(data.labels)) == len(CLASSES)
     tables = _tables(data, kinds) if both else [_table_of_one_class(data, kinds)]
+    for old in (path for pattern in NOT_ALWAYS for path in folder.glob(pattern)):
+        old.unlink()
     for table in tables:
         table.write(folder)
         if table.name != "evaluation_raw":
@@ -75,24 +89,47 @@ def evaluate_weights(preset: Preset, **values: Any) -> None:
 
 
 def _tables(data: ScoredData, kinds: Sequence[str]) -> list[Table]:
-    notes, calibrated = [NOTE.format(data.interval), *data.notes()], _rows(data, kinds, "calibrated")
+    notes, controls = [NOTE.format(data.interval), *data.notes()], _controls(data, kinds)
+    calibrated = _rows(data, kinds, "calibrated") + controls
     columns = COUNTS | {metric.label: metric_of(name) for name, metric in DETECTION_METRICS.items()}
     title = "Evaluation: calibrated probabilities, the model's own threshold"
-    tables = [Table("evaluation", title, [row for row in calibrated if row["format"] == "native"], columns, notes)]
+    native = [row for row in calibrated if row["format"] == "native"]
+    tables = [Table("evaluation", title, native, columns, notes + _sentences(native))]
     title, raw = "Evaluation: raw probabilities, threshold 0.5", _rows(data, ["native"], "raw")
     tables.append(Table("evaluation_raw", title, raw, columns, notes))
     if len(kinds) > 1:
         wide: dict[tuple[str, str], Row] = {}
         for row in calibrated:
             key = row["model"], row["images"]
-            names = [f"{metric}_{part}" for metric, part in product(SHOWN, PARTS)]
+            names = [f"{metric}_{part}" for metric, part in product(SHOWN, (*PARTS, "chance"))]
             wide.setdefault(key, dict(zip(("model", "images"), key, strict=True)) | {"missing": ""})
-            wide[key] |= {f"{row['format']} {name}": row[name] for name in names}
+            wide[key] |= {f"{row['format']} {name}": row[name] for name in names if name in row}
         columns = {"model": value_of("model"), "images": value_of("images")}
         for metric, kind in product(SHOWN, kinds):
             columns[f"{DETECTION_METRICS[metric].label}, {kind.replace('_', ' ')}"] = metric_of(f"{kind} {metric}")
-        tables.append(Table("formats", "Native, and all images in one format", list(wide.values()), columns, notes))
-    return tables
+        title = "Native, and all images in one format"
+        tables.append(Table("formats", title, list(wide.values()), columns, notes + _sentences(calibrated)))
+    return tables + ([differences(data, kinds)] if len(data.models) > 1 else [])
+
+
+def differences(data: ScoredData, kinds: Sequence[str]) -> Table:
+    """Each model minus the first one, by calibrated probabilities."""
+    (first, of_first), *_ = data.models.items()
+    rows = []
+    for row, models, chosen in _counted(data, kinds, "calibrated"):
+        if models is not of_first:
+            (a, at_a), (b, at_b) = (_outputs(each, "calibrated", row["format"], chosen) for each in (of_first, models))
+            found = paired_differences(a, b, data.labels[chosen], (at_a, at_b), data.groups[chosen])
+            rows.append(row | {"minus": first})
+            for metric, values in found.items():
+                rows[-1] |= dict(zip((metric, f"{metric}_low", f"{metric}_high"), values, strict=True))
+    columns: dict[str, Cell] = {"model": lambda row: f"{row['model']} minus {row['minus']}"}
+    columns |= {key: value_of(key) for key in ("images", "format")}
+    columns |= {DETECTION_METRICS[key].label: interval_of(key, DETECTION_METRICS[key].scale, "+.1f") for key in SHOWN}
+    note = (
+        f"In percentage points; [{data.interval}, resampled alike for both models]; other seeds would differ besides."
+    )
+    return Table("differences", f"Differences from {first} on the same images", rows, columns, [note, *data.notes()])
 
 
 def _table_of_one_class(data: ScoredData, kinds: Sequence[str]) -> Table:
@@ -107,14 +144,18 @@ def _table_of_one_class(data: ScoredData, kinds: Sequence[str]) -> Table:
             thresholds = np.array([getattr(model.calibration, name) for model in models])
             shares = (fake >= thresholds[:, None]).mean(axis=1)
             row[f"{name}_mean"] = float(shares.mean())
-            row[f"{name}_std"] = float(shares.std(ddof=1)) if len(shares) > 1 else float("nan")
+            row[f"{name}_std"] = _std(shares)
         rows.append(row)
+    if controls := _controls(data, kinds):
+        columns["AUC"] = metric_of("auc")
     title = "Evaluation of one class: share called fake, at each threshold that was set on the validation images"
-    return Table("evaluation", title, rows, columns, ["In percent.", *data.notes()])
+    return Table("evaluation", title, rows + controls, columns, ["In percent.", *data.notes(), *_sentences(controls)])
 
 
 def _share_of(name: str) -> Cell:
     def cell(row: Row) -> str:
+        if f"{name}_mean" not in row:  # the control's
+            return ""
         mean, std = (100 * row[f"{name}_{part}"] for part in ("mean", "std"))
         return show(mean, ".1f") + ("" if std != std else f" ± {show(std, '.1f')}")
 
@@ -137,6 +178,34 @@ def _rows(data: ScoredData, kinds: Sequence[str], which: str) -> list[Row]:
         row | metrics_row(models, which, row["format"], data, chosen)
         for row, models, chosen in _counted(data, kinds, which)
     ]
+
+
+def _controls(data: ScoredData, kinds: Sequence[str]) -> list[Row]:
+    """A row for each perturbation and model: how well it tells the sources of real images apart, if there are two."""
+    rows, real = [], data.labels == CLASSES.index("real")
+    for kind, (name, models) in product(kinds, data.models.items()):
+        found = sources_apart(_outputs(models, "calibrated", kind, real)[0], data.sources[real])
+        if found:
+            row = {"model": name, "images": f"control: {len(found.names)} real sources apart", "format": kind}
+            row |= {"probabilities": "calibrated", "seeds": len(models), "fake": 0, "real": found.images, "missing": ""}
+            row |= {"auc_mean": float(found.aucs.mean()), "auc_std": _std(found.aucs), "auc_chance": found.chance}
+            rows.append(row | {"most_apart": " and ".join(found.pair), "most_apart_auc": found.pair_auc})
+    return rows
+
+
+def _sentences(rows: Sequence[Row]) -> list[str]:
+    """What the control's rows among these say."""
+    said = []
+    for row in rows:
+        if "auc_chance" in row:
+            auc, chance, most = (show(100 * row[key], ".1f") for key in ("auc_mean", "auc_chance", "most_apart_auc"))
+            above = row["auc_mean"] > row["auc_chance"]
+            said.append(
+                f"{row['images'].capitalize()}, {row['model']}, {row['format'].replace('_', ' ')}: AUC {auc}, "
+                f"{'more' if above else 'no more'} than chance gives (at most {chance} in 95% of their shuffles). "
+                f"{ABOVE if above else ''}Most apart are {row['most_apart']} ({most})."
+            )
+    return said
 
 
 def subsets(data: ScoredData) -> dict[str, np.ndarray]:
@@ -163,24 +232,28 @@ def metrics_row(
 ) -> Row:
     """Each metric's mean and standard deviation over models, and the 95% interval of the mean; nll in nats.
 
-    Of the `chosen` images under a perturbation, by "calibrated" or "raw" probabilities. Where the images of a class are
-    of one group, such as those of one generator, the interval is over them.
+    Of the `chosen` images under a perturbation, by "calibrated" or "raw" probabilities.
     """
-    labels, groups = data.labels[chosen], data.groups[chosen].astype(object)
-    for of_class in map(np.flatnonzero, (labels == 0, labels == 1)):
-        if len(set(groups[of_class])) == 1:
-            groups[of_class] = [f"image {row}" for row in of_class]
-    thresholds = [model.threshold(which) for model in models]
-    probabilities = [model.probabilities[which, kind][chosen] for model in models]
+    labels, (probabilities, thresholds) = data.labels[chosen], _outputs(models, which, kind, chosen)
     values = [detection_metrics(fake, labels, at) for fake, at in zip(probabilities, thresholds, strict=True)]
-    intervals = bootstrap_intervals(probabilities, labels, thresholds, groups.astype(str))
+    intervals = bootstrap_intervals(probabilities, labels, thresholds, data.groups[chosen])
     row: Row = {}
     for metric in DETECTION_METRICS:
         of_models = np.array([of_model[metric] for of_model in values])
-        std = float(of_models.std(ddof=1)) if len(of_models) > 1 else float("nan")
-        of_metric = (float(of_models.mean()), std, *intervals[metric])
+        of_metric = (float(of_models.mean()), _std(of_models), *intervals[metric])
         row |= {f"{metric}_{part}": value for part, value in zip(PARTS, of_metric, strict=True)}
     return row
+
+
+def _outputs(
+    models: Sequence[ScoredModel], which: str, kind: str, chosen: np.ndarray | slice
+) -> tuple[list[np.ndarray], list[float]]:
+    """Of each model, its probabilities of fake for the chosen images and its threshold."""
+    return [model.probabilities[which, kind][chosen] for model in models], [model.threshold(which) for model in models]
+
+
+def _std(of_models: np.ndarray) -> float:
+    return float(of_models.std(ddof=1)) if len(of_models) > 1 else float("nan")
 
 
 def metric_of(key: str) -> Cell:
@@ -189,8 +262,13 @@ def metric_of(key: str) -> Cell:
     scale, form = metric.scale, ".1f" if metric.unit == "%" else ".3f"
 
     def cell(row: Row) -> str:
-        mean, std, low, high = (scale * row[f"{key}_{part}"] for part in PARTS)
+        if f"{key}_mean" not in row:  # the control's, which has an AUC only
+            return ""
+        mean, std = (scale * row[f"{key}_{part}"] for part in ("mean", "std"))
         spread = "" if std != std else f" ± {show(std, form)}"
+        if f"{key}_chance" in row:
+            return f"{show(mean, form)}{spread} (chance: up to {show(scale * row[f'{key}_chance'], form)})"
+        low, high = (scale * row[f"{key}_{part}"] for part in ("low", "high"))
         return f"{show(mean, form)}{spread} [{show(low, form)}, {show(high, form)}]" if mean == mean else show(mean)
 
     return cell

@@ -6,7 +6,7 @@ from scipy.special import expit
 from sklearn import metrics
 
 from training.calibration import Calibration, calibrate, fit_temperature
-from training.detection_metrics import bootstrap_intervals, detection_metrics
+from training.detection_metrics import bootstrap_intervals, detection_metrics, paired_differences
 from training.metrics import compute_metrics
 
 
@@ -72,6 +72,33 @@ def test_groups_are_resampled_whole() -> None:
     pairs = expit(np.concatenate([scene + 1, scene - 1])), np.repeat([0, 1], 100)
     grouped = bootstrap_intervals([pairs[0]], pairs[1], [0.5], np.tile(np.arange(100), 2))["auc"]
     assert np.ptp(grouped) < 0.5 * np.ptp(bootstrap_intervals([pairs[0]], pairs[1], [0.5])["auc"])
+
+
+def test_paired_differences_are_those_of_a_plain_bootstrap_of_pairs() -> None:
+    """One seed against two, 40 pairs; the same pairs are drawn for both."""
+    random, labels, pairs = np.random.default_rng(7), np.repeat([0, 1], 40), np.tile(np.arange(40), 2)
+    scores = random.normal(0, 2, 40)[pairs] + np.where(labels == 0, 0.7, -0.7)  # what is hard is hard for all
+    one, *two = (expit(scores + random.normal(0, noise, 80)) for noise in (0.6, 0.3, 0.4))
+    found = paired_differences([one], two, labels, ([0.5], [0.4, 0.6]), pairs, resamples=200)
+
+    def plain(rows: np.ndarray) -> tuple[float, float]:
+        fake = labels[rows] == 0
+        aucs = [metrics.roc_auc_score(fake, each[rows]) for each in (one, *two)]
+        calls = [
+            metrics.balanced_accuracy_score(fake, each[rows] >= at)
+            for each, at in zip((one, *two), (0.5, 0.4, 0.6), strict=True)
+        ]
+        return tuple((each[1] + each[2]) / 2 - each[0] for each in (aucs, calls))
+
+    draws = np.random.default_rng(0)
+    counts = [draws.multinomial(40, np.full(40, 1 / 40)) for _ in range(200)]
+    drawn = np.array([plain(np.repeat(np.arange(80), count[pairs])) for count in counts])
+    for name, value, of_draws in zip(("auc", "balanced_accuracy"), plain(np.arange(80)), drawn.T, strict=True):
+        assert found[name] == pytest.approx((value, *np.quantile(of_draws, (0.025, 0.975))))
+    alone = bootstrap_intervals(two, labels, [0.4, 0.6], pairs)["auc"]
+    assert found["auc"][2] - found["auc"][1] < np.ptp(alone)
+    swapped = paired_differences(two, [one], labels, ([0.4, 0.6], [0.5]), pairs, resamples=200)
+    assert swapped["nll"] == pytest.approx((-found["nll"][0], -found["nll"][2], -found["nll"][1]))
 
 
 def test_the_temperature_undoes_a_scaling_of_the_scores() -> None:

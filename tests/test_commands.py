@@ -2,12 +2,16 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
-from tests.conftest import TOY_FLAGS, copy_index, run_module, succeed
+from tests.benchmarks.handmade import features
+from tests.conftest import PREPROCESS_FLAGS, TOY_FLAGS, copy_index, refused, run_module, succeed, write_toy_images
 from utils import read_csv
 
 BACKBONES = ("vit", "convnext", "resnet")
@@ -112,3 +116,41 @@ def test_the_benchmark_of_training_leaves_a_table(tmp_path: Path) -> None:
     (case, first), *_ = found["cases"]
     assert case["model"] == "glass_vit" and first["images/s"] > 0 and first["loss after 2"] < 2
     assert "### Training" in report.read_text() and "| glass_vit |" in report.read_text()
+
+
+def test_the_floor_of_hand_made_features_stands_beside_trained_models(toy_data: Path, tmp_path: Path) -> None:
+    write_toy_images(root := tmp_path / "data", 60)
+    places = ("--preset", "demo", "--data-root", root, "--results-root", tmp_path, "--group-by", "stem")
+    split = ("--valid-size", "0.15", "--test-size", "0.25", "--final-valid-fraction", "0.1")
+    succeed("data.data_preprocess", *PREPROCESS_FLAGS, *places[2:6])
+    training = ("--patch-size", "32", "--num-workers", "0", "--device", "cpu", "--epochs", "1", "--seeds", "1")
+    succeed("model_training.standard_resnet_training", *places, *split, *training)
+    predictions, scores = tmp_path / "demo" / "standard_resnet" / "seed_1" / "predictions.csv", tmp_path / "scores.csv"
+    floor = ("tests.benchmarks.handmade", *places, "--seeds", "1", "2")
+    printed = succeed(*floor, *split, "--predictions", predictions, "--scores", scores)
+    rows = read_csv(scores)
+    names = ["hand-made seed_1", "hand-made seed_2", "standard_resnet seed_1"]
+    assert list(rows[0]) == ["path", "label", *names] and len(rows) == 30
+    labels, values = [int(row["label"]) for row in rows], [[float(row[name]) for row in rows] for name in names]
+    assert {row["path"]: row[names[2]] for row in rows} == {
+        row["path"]: row["probability_fake"] for row in read_csv(predictions)
+    }
+    aucs = [100 * roc_auc_score(np.array(labels) == 0, fake) for fake in values]
+    assert min(aucs[:2]) > 95  # the toy fakes' pixels are repeated
+    assert f"| hand-made | {np.mean(aucs[:2]):.1f} ± {np.std(aucs[:2], ddof=1):.1f} [" in printed
+    assert f"| standard_resnet minus hand-made | all | native | {aucs[2] - np.mean(aucs[:2]):+.1f} [" in printed
+    printed = succeed(*floor, *split, "--test-root", toy_data)
+    assert f"40 images of {toy_data}, 20 of them fake" in printed and "interval over 20 pairs]" in printed
+    said = refused(*floor, "--valid-size", "0.15", "--test-size", "0.2", "--predictions", predictions)
+    assert f"{predictions} has 30 images, and not those 24 that are tested here" in said
+
+
+def test_hand_made_features_of_a_known_image() -> None:
+    pixels = np.random.default_rng(0).integers(0, 10, (40, 50, 3)).astype(np.uint8)
+    found = features(pixels).reshape(3, -1)
+    for channel, axis in product(range(3), (0, 1)):
+        second = np.diff(pixels[..., channel].astype(int), n=2, axis=axis).clip(-8, 8)
+        assert found[channel, 17 * axis :][:17] == pytest.approx([np.mean(second == value) for value in range(-8, 9)])
+    waves = np.broadcast_to(np.cos(2 * np.pi * np.arange(64) / 4)[:, None, None], (64, 64, 3))  # of 1/4 cycle per pixel
+    levels = features((100 + 50 * waves).round().astype(np.uint8))[34:67]
+    assert levels.argmax() == 16 and levels.mean() == pytest.approx(0, abs=1e-9)

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from tests.conftest import (
     untrained_weights,
 )
 from training.checkpoints import save_model
-from training.detection_metrics import bootstrap_intervals
+from training.detection_metrics import bootstrap_intervals, paired_differences
 from utils import UserError, load_preset, name_of_root, read_csv, read_json, write_csv
 
 SAME = 1e-5  # logits; what the order of sums may change
@@ -444,8 +445,81 @@ def test_intervals_are_over_pairs_and_groups(
     found = [float(row[f"balanced_accuracy_{end}"]) for end in ("low", "high")]
     fake = np.array([one.raw_probability_fake for one in detector_of(results).predict_all(paths)])
     labels = np.array([int(path.parent.name == "real") for path in paths])
-    groups = [f"image {row}" for row in range(40)] if kind == "classes" else [group_of(path) for path in paths]
+    groups = range(40) if kind == "classes" else [group_of(path) for path in paths]
     assert found == pytest.approx(bootstrap_intervals([fake], labels, [0.5], groups)["balanced_accuracy"], abs=1e-6)
+
+
+def test_evaluate_has_the_paired_differences_from_the_first_model(results: Path, by_generator: Path) -> None:
+    files = weights(results, "standard_resnet"), weights(results), weights(results, seed=2)
+    flags = ("--all-images", "--name", "d", "--group-by", "stem", "--weights", *files, "--format-matched", "60")
+    printed, folder = run_on("evaluate", results, by_generator, *flags), results / "demo" / "evaluation" / "d"
+    rows = {(row["images"], row["format"]): row for row in read_csv(folder / "differences.csv")}
+    assert len(rows) == 8 and {row["model"] for row in rows.values()} == {"glass_resnet"}
+    paths = [path for path in map(Path, find_images([str(by_generator)])[0]) if path.stem != "broken"]
+    labels = np.array([int("real" in path.parts) for path in paths])
+    detectors = [load_detector(file, "cpu") for file in files]
+    fakes = [np.array([one.probability_fake for one in detector.predict_all(paths)]) for detector in detectors]
+    at = [detector.calibration.balanced for detector in detectors]
+    groups = [path.stem for path in paths]
+    found = paired_differences(fakes[:1], fakes[1:], labels, (at[:1], at[1:]), groups)
+    for name in ("auc", "balanced_accuracy"):
+        row = [float(rows["all", "native"][f"{name}{end}"]) for end in ("", "_low", "_high")]
+        assert row == pytest.approx(found[name], abs=1e-6)
+    low, middle, high = sorted(100 * value for value in found["auc"])
+    assert f"| glass_resnet minus standard_resnet | all | native | {middle:+.1f} [{low:+.1f}, {high:+.1f}] |" in printed
+    run_on("evaluate", results, by_generator, *flags[:6], *files[1:])  # of one model: nothing of before is left
+    assert not list(folder.glob("differences.*")) and not list(folder.glob("formats.*"))
+
+
+@pytest.mark.parametrize(("apart", "only_real"), [(True, False), (False, False), (True, True)])
+def test_evaluate_has_a_control_that_tells_real_sources_apart(
+    apart: bool, only_real: bool, results: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    """Three sources by the score, or each third image; and one of too few images."""
+    shutil.copytree(toy_data, root := tmp_path / "data", ignore=shutil.ignore_patterns("fake" if only_real else ""))
+    paths = [path for path in map(Path, find_images([str(root)])[0]) if path.parent.name == "real"]
+    files = weights(results), weights(results, seed=2)
+    detectors = [load_detector(file, "cpu") for file in files]
+    fakes = [np.array([one.probability_fake for one in detector.predict_all(paths)]) for detector in detectors]
+    rank = fakes[0].argsort().argsort()
+    names = np.where(rank < 16, np.array(["a", "b", "c"])[np.where(apart, (rank // 5).clip(max=2), rank % 3)], "few")
+    rows = [(path.relative_to(root), name) for path, name in zip(paths, names, strict=True)]
+    rows += [(path.relative_to(root), "gan") for path in root.glob("fake/*")]
+    write_csv(tmp_path / "sources.csv", ("path", "source"), rows)
+    flags = ("--group-by", f"{tmp_path}/sources.csv:source", "--all-images", "--name", tmp_path.name)
+    printed = run_on("evaluate", results, root, "--weights", *files, *flags)
+
+    def plain(names: np.ndarray) -> np.ndarray:
+        """For each model and pair of sources: how often an image of one has the higher score, or the lower."""
+        aucs = []
+        for fake, (one, other) in product(fakes, combinations("abc", 2)):
+            margins = fake[names == one][:, None] - fake[names == other]
+            aucs.append(np.mean((margins > 0) + (margins == 0) / 2))
+        return np.maximum(aucs, 1 - np.array(aucs)).reshape(2, 3)
+
+    of_models, shuffled, random, by_chance = plain(names), names.copy(), np.random.default_rng(0), []
+    for _ in range(1000):
+        shuffled[rank < 16] = random.permutation(names[rank < 16])
+        by_chance.append(plain(shuffled).mean())
+    table = {row["images"]: row for row in read_csv(results / "demo" / "evaluation" / tmp_path.name / "evaluation.csv")}
+    row = table["control: 3 real sources apart"]
+    found = [float(row[f"auc_{part}"]) for part in ("mean", "std", "chance")]
+    expected = [of_models.mean(), np.std(of_models.mean(axis=1), ddof=1), np.quantile(by_chance, 0.95)]
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert row["real"] == "16" and row.get("balanced_accuracy_mean", "") == ""
+    assert (found[0] > found[2]) == apart
+    auc, _, chance = (f"{100 * value:.1f}" for value in found)
+    assert f"{auc}, {'more' if apart else 'no more'} than chance gives (at most {chance} in 95%" in printed
+    assert ("The score depends on what sets real images of these sources apart" in printed) == apart
+    most = of_models.mean(axis=0)
+    pair = " and ".join(list(combinations("abc", 2))[most.argmax()])
+    assert f"Most apart are {pair} ({100 * most.max():.1f})." in printed
+    assert re.search(rf"\| control: 3 real .* \| {auc} ± [\d.]+ \(chance: up to {chance}\) \|", printed)
+
+
+def test_evaluate_has_no_control_without_sources(results: Path, toy_data: Path) -> None:
+    printed = run_on("evaluate", results, toy_data, "--weights", weights(results), "--all-images", "--name", "none")
+    assert "AUC" in printed and "control" not in printed.lower()
 
 
 def test_robustness_has_a_row_for_each_perturbation(results: Path, toy_data: Path) -> None:

@@ -5,6 +5,7 @@ training.metrics.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from training.metrics import ECE_BINS, Metric, bins_of
 
 RESAMPLES = 1000
+SOURCE_IMAGES = 5  # sources of fewer images say too little of how they differ
 _CHUNK = 100  # resamples at a time, so that memory does not grow with their number
 
 
@@ -39,11 +41,64 @@ def bootstrap_intervals(
 
     Args:
         fakes: for each model (the seeds of one experiment, say) its probabilities of fake for the same images.
+        labels: (N,), 0 fake, 1 real.
         thresholds: for each model.
         groups: of each image, such as its pair or source. Images of a group are no independent observations: whole
-            groups are resampled, those of fake images, of real ones and of both among themselves.
+            groups are resampled, those of fake images, of real ones and of both among themselves. The images of a
+            class that are all of one group, such as those of one generator, are resampled one by one.
     """
+    drawn = _resampled(fakes, labels, thresholds, groups, resamples, seed)
+    return {name: _interval(values.mean(axis=1)) for name, values in drawn.items()}
+
+
+def paired_differences(
+    first: Sequence[np.ndarray],
+    second: Sequence[np.ndarray],
+    labels: np.ndarray,
+    thresholds: tuple[Sequence[float], Sequence[float]],
+    groups: Sequence[str] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, tuple[float, float, float]]:
+    """Mean of `detection_metrics` over the models of `second` minus that over the models of `first`, with the ends of
+    its 95% percentile interval: both are resampled alike, so that what is hard for both cancels out.
+
+    The interval is over images, for these models; other seeds would differ besides.
+
+    Args:
+        first, second: as `fakes` of `bootstrap_intervals`, on the same images, with as many models as there are.
+        thresholds: for each model of `first`, and of `second`.
+        labels, groups: as for `bootstrap_intervals`.
+    """
+    models, at = [*first, *second], [*thresholds[0], *thresholds[1]]
+    values = [detection_metrics(fake, labels, threshold) for fake, threshold in zip(models, at, strict=True)]
+    drawn = _resampled(models, labels, at, groups, resamples, seed)
+
+    def difference(of_models: np.ndarray) -> np.ndarray:
+        return of_models[..., len(first) :].mean(axis=-1) - of_models[..., : len(first)].mean(axis=-1)
+
+    return {
+        name: (
+            float(difference(np.array([of_model[name] for of_model in values]))),
+            *_interval(difference(drawn[name])),
+        )
+        for name in DETECTION_METRICS
+    }
+
+
+def _resampled(
+    fakes: Sequence[np.ndarray],
+    labels: np.ndarray,
+    thresholds: Sequence[float],
+    groups: Sequence[str] | None,
+    resamples: int,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Each metric of each model in each resample, the same ones for all models: (R, models)."""
     _, group = np.unique(np.arange(len(labels)) if groups is None else groups, return_inverse=True)
+    for of_class in (np.flatnonzero(labels == label) for label in (0, 1)):
+        if len(set(group[of_class])) == 1:
+            group[of_class] = group.max() + 1 + np.arange(len(of_class))
     classes = sum((label + 1) * (np.bincount(group, labels == label) > 0) for label in (0, 1))  # 1, 2, or 3 for both
     generator = np.random.default_rng(seed)
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in DETECTION_METRICS}
@@ -55,8 +110,80 @@ def bootstrap_intervals(
                 weights[:, of_kind] = generator.multinomial(n, np.full(n, 1 / n), len(weights))
         of_models = [_Counts(fake, labels, at, weights[:, group]) for fake, at in zip(fakes, thresholds, strict=True)]
         for name, metric in DETECTION_METRICS.items():
-            drawn[name].append(np.mean([metric.compute(counts) for counts in of_models], axis=0))
-    return {name: tuple(np.quantile(np.concatenate(parts), (0.025, 0.975)).tolist()) for name, parts in drawn.items()}
+            drawn[name].append(np.stack([metric.compute(counts) for counts in of_models], axis=1))
+    return {name: np.concatenate(parts) for name, parts in drawn.items()}
+
+
+@dataclass(frozen=True)
+class SourcesApart:
+    """What `sources_apart` found; AUCs are fractions.
+
+    Attributes:
+        names, images: the sources that were compared, and how many images they have together.
+        aucs: of each model, its mean over all pairs of sources.
+        chance: what 95% of the means over models stay below if sources are shuffled.
+        pair, pair_auc: the two sources that are most apart, and their AUC, mean over models.
+    """
+
+    names: tuple[str, ...]
+    images: int
+    aucs: np.ndarray
+    chance: float
+    pair: tuple[str, str]
+    pair_auc: float
+
+
+def sources_apart(
+    fakes: Sequence[np.ndarray], sources: np.ndarray, permutations: int = RESAMPLES, seed: int = 0
+) -> SourcesApart | None:
+    """How well a score tells sources of real images apart, which a detector of fakes should not: AUC near one half.
+
+    The AUC between each two sources that have SOURCE_IMAGES images, folded, since neither is the positive class: the
+    larger of AUC and 1 - AUC; then the mean over all pairs (Hand and Till, Machine Learning 45, 2001). Folded AUCs of
+    few images are above one half by chance: `chance` is the 95% quantile of the same number, sources permuted among
+    the images; near copies within a source exceed it easily. None for fewer than two sources.
+
+    Args:
+        fakes: for each model its probabilities of fake for the same N images, all real.
+        sources: (N,), names; "" of an image that has none, which is left out.
+    """
+    every, counts = np.unique(sources, return_counts=True)
+    names = every[(counts >= SOURCE_IMAGES) & (every != "")]
+    if len(names) < 2:
+        return None
+    chosen, ranked = np.isin(sources, names), []
+    source = np.searchsorted(names, sources[chosen])
+    upper, pairs = np.triu_indices(len(names), 1), np.outer(*2 * (np.bincount(source),))
+    for fake in fakes:
+        order = np.argsort(fake[chosen])
+        scores = fake[chosen][order]
+        ranked.append((order, *(np.searchsorted(scores, scores, side) for side in ("left", "right"))))
+
+    def folded(source: np.ndarray) -> np.ndarray:
+        """AUC of each model and pair of sources: (models, pairs)."""
+        found = []
+        for order, below, not_above in ranked:
+            ones = np.eye(len(names))[source[order]]  # (images, sources), the lowest score first
+            counted = np.vstack([np.zeros(len(names)), np.cumsum(ones, axis=0)])
+            auc = ones.T @ (counted[below] + counted[not_above]) / 2 / pairs  # a tie counts half
+            found.append(np.maximum(auc, auc.T)[upper])
+        return np.array(found)
+
+    generator, aucs = np.random.default_rng(seed), folded(source)
+    by_chance = [folded(generator.permutation(source)).mean() for _ in range(permutations)]
+    most = aucs.mean(axis=0).argmax()
+    return SourcesApart(
+        names=tuple(names.tolist()),
+        images=len(source),
+        aucs=aucs.mean(axis=1),
+        chance=float(np.quantile(by_chance, 0.95)),
+        pair=tuple(str(names[index[most]]) for index in upper),
+        pair_auc=float(aucs[:, most].mean()),
+    )
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    return tuple(np.quantile(values, (0.025, 0.975)).tolist())
 
 
 class _Counts:

@@ -154,7 +154,7 @@ def score_data(
             for name in perturbations
         }
         models.setdefault(model, []).append(ScoredModel(seed, calibration, probabilities))
-    sources, groups, kind = _sources_and_groups(settings, paths)
+    sources, groups, kind = sources_and_groups(settings, paths)
     notes = _notes_on_training(settings, abouts, len(seen), bool(left_out))
     if options.other_crops:
         crops = ", ".join(f"{name} = {value}" for name, value in options.other_crops.items())
@@ -167,7 +167,7 @@ def _columns(images: Sequence[tuple[str, int]]) -> tuple[list[str], np.ndarray]:
     return [path for path, _ in images], np.array([label for _, label in images], int)
 
 
-def _sources_and_groups(settings: Settings, paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray, str]:
+def sources_and_groups(settings: Settings, paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray, str]:
     """Source and group of each image, as `ScoredData` has them, and what the groups are.
 
     Sources are the folders below fake/ and real/, unless `group_by` names a CSV; groups are those of `group_by`, else

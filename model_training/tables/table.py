@@ -110,11 +110,12 @@ def mean_and_std_of(key: str) -> Cell:
     return cell
 
 
-def interval_of(key: str) -> Cell:
-    """<key> [<key>_low, <key>_high], with signs."""
+def interval_of(key: str, scale: float = 1, form: str = "+.2f") -> Cell:
+    """<key> [<key>_low, <key>_high], with signs; values are multiplied by `scale`."""
 
     def cell(row: Row) -> str:
-        middle, low, high = (show(row[name], "+.2f") for name in (key, f"{key}_low", f"{key}_high"))
+        values = [row[name] for name in (key, f"{key}_low", f"{key}_high")]
+        middle, low, high = (show(value if value is None else scale * value, form) for value in values)
         return middle if middle in (MISSING, UNDEFINED) else f"{middle} [{low}, {high}]"
 
     return cell
