@@ -151,7 +151,8 @@ def table_of_hyperparameters(preset: Preset, studies: Mapping[str, TuningStudy |
     headings = {"model": "Model", "trials_complete": "Complete", "trials_pruned": "Pruned", "trials_fail": "Failed"}
     columns = {heading: value_of(key) for key, heading in (headings | {"best_trial": "Best trial"}).items()}
     columns["Validation accuracy (%)"] = value_of("valid_accuracy_percent", ".2f")
-    columns |= {key: value_of(key, ".4g") for key in HYPERPARAMETERS}
+    searched = {name for space in (preset.glass_space, preset.standard_space) for name in space}
+    columns |= {key: value_of(key, ".4g") for key in HYPERPARAMETERS if key in searched}
     title = "Best hyperparameters of the studies, and their validation accuracy"
     notes = notes_of((name, provenance_of(study.metadata)) for name, study in studies.items() if study)
     return Table("best_hyperparameters", title, rows, columns, notes, code)

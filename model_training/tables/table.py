@@ -89,9 +89,11 @@ def _latex(text: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------- cells
 def show(value: Any, form: str = "") -> str:
-    """A value as text; `form` is a format specification, such as ".2f"."""
+    """A value as text; `form` is a format specification of numbers, such as ".2f"."""
     if value is None:
         return MISSING
+    if isinstance(value, str):
+        return value
     return format(value, form) if value == value else UNDEFINED
 
 
