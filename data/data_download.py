@@ -2,6 +2,7 @@
 
     python -m data.data_download                        the paper's: about 52 GB, 60,000 images
     python -m data.data_download --demo datasets/demo   400 procedural images, drawn here, without a network
+    python -m data.data_download --preset demo_local --demo datasets/demo_local   only a region of each fake one is fake
 
 kagglehub stores what it downloads under ~/.cache/kagglehub, or where the variable KAGGLEHUB_CACHE says. Kaggle needs
 no account for public data. While it unpacks, there must be space for the archive and for the files. A download that
@@ -42,9 +43,9 @@ def download(preset: Preset, demo: str | None = None) -> None:
         UserError: no network, refused by Kaggle, no such data set, not enough space, or not the expected folders.
     """
     if demo is not None:
-        write_demo(Path(demo))
+        write_demo(Path(demo), preset if preset.reproduce.demo_data else config.DEMO)
         return
-    if preset.name == config.DEMO.name:
+    if preset.reproduce.demo_data:
         raise UserError(f"preset {preset.name} runs on procedural images: pass --demo {preset.settings.data_root}")
     name = preset.settings.kaggle_dataset
     root = fetch(name) / "test"
@@ -60,13 +61,14 @@ def download(preset: Preset, demo: str | None = None) -> None:
     print(f"Next:\n    python -m data.data_preprocess --data-root {shlex.quote(str(root))}")
 
 
-def write_demo(root: Path, images_per_class: int = 200) -> None:
-    """Write the demonstration data set into `root`, and print the next command."""
+def write_demo(root: Path, preset: Preset) -> None:
+    """Write the preset's demonstration data set into `root`, and print the next command."""
     from data.demo_dataset import write_demo_dataset  # here: downloading does not need it
 
-    write_demo_dataset(root, images_per_class)
-    flag = "" if root == config.DEMO.settings.data_root else f" --data-root {shlex.quote(str(root))}"
-    print(f"The demonstration data set is in {root}. Next:\n    python -m data.data_preprocess --preset demo{flag}")
+    write_demo_dataset(root, preset.reproduce.demo_images, preset.reproduce.demo_data)
+    flag = "" if root == preset.settings.data_root else f" --data-root {shlex.quote(str(root))}"
+    command = f"python -m data.data_preprocess --preset {preset.name}{flag}"
+    print(f"The demonstration data set is in {root}. Next:\n    {command}")
 
 
 def fetch(name: str) -> Path:

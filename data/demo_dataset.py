@@ -9,6 +9,12 @@ What differs (missing fine detail, the checkerboard of the upsampling, the corre
 half the Nyquist frequency: an antialiased resize to 224 x 224 or less removes it, a native crop keeps it. Scene kind,
 size, file format, JPEG quality and chroma subsampling are the same for the fake and the real image with the same
 number. This shows the mechanism in small; it is no evidence on the images of real generators.
+
+Of the variant "local", only one region of a fake image, an ellipse, is as above; the rest is as in a real image, noise
+included. A mask in masks/fake/ says where. Nothing else tells the classes apart: both versions of a scene agree in
+brightness and in the strength of the noise, so the region's edge shows only as the end of its traces, exact to a
+pixel (not blended, which would leave a mixture found in no camera image). Saved as JPEG, the traces reach at most the
+end of the 8 x 8 block that the edge crosses (16 x 16 in colour).
 """
 
 import colorsys
@@ -17,17 +23,19 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data.index import MARKER, MASKS
 from data.preparation.checks import Workers, in_processes
 from data.records import CLASSES
 from utils import UserError, replacing, write_text
 
 Array = NDArray[np.float32]
-MARKER = ".demo_dataset.json"
+Variant = Literal["whole", "local"]  # how much of a fake image went through the decoder
 SHAPES = ((640, 640), (640, 720), (720, 640), (704, 704), (640, 800), (800, 640), (640, 1000), (1000, 640))  # H, W
 PNG_EVERY = 7  # images; the others are JPEG
 JPEG_QUALITIES = (92, 94, 96)
@@ -37,8 +45,10 @@ PNG_BITS, JPEG_BITS = 19, 8  # a pixel: more than an image needs
 # The decoder: weights of four neighbours on the coarse grid for even and for odd pixels.
 EVEN_TAPS, ODD_TAPS = (-0.07, 0.27, 0.91, -0.11), (-0.10, 0.89, 0.28, -0.07)
 CHECKERBOARD = 0.055  # between neighbouring pixels, as overlapping transposed convolutions leave it
+LOCAL_CHECKERBOARD = 0.11  # of the variant "local", whose traces are else too few to learn from 300 images
 # Horizontal, vertical and diagonal differences in the noise of a 2 x 2 block; the squares sum to 3, as of white noise.
 BLOCK_NOISE = (0.65, 0.65, 1.47)
+REGION_SHARES = (0.12, 0.245)  # of the image, for the variant "local"; a pixelated ellipse may be a little larger
 
 
 def power_law(rng: np.random.Generator, shape: tuple[int, int], slope: float) -> Array:
@@ -219,21 +229,44 @@ def draw_scene(seed: int, name: str, index: int) -> tuple[Array, np.random.Gener
     return np.clip(canvas.picture, 0, 1), rng
 
 
-def render(scene: Array, name: str, rng: np.random.Generator) -> Image.Image:
-    """The scene as an image of class `name` ("fake" or "real"), with the decoder's or the sensor's traces: RGB."""
-    deviation = rng.uniform(2.5, 5)
+def expose(
+    scene: Array, name: str, rng: np.random.Generator, deviation: float, checkerboard: float = CHECKERBOARD
+) -> NDArray[np.uint8]:
+    """Pixels (height, width, 3) of the scene, with noise, and with the decoder's traces if `name` is "fake"."""
     if name == "fake":
         _, height, width = scene.shape
         coarse = scene.reshape(3, height // 2, 2, width // 2, 2).mean((2, 4))
         sign = (-1) ** np.add.outer(np.arange(height), np.arange(width)).astype("f4")
         scene = upsample(upsample(coarse, 1), 2)
-        scene = np.maximum(scene + CHECKERBOARD * sign * (0.3 + scene), 0)
+        scene = np.maximum(scene + checkerboard * sign * (0.3 + scene), 0)
         noise = block_noise(rng, scene.shape)
     else:
         noise = rng.standard_normal(scene.shape, dtype="f4")
     strength = np.float32(deviation) * (0.6 + 0.6 * np.sqrt(scene))  # shot noise grows with light
     pixels = np.rint(12 + 216 * scene + strength * noise)
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8).transpose(1, 2, 0))
+    return np.clip(pixels, 0, 255).astype(np.uint8).transpose(1, 2, 0)
+
+
+def render(scene: Array, name: str, rng: np.random.Generator) -> Image.Image:
+    """The scene as an image of class `name` ("fake" or "real"), with the decoder's or the sensor's traces: RGB."""
+    return Image.fromarray(expose(scene, name, rng, rng.uniform(2.5, 5)))
+
+
+def draw_region(rng: np.random.Generator, height: int, width: int) -> NDArray[np.bool_]:
+    """Where a fake image of the variant "local" has the decoder's traces (height, width): an ellipse inside it."""
+    size, ratio = math.sqrt(rng.uniform(*REGION_SHARES) / math.pi), rng.uniform(0.8, 1.25)
+    sides, radii = (height, width), (size * ratio * height, size / ratio * width)
+    y, x = ((np.arange(side) - rng.uniform(r, side - 1 - r)) / r for side, r in zip(sides, radii, strict=True))
+    return np.add.outer(y**2, x**2) < 1
+
+
+def render_local(scene: Array, rng: np.random.Generator) -> tuple[Image.Image, NDArray[np.bool_]]:
+    """As `render` of "real", but for a region with the decoder's traces; and where that is (height, width)."""
+    deviation = rng.uniform(2.5, 5)
+    sensor = expose(scene, "real", rng, deviation)
+    decoder = expose(scene, "fake", rng, deviation, LOCAL_CHECKERBOARD)
+    region = draw_region(rng, *scene.shape[1:])
+    return Image.fromarray(np.where(region[..., None], decoder, sensor)), region
 
 
 def encode(image: Image.Image, seed: int, index: int) -> tuple[str, bytes]:
@@ -254,26 +287,41 @@ def encode(image: Image.Image, seed: int, index: int) -> tuple[str, bytes]:
     return suffix, buffer.getvalue().ljust(size, b"\0")
 
 
-def write_image(class_name: str, index: int, root: Path, seed: int) -> None:
-    """Make image `index` of a class as root/<class>/<index>.jpg or .png."""
+def write_image(class_name: str, index: int, root: Path, seed: int, variant: Variant) -> None:
+    """Make image `index` of a class as root/<class>/<index>.jpg or .png, and before it the mask, if it has one."""
     scene, rng = draw_scene(seed, class_name, index)
-    suffix, content = encode(render(scene, class_name, rng), seed, index)
+    if variant == "local" and class_name == "fake":
+        image, region = render_local(scene, rng)
+        with replacing(root / MASKS / class_name / f"{index:04d}.png") as temporary:
+            Image.fromarray(np.uint8(255) * region).save(temporary, "PNG")
+    else:
+        image = render(scene, class_name, rng)
+    suffix, content = encode(image, seed, index)
     with replacing(root / class_name / f"{index:04d}{suffix}") as temporary:
         temporary.write_bytes(content)
 
 
-def write_demo_dataset(root: Path, images_per_class: int = 200, seed: int = 606, num_workers: Workers = "auto") -> None:
+def write_demo_dataset(
+    root: Path, images_per_class: int, variant: Variant = "whole", seed: int = 606, num_workers: Workers = "auto"
+) -> None:
     """Make root/fake and root/real with `images_per_class` images each, or those of them that are missing.
 
-    The pixels depend on the seed and the versions of numpy and Pillow, not on the number of worker processes. Raises
-    UserError if the root holds something else, or a demo data set of another seed or size.
+    Of the variant "local", also root/masks/fake: 8-bit grey, 255 where the decoder's traces are. The pixels depend on
+    the seed and the versions of numpy and Pillow, not on the number of worker processes.
+
+    Raises:
+        UserError: the root holds something else, or a demo data set of another variant, seed or size.
     """
-    settings = json.dumps({"demo_dataset": 2, "seed": seed, "images_per_class": images_per_class})
-    marker = root / MARKER
+    about: dict[str, int | str] = {"demo_dataset": 2, "seed": seed, "images_per_class": images_per_class}
+    if variant != "whole":
+        about["variant"] = variant
+    settings, marker = json.dumps(about), root / MARKER
     if root.exists() and any(root.iterdir()) and not (marker.is_file() and marker.read_text() == settings):
         raise UserError(f"{root} is not empty and holds no demo data set of {settings}: choose another folder")
     write_text(marker, settings)
-    present = {(name, path.stem) for name in CLASSES for path in (root / name).glob("[0-9]*")}
+    present = {name: {path.stem for path in (root / name).glob("[0-9]*")} for name in CLASSES}
+    if variant == "local":
+        present["fake"] &= {path.stem for path in (root / MASKS / "fake").glob("[0-9]*")}
     every = [(name, index) for index in range(1, images_per_class + 1) for name in CLASSES]
-    missing = [(name, index) for name, index in every if (name, f"{index:04d}") not in present]
-    in_processes(partial(write_image, root=root, seed=seed), missing, num_workers, "demo data")
+    missing = [(name, index) for name, index in every if f"{index:04d}" not in present[name]]
+    in_processes(partial(write_image, root=root, seed=seed, variant=variant), missing, num_workers, "demo data")

@@ -20,6 +20,7 @@ PREPROCESS_SETTINGS = (  # that data.data_preprocess reads
     "data_root", "results_root", "max_image_pixels", "num_workers", "cache_root", "cache_limit_gb", "patch_size",
     "reencode_jpeg",
 )  # fmt: skip
+MARKER, MASKS = ".demo_dataset.json", "masks"  # of a demo data set: what marks it, and a folder that is not of images
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Index:
 def list_files(root: Path, class_name: str) -> list[str]:
     """Relative path of every file under root/class_name, in ImageFolder's order, which decides the split.
 
-    Links are followed, but not back to a folder that they lie in.
+    Links are followed, but not back to a folder that they lie in. The masks of demo data are left out.
 
     Raises:
         UserError: a folder in it cannot be listed.
@@ -79,6 +80,8 @@ def list_files(root: Path, class_name: str) -> list[str]:
         if here in lies_in:
             folders.clear()
             continue
+        if MARKER in names and MASKS in folders:
+            folders.remove(MASKS)
         found.append((folder, sorted(names)))
         above |= {os.path.join(folder, name): lies_in | {here} for name in folders}
     return [(Path(folder) / name).relative_to(root).as_posix() for folder, names in sorted(found) for name in names]

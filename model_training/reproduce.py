@@ -2,6 +2,7 @@
 
     python -m model_training.reproduce                 the paper: eighteen commands on the Kaggle data
     python -m model_training.reproduce --preset demo   two models on procedural images, minutes on two CPU cores
+    python -m model_training.reproduce --preset demo_local   the same, where only a region of each fake image is fake
     python -m model_training.reproduce --preset demo --all   every command of every stage at demo size
 
 Each command is a process of its own. What is finished is not run again, so this one can be stopped and repeated.
@@ -20,8 +21,8 @@ from typing import Annotated
 import tyro
 
 from config import Preset
-from data.demo_dataset import MARKER, write_demo_dataset
-from data.index import PREPROCESS_SETTINGS, index_path, list_images, read_index
+from data.demo_dataset import write_demo_dataset
+from data.index import MARKER, PREPROCESS_SETTINGS, index_path, list_images, read_index
 from model_training.results_tables import write_tables
 from training.runs import SETTINGS
 from training.stopping import StopRequest, stop_signals
@@ -58,7 +59,8 @@ def reproduce(preset: Preset, all_commands: bool = False) -> None:
     root, failed = preset.settings.data_root, []
     with stop_signals() as stop:
         if preset.reproduce.demo_data and (not root.exists() or (root / MARKER).exists()):
-            write_demo_dataset(root)  # completes what an interruption left
+            # it completes what an interruption left
+            write_demo_dataset(root, preset.reproduce.demo_images, preset.reproduce.demo_data)
         if not index_path(preset).exists() or len(read_index(preset).records) != len(list_images(root)):
             _run(stop, "data.data_preprocess", *as_flags(preset, settings=PREPROCESS_SETTINGS))
         for number, (stage, command) in enumerate(commands, 1):

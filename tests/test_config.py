@@ -26,10 +26,10 @@ from models.build import build_model
 from num_crops.sweep import sweep
 from standard_memory.profile import profile
 from tests.conftest import FIXTURES, MakePreset
-from tests.setting_effects import EFFECTS, GLASS, STANDARD, Lab, Observe, batch, effect
+from tests.setting_effects import EFFECTS, GLASS, STANDARD, Lab, Observe, batch, effect, refusal
 from training.optimizer import parameter_groups
 from training.runs import seed_folder
-from utils import UserError, preset_folder, read_csv, read_json
+from utils import preset_folder, read_csv, read_json
 
 
 @pytest.fixture
@@ -143,13 +143,16 @@ def commands_of_a_reproduction(lab: Lab, value: tuple[str, str]) -> list[str]:
     return [command for _, command in commands_of(preset)]
 
 
-@effect("Reproduce.demo_data", {True: False, False: True})
-def the_first_step_is_a_command(lab: Lab, demo_data: bool) -> bool:
-    lab.folder.joinpath("file").touch()  # no folder can be made in it, so that the first command fails
-    settings = lab.preset(data_root=lab.folder / "file" / "data", results_root=lab.folder).settings
-    with pytest.raises(UserError) as failure:
-        reproduce(replace(config.DEMO, settings=settings, reproduce=Reproduce(demo_data=demo_data)))
-    return "data.data_preprocess ended" in str(failure.value)
+@effect(
+    "Reproduce.demo_data Reproduce.demo_images",
+    {("", 1): (0, 0), ("whole", 1): (2, 0), ("local", 1): (2, 1), ("whole", 2): (4, 0)},
+)
+def written_images_and_masks(lab: Lab, value: tuple[str, int]) -> tuple[int, int]:
+    data = lab.folder / "_".join(map(str, value))
+    settings = lab.preset(data_root=data, results_root=lab.folder / f"results {data.name}").settings
+    demo = Reproduce(stages=(), demo_data=value[0], demo_images=value[1])
+    refusal(lambda: reproduce(replace(config.DEMO, settings=settings, reproduce=demo)))  # "": of no data
+    return len([*data.glob("[fr]*/*")]), len([*data.glob("masks/fake/*")])
 
 
 @effect("Reproduce.closing_words", {"Farewell.": "Farewell.", "Good night.": "Good night."})

@@ -130,18 +130,3 @@ def test_a_network_that_never_answers_ends_the_command(monkeypatch: pytest.Monke
         with pytest.raises(UserError, match="Kaggle cannot be reached"):
             data_download.fetch(NAME)
         assert time.perf_counter() - started < 15
-
-
-def test_demo_data_are_written_and_the_next_command_printed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    root = tmp_path / "demo images"
-    data_download.write_demo(root, images_per_class=1)
-    written = {path: path.read_bytes() for path in root.glob("*/*")}
-    assert sorted(path.parent.name for path in written) == ["fake", "real"]
-    printed = capsys.readouterr().out
-    assert f"python -m data.data_preprocess --preset demo --data-root '{root}'" in printed
-    next(iter(written)).unlink()  # as an interruption leaves it
-    data_download.write_demo(root, images_per_class=1)
-    assert {path: path.read_bytes() for path in root.glob("*/*")} == written
-    for folder in (root, tmp_path):
-        with pytest.raises(UserError, match="choose another folder"):
-            data_download.write_demo(folder, images_per_class=2)
