@@ -1,7 +1,7 @@
 """Everything you would want to change, and nothing else.
 
 `Settings` is what all runs share; the four classes after it belong to the four kinds of experiment; then come
-the experiments themselves with their tuned values, the search spaces, and the presets that put all of it
+the experiments themselves with their tuned values, the search spaces, the ablations, and the presets that put all of it
 together. Any field can also be set for one run on the command line, by its name: `--data-root DIR --epochs 2`.
 The command line wins over the preset, and the preset over the defaults of this file.
 
@@ -48,6 +48,7 @@ def must_be(test: Callable[[Any], bool], what: str) -> AfterValidator:
 
 EACH_ONCE = must_be(lambda values: len(values) == len(set(values)) > 0, "one or more values, each once")
 Seeds = Annotated[tuple[Seed, ...], EACH_ONCE]
+Factors = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], EACH_ONCE]
 CropCounts = Annotated[tuple[Crops, ...], EACH_ONCE]
 Name = Annotated[str, must_be(re.compile(r"[\w-][\w.-]*").fullmatch, "a folder name of letters, digits, _ - and .")]
 WeightsFiles = tuple[Annotated[str, must_be(re.compile("[^=]+=.+").fullmatch, "BACKBONE=FILE")], ...]
@@ -273,6 +274,23 @@ PAPER_STANDARD_SPACE: SearchSpace = {
 }
 
 
+# ------------------------------------------------------------------------------------------------ ablations
+@dataclass(frozen=True)
+class Ablations:
+    """model_training.ablations: which variants of one GLASS experiment it trains.
+
+    The paper's setting is always one of them: stratified crops, pooled by attention, both branches, the experiment's K.
+    """
+
+    experiment: str = "glass_resnet"  # that is varied
+    samplers: tuple[CropSampler, ...] = ("stratified", "random", "grid", "texture_high")  # each with each pooling
+    poolings: tuple[Pooling, ...] = ("attention", "mean", "max")
+    branches: tuple[Branches, ...] = ("global", "local", "shared")  # each with the paper's sampler and pooling
+    crop_counts: tuple[Crops, ...] = ()  # values of K, each with the paper's sampler and pooling
+    learning_rates: Factors = (0.5, 1.0, 2.0)  # factors of them all, of which each variant gets its best in validation
+    standard: bool = True  # also the standard experiment of the same backbone
+
+
 # -------------------------------------------------------------------------------------------------- presets
 @dataclass(frozen=True)
 class Preset:
@@ -285,6 +303,7 @@ class Preset:
     num_crops: NumCrops = NumCrops()
     standard_memory: StandardMemory = StandardMemory()
     reproduce: Reproduce = Reproduce()
+    ablations: Ablations = Ablations()
     experiments: tuple[Experiment, ...] = PAPER_EXPERIMENTS
     glass_space: SearchSpace = field(default_factory=lambda: PAPER_GLASS_SPACE)
     standard_space: SearchSpace = field(default_factory=lambda: PAPER_STANDARD_SPACE)
@@ -336,6 +355,9 @@ DEMO = Preset(
             "GLASS's crops see the traces. This demonstrates the mechanism on procedural images; it is no evidence "
             "about real generators."
         ),
+    ),
+    ablations=Ablations(
+        samplers=("stratified", "random"), poolings=("attention", "mean"), branches=("global", "local")
     ),
     experiments=DEMO_EXPERIMENTS,
     glass_space={

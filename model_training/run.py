@@ -56,21 +56,36 @@ def train_and_evaluate(preset: Preset, experiment: Experiment, restart: bool = F
             f"{experiment.name}: {len(splits.final_train)} images to train, {len(splits.final_valid)} to validate, "
             f"{len(splits.test)} to test"
         )
-        initial = training.initial_weights
-        if initial and not Path(initial).is_file():
-            raise UserError(f"the initial weights {initial} are no file: correct --initial-weights")
-        start = {"initial_weights_sha256": sha256_of(Path(initial))} if initial else {}  # wherever the file lies
+        start = hash_of_start(training)
         if restart:
             archive(preset, folders.values())
         for seed, folder in folders.items():
-            values = resolved(preset.settings, training, experiment) | {"seed": seed} | start
-            with open_run(session, folder, values, results=("history.csv", "checkpoint.pt")) as run:
-                finished = (folder / "metrics.json").exists()
-                if not finished:
-                    session.stop.raise_if_requested(f"before {experiment.name} seed {seed}")
-                    _SeedRun(session, run, experiment, seed, training).train()
-                run.checkpoint().remove()
-                _report(run, experiment, seed, " (finished before)" if finished else "")
+            train_seed(session, training, experiment, seed, folder, start)
+
+
+def hash_of_start(training: Training) -> dict[str, str]:
+    """What a run's settings say of the initial weights, wherever the file lies; raises UserError if there is none."""
+    initial = training.initial_weights
+    if initial and not Path(initial).is_file():
+        raise UserError(f"the initial weights {initial} are no file: correct --initial-weights")
+    return {"initial_weights_sha256": sha256_of(Path(initial))} if initial else {}
+
+
+def train_seed(
+    session: Session, training: Training, experiment: Experiment, seed: int, folder: Path, start: dict[str, str]
+) -> None:
+    """Train and test one seed in `folder`, as `train_and_evaluate` says, or report that it is finished.
+
+    `start` is of `hash_of_start`.
+    """
+    values = resolved(session.settings, training, experiment) | {"seed": seed} | start
+    with open_run(session, folder, values, results=("history.csv", "checkpoint.pt")) as run:
+        finished = (folder / "metrics.json").exists()
+        if not finished:
+            session.stop.raise_if_requested(f"before {experiment.name} seed {seed}")
+            _SeedRun(session, run, experiment, seed, training).train()
+        run.checkpoint().remove()
+        _report(run, experiment, seed, " (finished before)" if finished else "")
 
 
 def _report(run: RunFolder, experiment: Experiment, seed: int, note: str) -> None:

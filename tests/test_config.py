@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from config import CostSettings, LogUniform, NumCrops, Preset, Reproduce, Standa
 from data.views import ViewSettings
 from hyperparameter_tuning.search_spaces import suggest_experiment
 from hyperparameter_tuning.study import build_live_study, tune
+from model_training.ablations import variants_of
 from model_training.reproduce import commands_of, reproduce
 from model_training.run import train_and_evaluate
 from models.build import build_model
@@ -130,6 +132,33 @@ def measured_crop_counts(lab: Lab, counts: tuple[int, ...]) -> list[int]:
     sweep(preset, GLASS)
     rows = read_csv(preset_folder(preset) / "num_crops" / GLASS.name / "quick" / "costs.csv")
     return [int(row["num_crops"]) for row in rows]
+
+
+VARIANTS = ["stratified_attention", "grid_mean", "local", "standard"]
+
+
+@effect(
+    " ".join(f"Ablations.{field.name}" for field in fields(config.Ablations)),
+    {("samplers", ("random", "cooi")): [VARIANTS[0], "random_mean", "cooi_mean", *VARIANTS[2:]],
+     ("samplers", ()): [VARIANTS[0], *VARIANTS[2:]],
+     ("poolings", ("max", "mean")): [VARIANTS[0], "grid_max", *VARIANTS[1:]],
+     ("branches", ("both", "shared")): [*VARIANTS[:2], "shared", "standard"],
+     ("crop_counts", (2, 4, 9)): [*VARIANTS[:3], "k_2", "k_9", "standard"],
+     ("learning_rates", (0.5, 1.0)): [f"{name}{end}" for name in VARIANTS for end in ("-lr0.5", "")],
+     ("standard", False): VARIANTS[:3], ("experiment", "glass_resnet"): VARIANTS},
+)  # fmt: skip
+def trainings_of_ablations(lab: Lab, changed: tuple[str, object]) -> list[str]:
+    grid = config.Ablations("glass_convnext", ("grid",), ("mean",), ("local",), (), (1.0,))
+    preset = replace(lab.preset(), ablations=replace(grid, **dict([changed])))
+    trials = [(factor, each) for of in variants_of(preset).values() for factor, each in of.items()]
+    for factor, each in trials:
+        own = next(known for known in preset.experiments if known.name == preset.ablations.experiment)
+        assert (
+            each.backbone == own.backbone and getattr(each, "lr_local", own.lr_local * factor) == own.lr_local * factor
+        )
+        shown = re.match(r"([a-z]+)_([a-z]+)", each.name)
+        assert not shown or (each.crop_sampler, each.pooling, each.branches) == (*shown.groups(), "both")
+    return [each.name for _, each in trials]
 
 
 @effect(

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from training.checkpoints import Checkpoint
 from training.evaluation import NonFiniteLoss, Predictions, evaluate
-from training.progress import EpochRecord, Progress
+from training.progress import EpochRecord, Progress, duration
 from training.runtime import MemoryMeter
 from training.stopping import StopRequest
 from training.trainer import Trainer
@@ -113,11 +113,10 @@ def _line(job: Job, history: list[EpochRecord], first: int) -> str:
     """An epoch in a log; `first` is the number of epochs before this process."""
     last, done = history[-1], history[first:]
     left = sum(record.epoch_seconds for record in done) / len(done) * (job.epochs - len(history))
-    minutes = f"{left / 3600:.1f} h" if left > 5400 else f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
     return (
         f"{job.label}, epoch {last.epoch}/{job.epochs}: training loss {last.train_loss:.4f}, validation loss "
         f"{last.valid_loss:.4f}, validation accuracy {last.valid_accuracy:.2%}, {last.images_per_second:.1f} images/s, "
-        f"{last.data_wait_share:.0%} of the time waiting for data, {minutes} left"
+        f"{last.data_wait_share:.0%} of the time waiting for data, {duration(left)} left"
         + (f", {last.skipped_steps} steps skipped: gradients not finite" if last.skipped_steps else "")
     )
 

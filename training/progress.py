@@ -63,3 +63,9 @@ class Progress:
 def best_epoch(history: list[EpochRecord]) -> EpochRecord:
     """The first of the epochs with the highest validation accuracy. docs/method.md, Training."""
     return max(history, key=lambda record: record.valid_accuracy)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them, such as "12 min"."""
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{hours:.1f} h" if hours > 1.5 else f"{minutes:.0f} min" if minutes > 1.5 else f"{seconds:.0f} s"

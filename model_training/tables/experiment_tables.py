@@ -29,8 +29,8 @@ def table_of_test_metrics(runs: Mapping[str, Sequence[Run]], expected_seeds: Seq
     for name, of_name in runs.items():
         finished = {run.seed: run.test for run in of_name if run.test}
         row: Row = {"model": name, "n": len(finished), "seeds": " ".join(map(str, finished))}
-        experiments.append((row, finished, _missing_seeds(of_name, expected_seeds)))
-    columns, rows, undefined = _means(METRICS, experiments, "_percent")
+        experiments.append((row, finished, missing_seeds(of_name, expected_seeds)))
+    columns, rows, undefined = means(METRICS, experiments, "_percent")
     finished_runs = [(name, run) for name, of_name in runs.items() for run in of_name if run.test]
     about = notes_of((name, provenance_of(run.metadata)) for name, run in finished_runs)
     notes = ["F1, precision and recall are weighted by class size.", *undefined, *about]
@@ -42,7 +42,7 @@ def table_of_calibrated_metrics(runs: Mapping[str, Sequence[Run]]) -> Table:
     """A row an experiment that was calibrated: each metric over its seeds."""
     by_seed = {name: {run.seed: run.calibrated for run in of_name if run.calibrated} for name, of_name in runs.items()}
     experiments = [({"model": name, "n": len(found)}, found, []) for name, found in by_seed.items() if found]
-    columns, rows, undefined = _means(CALIBRATED_METRICS, experiments)
+    columns, rows, undefined = means(CALIBRATED_METRICS, experiments)
     note = (
         "In percent, but the negative log-likelihood (nats); fake is the positive class. Probabilities are calibrated, "
         "and the thresholds chosen, on the validation images; accuracy, balanced accuracy and F1 are at the threshold "
@@ -52,7 +52,7 @@ def table_of_calibrated_metrics(runs: Mapping[str, Sequence[Run]]) -> Table:
     return Table("calibrated_metrics", title, rows, columns, [note, *undefined])
 
 
-def _means(
+def means(
     metrics: Mapping[str, Metric], experiments: Iterable[tuple[Row, Mapping[int, Values], list[str]]], percent: str = ""
 ) -> tuple[dict[str, Cell], list[Row], list[str]]:
     """Columns and rows of means and standard deviations; notes of what is not defined and so not in its mean.
@@ -80,7 +80,8 @@ def _means(
     return columns, rows, notes
 
 
-def _missing_seeds(runs: Sequence[Run], expected: Sequence[int]) -> list[str]:
+def missing_seeds(runs: Sequence[Run], expected: Sequence[int]) -> list[str]:
+    """A sentence for the seeds that are not finished, and one for those of which there is no run."""
     unfinished = [run.seed for run in runs if not run.test]
     absent = [seed for seed in expected if seed not in [run.seed for run in runs]]
     seeds = {"not finished": unfinished, "not run": absent}

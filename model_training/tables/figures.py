@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, cycle
+from itertools import accumulate, chain, cycle
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -225,3 +226,26 @@ def plot_tuning_importance(path: Path, title: str, importances: Mapping[str, flo
         axis.set(xlabel="importance", xlim=(0, 1.1 * max(importances.values())))
         axis.grid(axis="y", visible=False)
         axis.invert_yaxis()
+
+
+def plot_ablations(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """AUC of each variant, with its standard deviation over seeds; and against its training speed.
+
+    `rows` are of the table of ablations, the paper's setting first; those without a value are named only.
+    """
+    styles = [(colour, marker) for marker in "osD^v" for colour in (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)]
+    with _panels(path, title, 2, (3.6, 1.2 + 0.19 * max(8, len(rows)))) as (by_name, by_speed):
+        for place, (row, (colour, marker)) in enumerate(zip(rows, chain([("k", "*")], cycle(styles)), strict=False)):
+            mean, style = (
+                row["auc_score_percent_mean"],
+                {"color": colour, "marker": marker, "markersize": 5 + 4 * (place == 0)},
+            )
+            if mean is not None:
+                by_name.errorbar(mean, place, xerr=row["auc_score_percent_std"], capsize=2, elinewidth=0.8, **style)
+                by_speed.plot(row["images_per_second"], mean, **style)
+                if place == 0:
+                    by_name.axvline(mean, color=GREY, linewidth=0.8, linestyle=":")
+        labels = [row["model"] + " (paper)" * (place == 0) for place, row in enumerate(rows)]
+        by_name.set_yticks(range(len(rows)), labels)
+        by_name.set(xlabel="AUC on the test split (%)", ylim=(len(rows) - 0.5, -0.5))
+        by_speed.set(xlabel="training images per second", ylabel="AUC on the test split (%)")

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
@@ -73,7 +74,7 @@ def read_runs(results: Path, seeds: Sequence[int]) -> dict[str, list[Run]]:
     runs = defaultdict(list)
     for seed in sorted(seeds):
         for path in results.glob(f"*/seed_{seed}/history.csv"):
-            runs[path.parent.parent.name].append(_read_run(path.parent, seed))
+            runs[path.parent.parent.name].append(read_run(path.parent, seed))
     for of_experiment in runs.values():
         finished = [run for run in of_experiment if run.test]
         for run in finished[1:]:
@@ -86,7 +87,8 @@ def read_runs(results: Path, seeds: Sequence[int]) -> dict[str, list[Run]]:
     return dict(runs)
 
 
-def _read_run(folder: Path, seed: int) -> Run:
+def read_run(folder: Path, seed: int) -> Run:
+    """The run of this seed in `folder`, which has its history; raises UserError as `read_runs`."""
     metadata, path = read_metadata(folder / "run.json"), folder / "history.csv"
     if metadata["settings"].get("seed", seed) != seed:
         raise UserError(
@@ -102,6 +104,19 @@ def _read_run(folder: Path, seed: int) -> Run:
         found = read_json(path)
         calibrated = found.get("test_calibrated") and _values(CALIBRATED_METRICS, found["test_calibrated"])
         return Run(folder, seed, metadata, history, _values(METRICS, found["test"]), calibrated)
+
+
+def read_fakes(run: Run, names: Sequence[str]) -> np.ndarray:
+    """Probability of fake of each test image (N,), as a finished run predicted it.
+
+    Raises UserError if the file cannot be read, or is of other images than these `names`.
+    """
+    path = run.folder / "predictions.csv"
+    with reading(path):
+        rows = read_csv(path)
+        if [row["path"] for row in rows] != list(names):
+            raise ValueError("its images are not those of the test split")
+        return np.array([float(row["probability_fake"]) for row in rows])
 
 
 def _epoch_record(row: Mapping[str, str]) -> EpochRecord:
