@@ -386,6 +386,9 @@ DEMO_LOCAL = replace(
             "procedural images; it is no evidence about real generators."
         ),
     ),
+    ablations=Ablations(
+        samplers=("stratified", "random", "grid", "texture_high", "frequency", "all"), learning_rates=(0.5, 1.0)
+    ),
     experiments=tuple(
         replace(e, lr_global=1e-4, lr_local=2 * e.lr_local, num_crops=8) if isinstance(e, GlassExperiment) else e
         for e in DEMO_EXPERIMENTS

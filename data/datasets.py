@@ -132,16 +132,19 @@ class _IndexedImage:
         self.height, self.width = record.height, record.width
 
     @functools.cached_property
+    def cached(self) -> np.ndarray | None:
+        """The pixels that the cache holds, uint8 (H, W, 3)."""
+        return self.cache.pixels(self.record) if self.cache else None
+
+    @property
     def pixels(self) -> np.ndarray:
         """uint8 (H, W, 3 or 4)."""
-        cached = self.cache.pixels(self.record) if self.cache else None
-        return self.picture.pixels if cached is None else cached
+        return self.picture.pixels if self.cached is None else self.cached
 
     @functools.cached_property
     def picture(self) -> Picture:
         """The whole image, decoded."""
-        cached = self.cache.pixels(self.record) if self.cache else None
-        image = self.dataset.read(self.record) if cached is None else Image.fromarray(cached)
+        image = self.dataset.read(self.record) if self.cached is None else Image.fromarray(self.cached)
         return Picture(image, self.record.key)
 
     def write_view(self, view: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ that look at pixels draw candidates first and keep the extreme ones, so that an 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from config import CropSampler
 from data.crops import sample_crop_boxes, tile_boxes
 
 CANDIDATES = 64  # boxes or windows that are graded
-BLOCK = 16  # pixels; the side of the blocks that texture is summed over; less where P is no multiple of it
+BLOCK = 16  # pixels from one candidate to the next; texture is summed over blocks of as many, or less if P asks for it
 STRIP = 150_000  # values whose texture is computed at a time, in a processor's own cache
 WINDOW, STRIDE, BANDS = 32, 16, 6  # of AIDE's grade: side of a window, pixels to the next, bands of frequencies
 RGB_OF_FOUR = np.array([255, 255, 255, 0], np.uint8).view(np.uint32)  # without the fourth byte of a pixel
@@ -98,16 +98,18 @@ def texture(image: SampledImage, K: int, P: int, generator: torch.Generator, *, 
     """
     sides, room = (min(image.height, P), min(image.width, P)), _room(image, P)
     block = math.gcd(*sides, BLOCK)
-    origin = [int(torch.randint(0, min(block - 1, last) + 1, (), generator=generator)) for last in room]
-    rows, columns = ((last - first) // block + 1 for first, last in zip(origin, room, strict=True))
+    origin = [int(torch.randint(0, min(BLOCK - 1, last) + 1, (), generator=generator)) for last in room]
+    rows, columns = ((last - first) // BLOCK + 1 for first, last in zip(origin, room, strict=True))
     chosen = torch.randperm(rows * columns, generator=generator)[:CANDIDATES].numpy()
     down, right = np.divmod(chosen, columns)
-    boxes = _boxes(image, origin[0] + down * block, origin[1] + right * block, P)
+    boxes = _boxes(image, origin[0] + down * BLOCK, origin[1] + right * BLOCK, P)
     box = [side // block for side in sides]
     if len(boxes) * P * P < image.height * image.width:  # a large image: look at the candidates only
         grades = np.array([block_textures(image.pixels, place, box, block).sum() for place in boxes[:, :2].tolist()])
     else:
-        sums = block_textures(image.pixels, origin, [rows - 1 + box[0], columns - 1 + box[1]], block)
+        step = BLOCK // block
+        shape = [(count - 1) * step + side for count, side in zip((rows, columns), box, strict=True)]
+        sums, down, right = block_textures(image.pixels, origin, shape, block), down * step, right * step
         total = np.pad(sums.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
         bottom, end = down + box[0], right + box[1]
         grades = total[bottom, end] - total[down, end] - total[bottom, right] + total[down, right]
@@ -132,6 +134,7 @@ def frequency(image: SampledImage, K: int, P: int, generator: torch.Generator) -
     return _boxes(image, *places, P)
 
 
+FIXED: Collection[CropSampler] = ("grid", "five", "cooi", "all")  # whose boxes are those of every draw, in evaluation
 SAMPLERS: Mapping[CropSampler, Sampler] = {
     "stratified": stratified,
     "random": uniform,

@@ -85,7 +85,7 @@ class Picture:
     """A decoded RGB image.
 
     `key` is of the pixels as they were in the file, `data.images.pixel_key`: an image gets the same crops under any
-    name and, where its size stays, perturbed or saved again.
+    name and, where its size stays and the sampler looks at no pixels, perturbed or saved again.
     """
 
     image: Image.Image

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from utils import UserError, database_problem, preset_folder, replacing, run_com
 PAPER_OPTUNA = "4.6.0"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 HYPERPARAMETERS = {  # come from trials, not from the command line
-    field.name for kind in (GlassExperiment, StandardExperiment) for field in fields(kind)
+    field.name for kind in (GlassExperiment, StandardExperiment) for field in fields(kind) if field.default is MISSING
 } - {"name", "backbone"}
 OnEpoch = Callable[[list[EpochRecord]], None]
 # Trains a trial: called with the search, the trial's number and experiment, where it is resumed from, and what to call
@@ -95,7 +95,8 @@ def tune(preset: Preset, experiment: Experiment, restart: bool = False, train: T
             f"max_resource is {tuning.max_resource}: it must be at least min_resource = {tuning.min_resource}"
         )
     space = search_space(preset, experiment)
-    values = resolved(preset.settings, tuning) | {"name": experiment.name, "backbone": experiment.backbone}
+    fixed = {name: value for name, value in resolved(experiment).items() if name not in space}
+    values = resolved(preset.settings, tuning) | fixed
     values["search_space"] = [f"{name}: {choices}" for name, choices in space.items()]
     values["study_name"] = live_study_name(experiment)
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -9,8 +9,8 @@ for the other seeds. No test metric chooses anything. A training that diverges o
 the others. Stopped, or given with another grid, the command trains only what is not finished.
 
 Hardware: as final training, for (factors + seeds - 1) trainings a variant: docs/ablations.md.
-Output: results/<preset>/ablations/: a folder <variant>/seed_<seed>/ for each training, and ablations.csv, .md, .tex and
-.png, written after each variant.
+Output: results/<preset>/ablations/<experiment>/: a folder <variant>/seed_<seed>/ for each training, and
+ablations.csv, .md, .tex and .png, written after each variant.
 """
 
 import time
@@ -102,7 +102,7 @@ class _Grid:
 
     def folder(self, experiment: Experiment, seed: int) -> Path:
         """Of one training."""
-        return seed_folder(self.preset, f"ablations/{experiment.name}", seed)
+        return seed_folder(self.preset, f"ablations/{self.preset.ablations.experiment}/{experiment.name}", seed)
 
     def train(self) -> None:
         """Train what is not finished, variant by variant; the table is written after each."""
@@ -149,7 +149,8 @@ class _Grid:
 
     def write(self) -> Table:
         """Write the table and the figure of what is finished, and return the table."""
-        splits, folder = self.session.splits, preset_folder(self.preset) / "ablations"
+        splits = self.session.splits
+        folder = preset_folder(self.preset) / "ablations" / self.preset.ablations.experiment
         variants, title = list(map(self.variant, self.variants)), f"Variants of {self.preset.ablations.experiment}"
         table = table_of_ablations(title, variants, self.session.index, splits.test, list(self.failed.values()))
         table.write(folder)

@@ -27,7 +27,7 @@ from pydantic import Field
 from config import Preset
 from data.records import CLASSES
 from model_training.inference.scores import SETTINGS, ScoredData, ScoredModel, ScoringOptions, score_data
-from model_training.tables.figures import plot_reliability, plot_roc, plot_score_histograms
+from model_training.tables.figures import plot_aucs, plot_reliability, plot_roc, plot_score_histograms
 from model_training.tables.table import Cell, Row, Table, interval_of, show, value_of
 from training.detection_metrics import (
     DETECTION_METRICS,
@@ -39,7 +39,14 @@ from training.detection_metrics import (
 from utils import run_command
 
 SHOWN = ("auc", "balanced_accuracy")  # where models or formats stand side by side
-NOT_ALWAYS = ("evaluation_raw.*", "formats.*", "differences.*", "roc.png", "calibration.png")  # of what is written
+NOT_ALWAYS = (
+    "evaluation_raw.*",
+    "formats.*",
+    "differences.*",
+    "auc.png",
+    "roc.png",
+    "calibration.png",
+)  # of what is written
 PARTS = ("mean", "std", "low", "high")  # of a metric
 COUNTS = {key: value_of(key) for key in ("model", "images", "fake", "real")}  # columns
 THRESHOLDS = {  # of a calibration
@@ -55,7 +62,8 @@ NOTE = (
 )
 ABOVE = (
     "The score depends on what sets real images of these sources apart, such as camera, compression or subject: where "
-    "fakes come from other sources than the real images, part of its AUC may be that. "
+    "fakes come from other sources than the real images, part of its AUC may be that. Near copies within a source "
+    "(bursts) seem apart too. "
 )
 
 
@@ -84,7 +92,7 @@ def evaluate_weights(preset: Preset, **values: Any) -> None:
         table.write(folder)
         if table.name != "evaluation_raw":
             print(f"\n{table.markdown()}")
-    _draw(folder, data, both)
+    _draw(folder, data, tables[0].rows if both else ())
     data.report_written(folder)
 
 
@@ -184,7 +192,7 @@ def _controls(data: ScoredData, kinds: Sequence[str]) -> list[Row]:
     """A row for each perturbation and model: how well it tells the sources of real images apart, if there are two."""
     rows, real = [], data.labels == CLASSES.index("real")
     for kind, (name, models) in product(kinds, data.models.items()):
-        found = sources_apart(_outputs(models, "calibrated", kind, real)[0], data.sources[real])
+        found = sources_apart(_outputs(models, "calibrated", kind, real)[0], data.sources[real], data.groups[real])
         if found:
             row = {"model": name, "images": f"control: {len(found.names)} real sources apart", "format": kind}
             row |= {"probabilities": "calibrated", "seeds": len(models), "fake": 0, "real": found.images, "missing": ""}
@@ -274,15 +282,22 @@ def metric_of(key: str) -> Cell:
     return cell
 
 
-def _draw(folder: Path, data: ScoredData, both: bool) -> None:
-    """Figures of the probabilities of each model, averaged over its seeds; of `both` classes, or the histogram only."""
+def _draw(folder: Path, data: ScoredData, rows: Sequence[Row]) -> None:
+    """Figures of the probabilities of each model, averaged over its seeds; of one class, without `rows`, the histogram
+    only."""
     title = f"{data.root.name}: {len(data.labels):,} images"
     panels = {
         f"{name}, {which}": np.mean([model.probabilities[which, "native"] for model in models], axis=0)
         for (name, models), which in product(data.models.items(), ("raw", "calibrated"))
     }
     calibrated = {name: panels[f"{name}, calibrated"] for name in data.models}
-    if both:
+    if rows:
+        aucs: dict[str, dict[str, tuple[float, float, float]]] = {}
+        for row in rows:
+            if "auc_low" in row and row["auc_mean"] == row["auc_mean"]:  # the control has no interval
+                values = tuple(100 * row[f"auc_{part}"] for part in ("mean", "low", "high"))
+                aucs.setdefault(row["images"], {})[row["model"]] = values
+        plot_aucs(folder / "auc.png", title, aucs)
         plot_roc(folder / "roc.png", title, calibrated, data.labels)
         plot_reliability(folder / "calibration.png", title, panels, data.labels)
     plot_score_histograms(folder / "scores.png", title, calibrated, data.labels)

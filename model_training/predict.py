@@ -39,6 +39,7 @@ from config import Preset
 from data.images import IMAGE_ENDINGS, UnreadableImage
 from data.lists import check_output, render_table
 from data.pictures import find_images
+from data.samplers import FIXED
 from model_training.inference.detector import SMALL, TRANSPARENT, Outcome, PredictionOptions, load_detector
 from model_training.inference.evidence import write_evidence
 from utils import UserError, read_csv, reading, run_command, sha256_of, stat_of, write_csv
@@ -90,6 +91,12 @@ def predict(preset: Preset, weights: Path, paths: Sequence[str], **others: Any) 
         shown = ", ".join(sorted(kinds)[:5])
         print(f"Ignored, in folders: {len(ignored):,} files of other kinds ({shown}); name them to try them")
     detector = load_detector(weights, preset.settings.device, preset.settings.max_image_pixels, options)
+    sampler = getattr(detector.experiment, "crop_sampler", None)
+    if not detector.num_crops and (draws > 1 or options.crops):
+        options_given = f"--draws {draws}" if draws > 1 else " and ".join(options.crops)
+        raise UserError(f"{options_given}: {detector.name} looks at the whole image and draws no crops")
+    if draws > 1 and sampler in FIXED:
+        raise UserError(f"--draws {draws}: {detector.name} has the same crops in every draw, by its sampler {sampler}")
     if options.band:
         real_below, fake_from = options.band
         if not 0 <= real_below <= fake_from <= 1:
@@ -102,11 +109,8 @@ def predict(preset: Preset, weights: Path, paths: Sequence[str], **others: Any) 
     elif detector.calibration.is_rough:
         few = f"{detector.calibration.fake_images} fake and {detector.calibration.real_images} real validation images"
         print(f"{weights} was calibrated on {few}, which are few: its thresholds are rough", file=sys.stderr)
-    if detector.calibrated and options.other_crops:
-        chosen = ", ".join(f"{name} {value}" for name, value in options.other_crops.items())
-        print(f"{weights} was calibrated with the crops of its training, not with {chosen}", file=sys.stderr)
-    if not detector.num_crops and draws > 1:
-        raise UserError(f"--draws {draws}: {detector.name} looks at the whole image and draws no crops")
+    if detector.calibrated and detector.other_crops:
+        print(f"{weights} was calibrated with other crops than {detector.other_crops}", file=sys.stderr)
     others = [options.band, options.batch_size, options.chunk_size, preset.settings.max_image_pixels]
     keys = _keys(images, [sha256_of(weights), *others, *detector.depends_on()])
     rows = {} if evidence else {row["path"]: row for row in _written(output) if row["key"] == keys.get(row["path"])}

@@ -30,12 +30,14 @@ class TorchvisionBackbone:
 
     model: str  # its name in torchvision.models.list_models()
     norm: str | None = None  # path of the normalisation before the last layer, where GLASS takes it off too
-    last_map: str | None = None  # path of the layer whose output is the last map, (B, C, h, w) or tokens (B, N, C)
+    # path of the layer whose output is the last map, (B, C, h, w) or tokens (B, N, C), before any normalisation of each
+    # place, after which all places have the same sum
+    last_map: str | None = None
     vit_patch: int | None = None  # side of a ViT's patches: the network is built for one image size, a multiple of it
 
 
 TORCHVISION_BACKBONES = {
-    "vit": TorchvisionBackbone("vit_b_16", last_map="encoder", vit_patch=16),
+    "vit": TorchvisionBackbone("vit_b_16", last_map="encoder.layers", vit_patch=16),
     "convnext": TorchvisionBackbone("convnext_tiny", norm="classifier.0", last_map="features"),
     "resnet": TorchvisionBackbone("resnet50", last_map="layer4"),
 }
@@ -78,22 +80,35 @@ def features_and_map(network: nn.Module, last_map: str | None, view: torch.Tenso
     Args:
         last_map: as in `Backbone`.
     """
-    if last_map is None:
-        activations = network.forward_features(view)
-        features, prefix = network.forward_head(activations), getattr(network, "num_prefix_tokens", 0)
-    else:
-        seen: list[torch.Tensor] = []
+    seen: list[torch.Tensor] = []
+    if last_map is not None:
         handle = network.get_submodule(last_map).register_forward_hook(lambda *call: seen.append(call[-1]))
-        try:
+    else:
+        layer = getattr(network, "norm", None) or nn.Identity()
+        handle = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    try:
+        if last_map is not None:
             features = network(view)
-        finally:
-            handle.remove()
-        (activations,), prefix = seen, 1  # torchvision's ViT has a class token
-    if activations.ndim == 3:  # tokens
-        tokens = activations[:, prefix:]
-        activations = tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
-    elif activations.shape[1] == activations.shape[2] != activations.shape[3]:  # of some of timm's networks
-        activations = activations.movedim(-1, 1)
+        else:
+            whole = network.forward_features(view)
+            features = network.forward_head(whole)
+            seen.append(whole)  # where there is no such layer
+    finally:
+        handle.remove()
+    activations = seen[0]
+    tokens = getattr(activations, "ndim", 0) == 3
+    if tokens:
+        places = activations[:, 1 if last_map else getattr(network, "num_prefix_tokens", 0) :]
+        activations = places.transpose(1, 2)
+        side = math.isqrt(places.shape[1])
+        activations = activations.unflatten(2, (side, side)) if side**2 == places.shape[1] else None
+    if getattr(activations, "ndim", 0) != 4:
+        raise UserError(
+            f"{type(network).__name__} has no square map of places, by which crop_sampler cooi chooses crops: take "
+            f"another backbone or sampler"
+        )
+    if not tokens and activations.shape[1] == activations.shape[2] != activations.shape[3]:
+        activations = activations.movedim(-1, 1)  # channels come last in some of timm's networks
     return features, activations
 
 

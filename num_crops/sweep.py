@@ -4,7 +4,7 @@ from config import GlassExperiment, Preset
 from training.cost import run_cost_study
 from training.metrics import fit_line
 from training.runs import SETTINGS, RestartOption
-from utils import run_command
+from utils import UserError, run_command
 
 
 def main(name: str, doc: str) -> None:
@@ -14,7 +14,15 @@ def main(name: str, doc: str) -> None:
 
 
 def sweep(preset: Preset, experiment: GlassExperiment, restart: bool = False) -> None:
-    """`run_cost_study` with each K; prints the least-squares lines of memory and of time against K."""
+    """`run_cost_study` with each K; prints the least-squares lines of memory and of time against K.
+
+    Raises:
+        UserError: besides, a model without crops.
+    """
+    if experiment.branches == "global":
+        raise UserError(
+            f"{experiment.name} has branches = global, and so no crops to be counted: choose other branches"
+        )
     costs = run_cost_study(preset, experiment, preset.num_crops, "num_crops", restart)
     for quantity, unit in (("peak_memory_mb", "MB"), ("epoch_seconds", "s")):
         points = [getattr(costs[k], quantity) for k in sorted(costs)]

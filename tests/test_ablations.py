@@ -34,7 +34,7 @@ def finished(toy_data: Path, indexed: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def table_of(results: Path) -> dict[str, dict[str, str]]:
-    return {row["model"]: row for row in read_csv(results / "demo" / "ablations" / "ablations.csv")}
+    return {row["model"]: row for row in read_csv(results / "demo" / "ablations" / "glass_resnet" / "ablations.csv")}
 
 
 def predictions_of(folder: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -45,7 +45,7 @@ def predictions_of(folder: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 
 def test_the_table_is_what_histories_and_predictions_say(finished: Path) -> None:
-    folder, table = finished / "demo" / "ablations", table_of(finished)
+    folder, table = finished / "demo" / "ablations" / "glass_resnet", table_of(finished)
     assert tuple(table) == VARIANTS and not any(row["missing"] for row in table.values())
     fakes = {}
     for name, row in table.items():
@@ -88,7 +88,7 @@ def test_a_grid_that_was_killed_and_stopped_ends_as_if_it_had_not_been_and_grows
     finished: Path, toy_data: Path, results: Path
 ) -> None:
     command = (COMMAND, *FLAGS, *GRID, "--data-root", toy_data, "--results-root", results)
-    folder = results / "demo" / "ablations"
+    folder = results / "demo" / "ablations" / "glass_resnet"
     for killed, there in (
         (signal.SIGKILL, "random_mean/seed_1/checkpoint.pt"),
         (signal.SIGTERM, "local/seed_1/run.json"),
@@ -104,7 +104,7 @@ def test_a_grid_that_was_killed_and_stopped_ends_as_if_it_had_not_been_and_grows
     printed = succeed(*command, timeout=900)
     assert f"[4/4] {VARIANTS[3]}, about" in printed and printed.count("(finished before)") >= 6
 
-    whole, found = (state_of(root / "demo" / "ablations") for root in (finished, results))
+    whole, found = (state_of(root / "demo" / "ablations" / "glass_resnet") for root in (finished, results))
     tables = {f"ablations.{end}" for end in ("csv", "md", "tex")}  # which have the speed, that differs
     assert {k: v for k, v in found.items() if k not in tables} == {k: v for k, v in whole.items() if k not in tables}
     without_speed = [

@@ -6,7 +6,7 @@ from scipy.special import expit
 from sklearn import metrics
 
 from training.calibration import Calibration, calibrate, fit_temperature
-from training.detection_metrics import bootstrap_intervals, detection_metrics, paired_differences
+from training.detection_metrics import bootstrap_intervals, detection_metrics, paired_differences, sources_apart
 from training.metrics import compute_metrics
 
 
@@ -167,3 +167,25 @@ def test_ties_at_a_threshold_are_not_false_positives() -> None:
     calibration = calibrate(scores, labels, 0.1)
     assert (calibration.probabilities(scores[labels == 1]) >= calibration.fpr_5).sum() == 0
     assert calibrate(scores, np.ones(20, int), 0.1) is None
+
+
+def test_chance_to_tell_sources_apart_shuffles_whole_groups() -> None:
+    random = np.random.default_rng(3)
+    group = np.repeat(np.arange(12), 4)  # bursts of four near copies
+    fakes = [random.uniform(size=12)[group] + random.normal(0, 1e-3, 48) for _ in range(2)]
+    sources = np.array(["a", "b", "c"])[group // 4]
+    found = sources_apart(fakes, sources, group.astype(str), permutations=200)
+
+    def plain(names: np.ndarray) -> float:
+        aucs = [
+            [(fake[names == a][:, None] > fake[names == b]).mean() for a, b in ("ab", "ac", "bc")] for fake in fakes
+        ]
+        return np.maximum(aucs, 1 - np.array(aucs)).mean()
+
+    order, again = np.argsort(np.unique(group.astype(str)).astype(int)), np.random.default_rng(0)
+    by_name = np.array(["a", "b", "c"])[np.unique(group.astype(str)).astype(int) // 4]  # of the groups, by their names
+    by_chance = [plain(again.permutation(by_name)[order][group]) for _ in range(200)]
+    assert found.aucs.mean() == pytest.approx(plain(sources)) and found.chance == pytest.approx(
+        np.quantile(by_chance, 0.95)
+    )
+    assert found.chance > sources_apart(fakes, sources, np.arange(48).astype(str), permutations=200).chance + 0.03

@@ -345,7 +345,7 @@ def test_evaluate_has_a_row_for_all_and_for_each_generator(results: Path, by_gen
     assert float(row["auc_low"]) <= float(row["auc_mean"]) <= float(row["auc_high"])
     formats = (folder / "formats.md").read_text()
     assert "AUC, native | AUC, jpeg 60 | balanced accuracy, native | balanced accuracy, jpeg 60" in formats
-    for name in ("roc.png", "calibration.png", "scores.png", "evaluation.tex", "evaluation.md"):
+    for name in ("auc.png", "roc.png", "calibration.png", "scores.png", "evaluation.tex", "evaluation.md"):
         assert (folder / name).stat().st_size > 500
 
 

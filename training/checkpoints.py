@@ -59,6 +59,11 @@ def load_model(path: Path, model: nn.Module) -> dict[str, Any]:
     problem = state_dict_mismatch(state, model.state_dict())
     if problem:
         raise UserError(f"{path} does not fit this model: {problem}")
+    first: dict[int, str] = {}  # a tensor's memory -> its first name
+    for name, tensor in model.state_dict().items():
+        one = first.setdefault(tensor.data_ptr(), name)
+        if one != name and tensor.numel() and not torch.equal(state[one], state[name]):
+            raise UserError(f"{path} holds two networks where this model has one for both views: {one} is not {name}")
     model.load_state_dict(state)
     return about
 

@@ -154,7 +154,7 @@ def _warm_up(job: Job) -> float:
     with trainer.runtime.track_memory() as memory:
         for loader, epoch, step in steps:
             trainer.model.train(epoch is not None)
-            full = min(trainer.batch_size, len(loader.dataset))
+            full = min(loader.batch_size, len(loader.dataset))
             for size in dict.fromkeys((full, len(loader.dataset) % full or full)):
                 *views, labels = loader.dataset.__getitems__([(0, epoch)] * size)
                 step(views, labels)

@@ -14,6 +14,7 @@ from training.metrics import ECE_BINS, Metric, bins_of
 
 RESAMPLES = 1000
 SOURCE_IMAGES = 5  # sources of fewer images say too little of how they differ
+MOST_SOURCES = 40  # that are compared, all pairs of them, a thousand times
 _CHUNK = 100  # resamples at a time, so that memory does not grow with their number
 
 
@@ -134,26 +135,36 @@ class SourcesApart:
 
 
 def sources_apart(
-    fakes: Sequence[np.ndarray], sources: np.ndarray, permutations: int = RESAMPLES, seed: int = 0
+    fakes: Sequence[np.ndarray],
+    sources: np.ndarray,
+    groups: np.ndarray,
+    permutations: int = RESAMPLES,
+    seed: int = 0,
 ) -> SourcesApart | None:
     """How well a score tells sources of real images apart, which a detector of fakes should not: AUC near one half.
 
     The AUC between each two sources that have SOURCE_IMAGES images, folded, since neither is the positive class: the
     larger of AUC and 1 - AUC; then the mean over all pairs (Hand and Till, Machine Learning 45, 2001). Folded AUCs of
     few images are above one half by chance: `chance` is the 95% quantile of the same number, sources permuted among
-    the images; near copies within a source exceed it easily. None for fewer than two sources.
+    the groups of images, or among the images where no source has two groups; near copies that are in no group together
+    exceed it easily. None for fewer than two sources.
 
     Args:
         fakes: for each model its probabilities of fake for the same N images, all real.
-        sources: (N,), names; "" of an image that has none, which is left out.
+        sources: (N,), names; "" of an image that has none, which is left out. Of many, the MOST_SOURCES largest count.
+        groups: (N,), as for `bootstrap_intervals`.
     """
     every, counts = np.unique(sources, return_counts=True)
-    names = every[(counts >= SOURCE_IMAGES) & (every != "")]
+    enough = np.flatnonzero((counts >= SOURCE_IMAGES) & (every != ""))
+    names = np.sort(every[enough[np.argsort(-counts[enough], kind="stable")][:MOST_SOURCES]])
     if len(names) < 2:
         return None
     chosen, ranked = np.isin(sources, names), []
     source = np.searchsorted(names, sources[chosen])
-    upper, pairs = np.triu_indices(len(names), 1), np.outer(*2 * (np.bincount(source),))
+    _, one_of, group = np.unique(groups[chosen], return_index=True, return_inverse=True)
+    if len(one_of) <= len(names):
+        one_of = group = np.arange(len(source))
+    upper = np.triu_indices(len(names), 1)
     for fake in fakes:
         order = np.argsort(fake[chosen])
         scores = fake[chosen][order]
@@ -161,7 +172,7 @@ def sources_apart(
 
     def folded(source: np.ndarray) -> np.ndarray:
         """AUC of each model and pair of sources: (models, pairs)."""
-        found = []
+        found, pairs = [], np.outer(*2 * (np.bincount(source),))
         for order, below, not_above in ranked:
             ones = np.eye(len(names))[source[order]]  # (images, sources), the lowest score first
             counted = np.vstack([np.zeros(len(names)), np.cumsum(ones, axis=0)])
@@ -170,7 +181,7 @@ def sources_apart(
         return np.array(found)
 
     generator, aucs = np.random.default_rng(seed), folded(source)
-    by_chance = [folded(generator.permutation(source)).mean() for _ in range(permutations)]
+    by_chance = [folded(generator.permutation(source[one_of])[group]).mean() for _ in range(permutations)]
     most = aucs.mean(axis=0).argmax()
     return SourcesApart(
         names=tuple(names.tolist()),

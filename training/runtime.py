@@ -116,7 +116,8 @@ class Runtime:
         on_device = [view.to(self.device, non_blocking=True) for view in views]
         if not getattr(model, "channels_last", True):  # as which they arrive, and whose layout convolutions follow
             on_device = [view.contiguous() for view in on_device]
-        return [(view.float() / 255 - model.input_mean) / model.input_std for view in on_device]
+        # In place, since the tiles of a large image fill gigabytes.
+        return [torch.div(view, 255).sub_(model.input_mean).div_(model.input_std) for view in on_device]
 
     @contextmanager
     def memory_for(self, what: str) -> Iterator[None]:

@@ -51,8 +51,8 @@ class PredictionOptions:
         checked(self)
 
     @property
-    def other_crops(self) -> dict[str, Any]:
-        """What is chosen of a GLASS model's crops instead of what it was trained with."""
+    def crops(self) -> dict[str, Any]:
+        """What they say of a GLASS model's crops."""
         return {name: value for name in ("num_crops", "crop_sampler") if (value := getattr(self, name)) is not None}
 
 
@@ -99,6 +99,7 @@ class Detector:
     calibration: Calibration
     runtime: Runtime
     options: PredictionOptions = PredictionOptions()
+    other_crops: str = ""  # what is asked for instead of the crops that it was trained with, in words
 
     @property
     def name(self) -> str:
@@ -118,7 +119,8 @@ class Detector:
     def depends_on(self) -> list[Any]:
         """What its scores depend on besides weights and images, JSON-ready; rounding by batches is left out."""
         numerics = self.runtime.precision, self.settings.matmul_precision, self.runtime.device.type
-        model = self.experiment.backbone, self.num_crops, self.options.draws, self.options.crop_sampler
+        sampler = getattr(self.experiment, "crop_sampler", "")
+        model = self.experiment.backbone, self.num_crops, sampler, self.options.draws
         return [*model, *numerics, git_commit(), library_versions()]
 
     def predict(self, image: Source) -> Prediction:
@@ -247,7 +249,8 @@ def load_detector(
     Or of a checkpoint of the author's code; what that lacks is in the options.
 
     In fp32, CPU and GPU agree to about 1e-5; with `PredictionOptions(precision="trained")` the detector differs from
-    the predictions.csv of the run by the rounding of its precision at most.
+    the predictions.csv of the run by the rounding of its precision at most. A model that chooses its crops itself
+    (cooi) may choose otherwise after rounding.
 
     Raises:
         UserError: not a weights file of this project, or weights that do not fit the model it describes.
@@ -261,8 +264,11 @@ def load_detector(
     if options.backbone not in (None, experiment.backbone):
         own = f"its backbone is {experiment.backbone}, not {options.backbone}"
         raise UserError(f"{path} says itself that {own}: leave that option out")
-    if isinstance(experiment, GlassExperiment):
-        experiment = replace(experiment, **options.other_crops)
+    other_crops = ""
+    if isinstance(experiment, GlassExperiment) and experiment.branches != "global":
+        trained, experiment = asdict(experiment), replace(experiment, **options.crops)
+        changed = {name: value for name, value in options.crops.items() if trained[name] != value}
+        other_crops = ", ".join(f"{name} = {value}" for name, value in changed.items())
     if options.precision != "trained":
         settings = replace(settings, precision=options.precision, matmul_precision="highest")
     settings = replace(settings, device=device, max_image_pixels=max_image_pixels, compile=False, pretrained=False)
@@ -271,7 +277,7 @@ def load_detector(
     model = build_model(experiment, settings)
     load_model(path, model)
     runtime.place(model).eval()
-    return Detector(model, experiment, settings, about, calibration, runtime, options)
+    return Detector(model, experiment, settings, about, calibration, runtime, options, other_crops)
 
 
 def _about_checkpoint(path: Path, options: PredictionOptions) -> dict[str, Any]:

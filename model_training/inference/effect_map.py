@@ -36,7 +36,7 @@ def effect_map(detector: Detector, picture: Picture, stride: int | None = None) 
     P, (width, height) = detector.settings.patch_size, picture.image.size
     stride = P // 2 if stride is None else stride
     if not detector.num_crops:
-        raise UserError(f"{detector.name} looks at the whole image and has no crops: an effect map needs a GLASS model")
+        raise UserError(f"{detector.name} looks at the whole image and has no crops, which an effect map needs")
     if not 1 <= stride <= P:
         raise UserError(f"stride is {stride}: it must be from 1 to the patch size, {P}")
     boxes = tile_boxes(height, width, P, stride, crop_generator(detector.settings.main_seed, picture.key, TILES))

@@ -31,7 +31,7 @@ def draw_evidence(picture: Picture, prediction: Prediction) -> Image.Image:
     effects = np.where(np.abs(scores.effects[0]) < ROUNDING, 0, scores.effects[0])
     order = np.lexsort((-attention, -np.abs(effects)))
     boxes, attention, effects, alone = boxes[order], attention[order], effects[order], alone[order]
-    parts = [_outlined(picture, boxes, effects)]
+    parts = [_outlined(picture, boxes[:SHOWN_ROWS], effects[:SHOWN_ROWS])]
     if len(boxes):
         crops = [_native_crop(picture, i + 1, boxes[i], effects[i]) for i in range(min(len(boxes), SHOWN_CROPS))]
         rows = [_joined(crops[i : i + 2]) for i in range(0, len(crops), 2)]

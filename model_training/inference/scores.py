@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,7 +61,8 @@ class ScoringOptions(PredictionOptions):
         """results/<preset>/<section>/<name>."""
         settings = preset.settings
         images = settings.data_list, settings.group_by.removeprefix("none"), "all" * self.all_images
-        choices = *images, *(f"{name}-{value}" for name, value in self.other_crops.items()), *variant
+        crops = {} if any(map(written_by_torch, self.weights)) else self.crops  # where they say what a model is
+        choices = *images, *(f"{name}-{value}" for name, value in crops.items()), *variant
         return preset_folder(preset) / section / (self.name or name_of_root(settings.data_root, *choices))
 
 
@@ -137,8 +138,15 @@ def score_data(
     if len(set(labels)) < classes:
         besides = ", besides those that a model was trained on (--all-images keeps these)" if left_out else ""
         raise UserError(f"{data_list or root} has no images of both classes{besides}: both are needed")
+    of_author = {path: written_by_torch(path) for path in digests}
+    other_crops: dict[str, None] = {}
     for path, digest in digests.items():
-        detector = load_detector(path, settings.device, settings.max_image_pixels, options)
+        # What a checkpoint of the author's code does not say itself is of that checkpoint.
+        others = any(of_author.values()) and not of_author[path]
+        own = replace(options, backbone=None, num_crops=None) if others else options
+        detector = load_detector(path, settings.device, settings.max_image_pixels, own)
+        if detector.other_crops:
+            other_crops[f"{detector.name}: {detector.other_crops}"] = None
         values = _scores_of(preset, detector, digest, paths, perturbations)
         unreadable |= {image: problem for (image, _), (_, _, problem) in values.items() if problem}
         scored.append((detector.name, detector.about.get("seed", "unknown"), detector.calibration, values))
@@ -156,9 +164,8 @@ def score_data(
         models.setdefault(model, []).append(ScoredModel(seed, calibration, probabilities))
     sources, groups, kind = sources_and_groups(settings, paths)
     notes = _notes_on_training(settings, abouts, len(seen), bool(left_out))
-    if options.other_crops:
-        crops = ", ".join(f"{name} = {value}" for name, value in options.other_crops.items())
-        notes.append(f"Crops: {crops}; thresholds and calibration are of the crops of each model's training.")
+    if other_crops:
+        notes.append(f"Other crops than those of training and calibration. {'; '.join(other_crops)}.")
     chosen = (labels[readable], sources[readable], groups[readable])
     return ScoredData(root.resolve(), data_list, *chosen, kind, models, unreadable, notes)
 

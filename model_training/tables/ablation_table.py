@@ -55,7 +55,8 @@ def table_of_ablations(
         "factor that was best in validation.",
         f"Differences are from {paper.name} (the paper's setting) in percentage points, with 95% bootstrap intervals "
         f"over {len(groups):,} {kind} of the test split, for these seeds.",
-        "Images/s: of training, the median over epochs; memory: the peak over epochs.",
+        "Images/s: of training, the median over epochs; memory: the peak over epochs. K is of training; all is tested "
+        "on every tile.",
         *notes, *undefined, *notes_of(about),
     ]  # fmt: skip
     return Table("ablations", title, rows, columns, notes)

@@ -110,6 +110,24 @@ def plot_roc(path: Path, title: str, models: Mapping[str, np.ndarray], labels: n
         _legend_below(axes[0], 2)
 
 
+def plot_aucs(path: Path, title: str, aucs: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> None:
+    """Row -> model -> its AUC and the ends of its interval, in percent; the dotted line is chance."""
+    models = list(dict.fromkeys(model for of_row in aucs.values() for model in of_row))
+    with _panels(path, title, 1, (5.5, 1.2 + len(aucs) * (0.2 + 0.12 * len(models)))) as (axis,):
+        axis.axvline(50, color=GREY, linewidth=0.8, linestyle=":")
+        for number, (model, (colour, _)) in enumerate(zip(models, cycle(LINES), strict=False)):
+            places = [place for place, of_row in enumerate(aucs.values()) if model in of_row]
+            mean, low, high = np.array([of_row[model] for of_row in aucs.values() if model in of_row]).T
+            shift = 0.16 * (number - (len(models) - 1) / 2)
+            style = {"color": colour, "marker": "osD^v"[number % 5], "linestyle": "", "capsize": 2, "elinewidth": 0.9}
+            ends = np.maximum(0, [mean - low, high - mean])
+            axis.errorbar(mean, np.array(places) + shift, xerr=ends, label=model, **style)
+        axis.set_yticks(range(len(aucs)), [label.replace("$", r"\$") for label in aucs])
+        axis.set(xlabel="AUC (%), 95% interval", ylim=(len(aucs) - 0.5, -0.5))
+        axis.grid(visible=False, axis="y")
+        _legend_below(axis, columns=3)
+
+
 def plot_score_histograms(path: Path, title: str, models: Mapping[str, np.ndarray], labels: np.ndarray) -> None:
     """How probabilities of fake are spread over fake and real images, a panel a model."""
     edges = np.linspace(0, 1, 31)
