@@ -293,8 +293,11 @@ def _draw(folder: Path, data: ScoredData, rows: Sequence[Row]) -> None:
     calibrated = {name: panels[f"{name}, calibrated"] for name in data.models}
     if rows:
         aucs: dict[str, dict[str, tuple[float, float, float]]] = {}
+        names = {row["images"] for row in rows}
         for row in rows:
-            if "auc_low" in row and row["auc_mean"] == row["auc_mean"]:  # the control has no interval
+            better = f"{row['images']}, same source" in names
+            # The control has no interval.
+            if "auc_low" in row and row["auc_mean"] == row["auc_mean"] and not better:
                 values = tuple(100 * row[f"auc_{part}"] for part in ("mean", "low", "high"))
                 aucs.setdefault(row["images"], {})[row["model"]] = values
         plot_aucs(folder / "auc.png", title, aucs)

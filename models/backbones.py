@@ -71,7 +71,7 @@ class Backbone:
     def register_normalisation(self, model: nn.Module) -> None:
         """Give `model` the buffers `input_mean` and `input_std` (3, 1, 1), which normalise views in [0, 1]."""
         for name, values in (("input_mean", self.mean), ("input_std", self.std)):
-            model.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+            model.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1), persistent=False)
 
 
 def features_and_map(network: nn.Module, last_map: str | None, view: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -117,7 +117,8 @@ class Runtime:
         if not getattr(model, "channels_last", True):  # as which they arrive, and whose layout convolutions follow
             on_device = [view.contiguous() for view in on_device]
         # In place, since the tiles of a large image fill gigabytes.
-        return [torch.div(view, 255).sub_(model.input_mean).div_(model.input_std) for view in on_device]
+        mean, std = model.input_mean, model.input_std
+        return [torch.div(view, 255).to(mean.dtype).sub_(mean).div_(std) for view in on_device]
 
     @contextmanager
     def memory_for(self, what: str) -> Iterator[None]:

@@ -113,7 +113,7 @@ def plot_roc(path: Path, title: str, models: Mapping[str, np.ndarray], labels: n
 def plot_aucs(path: Path, title: str, aucs: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> None:
     """Row -> model -> its AUC and the ends of its interval, in percent; the dotted line is chance."""
     models = list(dict.fromkeys(model for of_row in aucs.values() for model in of_row))
-    with _panels(path, title, 1, (5.5, 1.2 + len(aucs) * (0.2 + 0.12 * len(models)))) as (axis,):
+    with _panels(path, title, 1, (5.5, 1.1 + len(aucs) * (0.14 + 0.12 * len(models)))) as (axis,):
         axis.axvline(50, color=GREY, linewidth=0.8, linestyle=":")
         for number, (model, (colour, _)) in enumerate(zip(models, cycle(LINES), strict=False)):
             places = [place for place, of_row in enumerate(aucs.values()) if model in of_row]
