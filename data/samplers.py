@@ -179,9 +179,11 @@ def block_textures(pixels: np.ndarray, origin: Sequence[int], shape: Sequence[in
 def _texture(values: np.ndarray, rows: int, channels: int) -> np.ndarray:
     """The texture of each value, int16 (rows, N), from values of those rows and of the one below, if there is one."""
     own, upper, lower = values[:rows], values[: len(values) - 1], values[1:]
-    sums, room = np.zeros_like(own), np.empty_like(own)
+    sums, room = np.empty_like(own), np.empty_like(own)
+    across = np.subtract(own[:, :-channels], own[:, channels:], out=sums[:, :-channels])
+    np.abs(across, out=across)
+    sums[:, -channels:] = 0
     for first, second, target in (
-        (own[:, :-channels], own[:, channels:], sums[:, :-channels]),
         (upper[:rows], lower[:rows], sums[: len(lower)]),
         (upper[:rows, :-channels], lower[:rows, channels:], sums[: len(lower), :-channels]),
         (upper[:rows, channels:], lower[:rows, :-channels], sums[: len(lower), channels:]),
