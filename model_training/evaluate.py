@@ -39,14 +39,8 @@ from training.detection_metrics import (
 from utils import run_command
 
 SHOWN = ("auc", "balanced_accuracy")  # where models or formats stand side by side
-NOT_ALWAYS = (
-    "evaluation_raw.*",
-    "formats.*",
-    "differences.*",
-    "auc.png",
-    "roc.png",
-    "calibration.png",
-)  # of what is written
+# What not every evaluation writes.
+NOT_ALWAYS = ("evaluation_raw.*", "formats.*", "differences.*", "auc.png", "roc.png", "calibration.png")
 PARTS = ("mean", "std", "low", "high")  # of a metric
 COUNTS = {key: value_of(key) for key in ("model", "images", "fake", "real")}  # columns
 THRESHOLDS = {  # of a calibration

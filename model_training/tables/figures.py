@@ -254,10 +254,8 @@ def plot_ablations(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) ->
     styles = [(colour, marker) for marker in "osD^v" for colour in (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)]
     with _panels(path, title, 2, (3.6, 1.2 + 0.19 * max(8, len(rows)))) as (by_name, by_speed):
         for place, (row, (colour, marker)) in enumerate(zip(rows, chain([("k", "*")], cycle(styles)), strict=False)):
-            mean, style = (
-                row["auc_score_percent_mean"],
-                {"color": colour, "marker": marker, "markersize": 5 + 4 * (place == 0)},
-            )
+            mean = row["auc_score_percent_mean"]
+            style = {"color": colour, "marker": marker, "markersize": 5 + 4 * (place == 0)}
             if mean is not None:
                 by_name.errorbar(mean, place, xerr=row["auc_score_percent_std"], capsize=2, elinewidth=0.8, **style)
                 by_speed.plot(row["images_per_second"], mean, **style)
