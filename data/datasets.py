@@ -101,7 +101,7 @@ class ImageDataset(Dataset):
             image.write_view(resized[place])
             if self.views.num_crops:
                 boxes = image.boxes(epoch)
-                if crops is None:  # of all images alike, or there is but one: EpochSampler, every_tile
+                if crops is None:  # of all images alike, or there is but one: EpochBatches, every_tile
                     crops = _batch((B, len(boxes), P, P, 3), torch.uint8)
                 image.write_crops(boxes, crops[place])
         views = [view.movedim(-1, -3) for view in (resized, crops) if view is not None]

@@ -3,10 +3,11 @@
 import math
 import multiprocessing
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from multiprocessing import util
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Sampler, get_worker_info
@@ -15,30 +16,45 @@ from config import Experiment, Settings
 from data.datasets import ImageDataset
 from data.index import Index
 from data.views import ViewSettings
-from data.workers import exit_with_parent, keep_freed_memory, loading_processes, signals_held, worker_context
+from data.workers import (
+    exit_with_parent,
+    keep_freed_memory,
+    loading_processes,
+    processes_here,
+    signals_held,
+    worker_context,
+)
 from utils import UserError, first_line
 
+T = TypeVar("T")
 SHARED_MEMORY = Path("/dev/shm")  # of Linux, through which batches are handed over; 64 MB in most containers
 BATCHES = 2  # that a process has ready; one more is in use
 FULL = ("No space left on device", "Bus error")  # in torch's sentences, where shared memory is full
 
 
-class EpochSampler(Sampler[tuple[int, int | None]]):
-    """Yields (position, epoch), so that a worker process knows the epoch without being told.
+class EpochBatches(Sampler[list[tuple[int, int | None]]]):
+    """Yields batches of (position, epoch), so that a worker process knows the epoch without being told.
 
     In training the order is the paper's shuffle, a function of (seed, epoch): docs/method.md, Training. In evaluation
-    it is 0..n-1 and the epoch None. `set_epoch` comes before each pass over the loader.
+    it is 0..n-1 and the epoch None. `set_epoch` comes before each pass over the loader. Each of several processes gets
+    its share: of every training batch a slice, of the batches of evaluation every so many'th.
+
+    Args:
+        share: number of this process and of all.
     """
 
-    def __init__(self, length: int, seed: int, training: bool) -> None:
-        self.length, self.seed, self.training, self.epoch, self.first = length, seed, training, 0, 0
+    def __init__(
+        self, length: int, seed: int, training: bool, batch_size: int = 1, share: tuple[int, int] = (0, 1)
+    ) -> None:
+        self.length, self.seed, self.training, self.batch_size = length, seed, training, batch_size
+        self.share, self.epoch, self.first = share, 0, 0
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
         """Choose the epoch of the next pass, and how many positions at its start to leave out."""
         self.epoch, self.first = epoch, first
 
     def order(self) -> list[int]:
-        """Positions in the order of a whole pass."""
+        """Positions in the order of a whole pass of all processes."""
         if not self.training:
             return list(range(self.length))
         generator = torch.Generator().manual_seed(self.seed)
@@ -48,12 +64,32 @@ class EpochSampler(Sampler[tuple[int, int | None]]):
             torch.randperm(self.length, generator=generator)
         return order.tolist()
 
-    def __iter__(self) -> Iterator[tuple[int, int | None]]:
+    def slice_of(self, batch: Sequence[T]) -> Sequence[T]:
+        """This process's part of a training batch."""
+        rank, size = self.share
+        return batch[len(batch) * rank // size : len(batch) * (rank + 1) // size]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Images in each batch of the pass, of all processes together."""
+        left = self.length - self.first
+        return [min(self.batch_size, left - start) for start in range(0, left, self.batch_size)]
+
+    @property
+    def rounds(self) -> int:
+        """The most batches that one process gets."""
+        return len(self.sizes) if self.training else -(-len(self.sizes) // self.share[1])
+
+    def __iter__(self) -> Iterator[list[tuple[int, int | None]]]:
         epoch = self.epoch if self.training else None
-        return iter([(position, epoch) for position in self.order()[self.first :]])
+        order = [(position, epoch) for position in self.order()[self.first :]]
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        rank, size = self.share
+        return iter([self.slice_of(batch) for batch in batches] if self.training else batches[rank::size])
 
     def __len__(self) -> int:
-        return self.length - self.first
+        rank, size = self.share
+        return len(self.sizes) if self.training else len(range(rank, len(self.sizes), size))
 
 
 class ImageLoader(DataLoader):
@@ -95,7 +131,7 @@ def _that_fit(workers: int, batch_bytes: int, say: bool) -> int:
     """As many of the processes as shared memory has room for the batches of; raises UserError if that is none."""
     if not workers or not SHARED_MEMORY.is_dir():
         return workers
-    fit = min(workers, (shutil.disk_usage(SHARED_MEMORY).free // batch_bytes - 1) // BATCHES)
+    fit = min(workers, (shutil.disk_usage(SHARED_MEMORY).free // processes_here() // batch_bytes - 1) // BATCHES)
     if fit < 1:
         raise UserError(_shared_memory_is_full(workers, batch_bytes))
     if fit < workers and say:
@@ -104,7 +140,12 @@ def _that_fit(workers: int, batch_bytes: int, say: bool) -> int:
 
 
 def build_loader(
-    settings: Settings, experiment: Experiment, index: Index, rows: list[int], training_seed: int | None = None
+    settings: Settings,
+    experiment: Experiment,
+    index: Index,
+    rows: list[int],
+    training_seed: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> ImageLoader:
     """Batches `(*views, labels)` of the index's `rows` as the experiment's model takes them.
 
@@ -114,6 +155,7 @@ def build_loader(
     Args:
         training_seed: of the shuffle and the crops of training; None: evaluation, with fixed order and the crops
             of the settings' main seed.
+        share: number of this process and of all that share the batches.
     """
     training = training_seed is not None
     seed = training_seed if training else settings.main_seed
@@ -124,14 +166,14 @@ def build_loader(
         workers = loading_processes(cpu_computes=settings.device == "cpu" or not torch.cuda.is_available())
     # One at a time where images have different numbers of crops.
     batch_size = min(1 if views.every_tile and not training else experiment.batch_size, len(rows))
-    workers = min(workers, -(-len(rows) // batch_size))  # no more workers than batches
+    batches = EpochBatches(len(dataset), seed, training, batch_size, share)
+    workers = min(workers, batches.rounds)  # no more workers than batches
     crops = views.most_crops([(record.height, record.width) for record in dataset.records], training)
     batch_bytes = batch_size * 3 * views.patch_size**2 * (crops + (4 if views.exact_resize else 1))
     workers = _that_fit(workers, batch_bytes, say=training)
     loader = ImageLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=EpochSampler(len(dataset), seed, training),
+        batch_sampler=batches,
         collate_fn=_as_it_is,
         num_workers=workers,
         persistent_workers=workers > 0 and not settings.author_runtime,

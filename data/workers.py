@@ -13,9 +13,15 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 
 
+def processes_here() -> int:
+    """How many processes torchrun has started on this machine, which share its cores and memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may run on; its share of them, of several that torchrun has started."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes_here())
 
 
 def loading_processes(cpu_computes: bool) -> int:

@@ -22,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from config import Experiment, GlassExperiment, Preset, SearchSpace, StandardExperiment, Tuning
 from hyperparameter_tuning.search_spaces import search_space, suggest_experiment
+from training import processes
 from training.checkpoints import Checkpoint
 from training.evaluation import NonFiniteLoss
 from training.loop import fit
@@ -146,7 +147,12 @@ class _Search:
     train: Train
 
     def __post_init__(self) -> None:
-        self.stored = _open_study(self.run.path / "study.db", self.experiment.name)
+        path, name = self.run.path / "study.db", self.experiment.name
+        # Of several processes the others hold a copy in memory, which takes the same course.
+        self.stored = _open_study(path, name) if processes.is_main() else optuna.create_study(direction="maximize")
+        trials = processes.same(self.stored.trials)
+        if not processes.is_main():
+            self.stored.add_trials(trials)
         seed = self.session.settings.main_seed
         self.live = build_live_study(live_study_name(self.experiment), seed, self.tuning)
 
@@ -224,7 +230,8 @@ class _Search:
             past = checkpoint.history()  # of an earlier process
             for epochs in range(1, len(past) + 1):
                 on_epoch(past[:epochs])
-            self.train(self, live.number, suggested, checkpoint, on_epoch)
+            with processes.errors_shared():
+                self.train(self, live.number, suggested, checkpoint, on_epoch)
             value, state = max(accuracies), TrialState.COMPLETE
         except optuna.TrialPruned:
             state = TrialState.PRUNED

@@ -26,6 +26,7 @@ from model_training.tables.experiment_tables import missing_seeds
 from model_training.tables.figures import plot_ablations
 from model_training.tables.read_results import Run, read_run
 from model_training.tables.table import Table
+from training import processes
 from training.evaluation import NonFiniteLoss
 from training.progress import best_epoch, duration
 from training.runs import SETTINGS, RestartOption, Session, archive, open_session, seed_folder
@@ -53,7 +54,7 @@ def ablate(preset: Preset, restart: bool = False) -> None:
             every = product(variants.values(), preset.training.seeds)
             archive(preset, [grid.folder(trial, seed) for trials, seed in every for trial in trials.values()])
         grid.train()
-        print(grid.write().markdown())
+        print(processes.on_main(grid.write).markdown())
     if grid.failed:
         raise UserError(f"{len(grid.failed)} trainings failed: {'; '.join(grid.failed.values())}")
 
@@ -107,7 +108,7 @@ class _Grid:
     def train(self) -> None:
         """Train what is not finished, variant by variant; the table is written after each."""
         first, *others = self.preset.training.seeds
-        unfinished = [name for name in self.variants if self.variant(name).missing]
+        unfinished = processes.on_main(lambda: [name for name in self.variants if self.variant(name).missing])
         begin, trained = time.monotonic(), 0
         for number, (name, trials) in enumerate(self.variants.items(), 1):
             seconds = (time.monotonic() - begin) / max(1, trained) * (len(unfinished) - trained)
@@ -115,17 +116,18 @@ class _Grid:
             print(f"[{number}/{len(self.variants)}] {name}{left}", flush=True)
             for trial in trials.values():
                 self._train_seed(trial, first)
-            chosen = self.variant(name).factor
+            chosen = processes.on_main(lambda name=name: self.variant(name).factor)
             for seed in others if chosen is not None else ():
                 self._train_seed(trials[chosen], seed)
             if name in unfinished:
                 trained += 1
-                self.write()
+                processes.on_main(self.write)
 
     def _train_seed(self, experiment: Experiment, seed: int) -> None:
         folder = self.folder(experiment, seed)
         try:
-            train_seed(self.session, self.preset.training, experiment, seed, folder, self.start)
+            with processes.errors_shared():
+                train_seed(self.session, self.preset.training, experiment, seed, folder, self.start)
         except (NonFiniteLoss, OutOfMemory) as error:  # these values do not work here; the others may
             self.failed[folder] = f"{experiment.name} seed {seed} failed: {error}"
             print(self.failed[folder], flush=True)

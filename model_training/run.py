@@ -6,6 +6,7 @@ from pathlib import Path
 from config import Experiment, Preset, Training
 from data.loaders import build_loader
 from model_training.tables.figures import plot_reliability, plot_training_curve
+from training import processes
 from training.calibration import calibrate
 from training.checkpoints import Checkpoint, copied, load_model, save_model
 from training.evaluation import evaluate
@@ -80,12 +81,13 @@ def train_seed(
     """
     values = resolved(session.settings, training, experiment) | {"seed": seed} | start
     with open_run(session, folder, values, results=("history.csv", "checkpoint.pt")) as run:
-        finished = (folder / "metrics.json").exists()
+        finished = processes.same((folder / "metrics.json").exists())
         if not finished:
             session.stop.raise_if_requested(f"before {experiment.name} seed {seed}")
             _SeedRun(session, run, experiment, seed, training).train()
         run.checkpoint().remove()
-        _report(run, experiment, seed, " (finished before)" if finished else "")
+        if processes.is_main():
+            _report(run, experiment, seed, " (finished before)" if finished else "")
 
 
 def _report(run: RunFolder, experiment: Experiment, seed: int, note: str) -> None:
@@ -121,14 +123,17 @@ class _SeedRun:
         about["trained_on"] = sorted(own.union(earlier.get("trained_on") or ()))
 
         def on_epoch(history: list[EpochRecord]) -> None:
-            write_csv(folder / "history.csv", [field.name for field in fields(EpochRecord)], map(astuple, history))
+            if processes.is_main():
+                write_csv(folder / "history.csv", [field.name for field in fields(EpochRecord)], map(astuple, history))
 
         checkpoint = self.run.checkpoint(
             best_model=lambda state, epoch: save_model(weights, state, about | {"epoch": epoch})
         )
         history = fit(job, checkpoint, session.stop, lambda done: self.run.record(f"epoch {done.epoch + 1}"), on_epoch)
-        load_model(weights, model)
-        plot_training_curve(folder / "training_curve.png", self.title, {f"seed {self.seed}": history})
+        if processes.is_main():
+            load_model(weights, model)
+            plot_training_curve(folder / "training_curve.png", self.title, {f"seed {self.seed}": history})
+        processes.same_weights(model)
         self._calibrate_and_test(job, checkpoint, about | {"epoch": best_epoch(history).epoch}, best_epoch(history))
 
     @property
@@ -144,8 +149,12 @@ class _SeedRun:
         valid = evaluate(trainer.model, job.valid_loader, trainer.runtime, f"{self.title}, calibration", after_batch)
         calibration = calibrate(valid.scores, valid.labels, self.training.band_error)
         about["calibration"] = calibration and calibration.as_json()
-        test_loader = build_loader(session.settings, self.experiment, session.index, session.splits.test)
+        test_loader = build_loader(
+            session.settings, self.experiment, session.index, session.splits.test, share=processes.share()
+        )
         test = evaluate(trainer.model, test_loader, trainer.runtime, f"{self.title}, test", after_batch)
+        if not processes.is_main():
+            return
         save_model(folder / "model.safetensors", copied(trainer.model.state_dict()), about)
         write_csv(
             folder / "predictions.csv",

@@ -76,6 +76,12 @@ def start_module(module: str, *arguments: str | Path) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, **options)
 
 
+def torchrun(processes: int, module: str, *arguments: str | Path) -> list[str | Path]:
+    """What `start_module` and the others take, to run a command in so many processes."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [*launcher, "-m", module, *arguments] if processes > 1 else [module, *arguments]
+
+
 def succeed(module: str, *arguments: str | Path, timeout: float = 300) -> str:
     """`run_module`, which must end well; returns what it printed."""
     done = run_module(module, *arguments, timeout=timeout)

@@ -16,7 +16,7 @@ from data.data_preprocess import preprocess
 from data.datasets import ImageDataset, load_splits
 from data.images import pixel_key, pixels_of, read_image
 from data.index import read_index
-from data.loaders import EpochSampler, build_loader
+from data.loaders import EpochBatches, build_loader
 from data.perturbations import GRID, kind_and_strength, perturbation
 from data.pictures import read_pictures
 from data.views import Picture, ViewSettings, cut_crops, global_view, standard_view
@@ -111,8 +111,8 @@ def batches(preset: Preset, training_seed: int | None, epoch: int, batch_size: i
     index, splits = load_splits(preset)
     experiment = replace(find_experiment(preset, "glass_resnet"), batch_size=batch_size)
     loader = build_loader(preset.settings, experiment, index, splits.train, training_seed)
-    loader.sampler.set_epoch(epoch)
-    names = [loader.dataset.names[position] for position in loader.sampler.order()]
+    loader.batch_sampler.set_epoch(epoch)
+    names = [loader.dataset.names[position] for position in loader.batch_sampler.order()]
     views = [pair for global_views, crops, _ in loader for pair in zip(global_views, crops, strict=True)]
     return dict(zip(names, views, strict=True))
 
@@ -121,7 +121,7 @@ def batches(preset: Preset, training_seed: int | None, epoch: int, batch_size: i
     "case", json.loads((FIXTURES / "orders.json").read_text())["cases"], ids=lambda case: f"{case['rows']} rows"
 )
 def test_the_order_of_batches_is_the_authors(case: dict) -> None:
-    sampler = EpochSampler(case["rows"], case["seed"], training=True)
+    sampler = EpochBatches(case["rows"], case["seed"], training=True)
     for epoch in (2, 0, 1):  # any epoch without those before it, as after a resume
         sampler.set_epoch(epoch)
         expected, order = case["epochs"][epoch], np.array(sampler.order(), dtype="<i8")

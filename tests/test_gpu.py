@@ -39,7 +39,7 @@ def test_batches_arrive_in_pinned_memory_and_on_the_device_unchanged(workers: in
     model = build_model(find_experiment(preset, "glass_resnet"), preset.settings)
     runtime = build_runtime(preset.settings)
     runtime.place(model)
-    expected = loader.dataset.__getitems__([(position, None) for position in loader.sampler.order()])
+    expected = loader.dataset.__getitems__([(position, None) for position in loader.batch_sampler.order()])
     batches = list(loader)
     assert all(part.is_pinned() for batch in batches for part in batch)
     for given, wanted in zip(zip(*batches, strict=True), expected, strict=True):

@@ -1,6 +1,7 @@
 """Model weights, and the state from which a training is resumed; nothing is ever unpickled."""
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from torch import nn
 
 from data.images import UnreadableImage, open_image
 from models.weights import read_state_dict, state_dict_mismatch, written_by_torch
+from training import processes
 from training.progress import EpochRecord, Progress, best_epoch
 from training.trainer import Trainer
 from utils import UserError, first_line, replacing
@@ -110,8 +112,8 @@ SHARE_OF_SAVING = 0.05  # of the time, at most, where a save may be left out
 class Checkpoint:
     """The file from which a training that was stopped or killed is resumed, bit for bit on the same machine.
 
-    It is written by a thread, from a copy of the state, while training goes on. It ends with a digest of itself: most
-    damaged states would load and train, to other numbers.
+    It is written by a thread, from a copy of the state, while training goes on, and of several processes by main. It
+    ends with a digest of itself: most damaged states would load and train, to other numbers.
 
     Args:
         path: of the file; it holds the last state, never two.
@@ -142,7 +144,11 @@ class Checkpoint:
         Raises:
             UserError: this state, or the one before, cannot be written.
         """
-        if not (must or self._is_best(progress) or (time.monotonic() >= self._due and not self._is_writing())):
+        free = time.monotonic() >= self._due and not self._is_writing()
+        if not (must or self._is_best(progress) or processes.same(free)):
+            return
+        others = processes.gathered(_random_states(trainer.runtime.device))[1:]
+        if not processes.is_main():
             return
         self.wait()
         state = {
@@ -151,6 +157,7 @@ class Checkpoint:
             "scheduler": trainer.scheduler.state_dict(),
             "scaler": trainer.scaler.state_dict(),
             "random": _random_states(trainer.runtime.device),
+            "random_of_others": others,  # of the other processes
             "progress": asdict(progress),
         }
         self._thread = threading.Thread(target=self._write, args=(copied(state), self._is_best(progress)))
@@ -190,9 +197,11 @@ class Checkpoint:
             trainer.optimizer.load_state_dict(state["optimizer"])
             trainer.scheduler.load_state_dict(state["scheduler"])
             trainer.scaler.load_state_dict(state["scaler"])
-            _set_random_states(state["random"], trainer.runtime.device)
+            random_states = [state["random"], *state.get("random_of_others", ())]
+            if processes.rank() < len(random_states):  # another number of processes draws otherwise
+                _set_random_states(random_states[processes.rank()], trainer.runtime.device)
             progress = _progress(state)
-        if self._is_best(progress):
+        if self._is_best(progress) and processes.is_main():
             self.best_model(state["model"], progress.epoch)
         return progress
 
@@ -208,7 +217,8 @@ class Checkpoint:
 
     def remove(self) -> None:
         """Delete the file: the training is finished."""
-        self.path.unlink(missing_ok=True)
+        if processes.is_main():
+            self.path.unlink(missing_ok=True)
 
     def _is_best(self, progress: Progress) -> bool:
         """Whether the state is the one after the best epoch, and somebody wants it."""
@@ -248,13 +258,15 @@ class Checkpoint:
             ) from None
 
     def _read(self) -> dict[str, Any] | None:
-        if not self.path.exists():
+        if not processes.same(self.path.exists()):
             return None
-        with open(self.path, "rb") as file:
-            size = max(0, os.fstat(file.fileno()).st_size - hashlib.sha256().digest_size)
-            if _digest(file, size) != file.read():
-                raise ValueError("it is damaged, edited, or of an earlier version")
-        return torch.load(self.path, map_location="cpu", weights_only=True)  # which ignores the digest
+        if processes.is_main():
+            with open(self.path, "rb") as file:
+                size = max(0, os.fstat(file.fileno()).st_size - hashlib.sha256().digest_size)
+                if _digest(file, size) != file.read():
+                    raise ValueError("it is damaged, edited, or of an earlier version")
+        file = self.path if processes.size() == 1 else io.BytesIO(processes.same_bytes(self.path))
+        return torch.load(file, map_location="cpu", weights_only=True)  # which ignores the digest
 
 
 class _Digested:

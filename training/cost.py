@@ -1,9 +1,9 @@
 """What a model costs: memory, time and the accuracy it buys. docs/method.md, Experiments 3 and 4."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields, replace
-from itertools import count, islice
+from itertools import count, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import CostSettings, Experiment, Preset
+from training import processes
 from training.checkpoints import Checkpoint
 from training.evaluation import predict_batch
 from training.loop import Job, check_smallest_batch, fit
@@ -21,7 +22,7 @@ from training.stopping import StopRequest
 from training.trainer import Trainer
 from utils import preset_folder, read_csv, reading, write_csv
 
-Step = Callable[[Sequence[torch.Tensor], torch.Tensor], object]
+Step = Callable[[Sequence[torch.Tensor], torch.Tensor, int], object]
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def run_cost_study(
             archive(preset, [folder])
         values = _settings_of(session, study, experiment)
         with open_run(session, folder, values, results=("costs.csv", "checkpoint*.pt")) as run:
-            costs = read_costs(folder / "costs.csv")
+            costs = processes.on_main(lambda: read_costs(folder / "costs.csv"))
             for num_crops in getattr(study, "crop_counts", (None,)):
                 name = "checkpoint" if num_crops is None else f"checkpoint_{num_crops}"
                 checkpoint = run.checkpoint(name, background=False)  # what is written meanwhile would cost time
@@ -97,7 +98,8 @@ def run_cost_study(
                         study, run, checkpoint, session.stop,
                     )  # fmt: skip
                     lines = [("" if k is None else k, *astuple(cost)) for k, cost in sorted(costs.items())]
-                    write_csv(folder / "costs.csv", COLUMNS, lines)
+                    if processes.is_main():
+                        write_csv(folder / "costs.csv", COLUMNS, lines)
                 checkpoint.remove()  # also where a kill came between the two
                 print(f"{label}: {_in_words(costs[num_crops], session.runtime.memory_kind, study.quick)}", flush=True)
     return costs
@@ -108,6 +110,8 @@ def _settings_of(session: Session, study: CostSettings, experiment: Experiment) 
     machine = {"hardware": hardware(), "loading_processes": session.settings.num_workers}
     values = resolved(session.settings, study, experiment) | machine | {"cached": list(session.index.cached)}
     values["compilation"] = "before them"  # of the epochs that are measured
+    if processes.size() > 1:
+        values["processes"] = processes.size()
     values.pop("num_crops", None)  # each K in turn
     return values
 
@@ -131,7 +135,7 @@ def _measure(job: Job, study: CostSettings, run: RunFolder, checkpoint: Checkpoi
         run.record(job.label)
         warm_up_memory_mb = _warm_up(job)
         return replace(_measure_steps(job, study, stop), warm_up_memory_mb=warm_up_memory_mb)
-    if not checkpoint.path.exists():
+    if not processes.same(checkpoint.path.exists()):
         run.record(f"{job.label}, epoch 1")
         checkpoint.save(job.trainer, Progress())  # the state that `fit` starts from
     warm_up_memory_mb = _warm_up(job)
@@ -154,16 +158,18 @@ def _warm_up(job: Job) -> float:
     with trainer.runtime.track_memory() as memory:
         for loader, epoch, step in steps:
             trainer.model.train(epoch is not None)
-            full = min(loader.batch_size, len(loader.dataset))
+            batches = loader.batch_sampler
+            full = min(batches.batch_size, len(loader.dataset))
             for size in dict.fromkeys((full, len(loader.dataset) % full or full)):
-                *views, labels = loader.dataset.__getitems__([(0, epoch)] * size)
-                step(views, labels)
+                batch = [(0, epoch)] * size
+                *views, labels = loader.dataset.__getitems__(batches.slice_of(batch) if batches.training else batch)
+                step(views, labels, size)
     return memory.peak_mb
 
 
 def _validate(trainer: Trainer) -> Step:
     """The step of a validation."""
-    return torch.no_grad()(lambda views, _: predict_batch(trainer.valid_model, views, trainer.runtime))
+    return torch.no_grad()(lambda views, *_: predict_batch(trainer.valid_model, views, trainer.runtime))
 
 
 def _measure_steps(job: Job, study: CostSettings, stop: StopRequest) -> Cost:
@@ -171,16 +177,20 @@ def _measure_steps(job: Job, study: CostSettings, stop: StopRequest) -> Cost:
 
     def mean_seconds(loader: DataLoader, step: Step) -> float:
         batches = _repeated(loader, stop)
+
+        def run(steps: Iterable[tuple[Sequence[torch.Tensor] | None, int]]) -> None:
+            for batch, images in steps:
+                if batch is not None:
+                    *views, labels = batch
+                    step(views, labels, images)
+            runtime.wait()
+
         # Batches that workers have ready when the clock starts would hide what loading costs.
         in_flight = loader.num_workers * (loader.prefetch_factor or 0)
-        for *views, labels in islice(batches, max(study.warmup_steps, in_flight)):
-            step(views, labels)
-        runtime.wait()
+        run(islice(batches, max(study.warmup_steps, in_flight)))
         steps = max(study.measured_steps, loader.num_workers)
         start = time.perf_counter()
-        for *views, labels in islice(tqdm(batches, total=steps, leave=False, disable=None), steps):
-            step(views, labels)
-        runtime.wait()
+        run(islice(tqdm(batches, total=steps, leave=False, disable=processes.no_bar()), steps))
         return (time.perf_counter() - start) / steps
 
     with runtime.track_memory() as memory:
@@ -188,13 +198,15 @@ def _measure_steps(job: Job, study: CostSettings, stop: StopRequest) -> Cost:
         train_seconds = mean_seconds(job.train_loader, trainer.train_step)
         trainer.model.eval()
         valid_seconds = mean_seconds(job.valid_loader, _validate(trainer))
-    epoch_seconds = train_seconds * len(job.train_loader) + valid_seconds * len(job.valid_loader)
+    rounds = [loader.batch_sampler.rounds for loader in (job.train_loader, job.valid_loader)]
+    epoch_seconds = train_seconds * rounds[0] + valid_seconds * rounds[1]
     return Cost(memory.peak_mb, epoch_seconds, None)
 
 
-def _repeated(loader: DataLoader, stop: StopRequest) -> Iterator[Sequence[torch.Tensor]]:
+def _repeated(loader: DataLoader, stop: StopRequest) -> Iterator[tuple[Sequence[torch.Tensor] | None, int]]:
+    """Batches without end, and images of each in all processes; None in evaluation where others have one more."""
     for epoch in count():
-        loader.sampler.set_epoch(epoch)
-        for batch in loader:
+        loader.batch_sampler.set_epoch(epoch)
+        for batch, images in zip_longest(loader, loader.batch_sampler.sizes[: loader.batch_sampler.rounds]):
             stop.raise_if_requested("in a quick measurement, which starts over")
-            yield batch
+            yield batch, images

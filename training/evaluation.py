@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from training import processes
 from training.runtime import Runtime
 from utils import UserError
 
@@ -58,17 +60,22 @@ def evaluate(
 ) -> Predictions:
     """Predict every image of the loader, in its order, in evaluation mode; what `after_batch` raises ends it.
 
+    Of several processes each predicts its share of the batches; all of them get all predictions.
+
     Raises:
         NonFiniteLoss: names the images whose logits are infinite or NaN.
     """
     model.eval()
-    logits, labels = [], []
-    batches = tqdm(runtime.batches(loader), desc=description, total=len(loader), leave=False, disable=None)
-    for *views, batch_labels in batches:
-        logits.append(predict_batch(model, views, runtime))
-        labels.append(batch_labels)
+    found = []  # (logits, labels) of each batch
+    rounds = tqdm(range(loader.batch_sampler.rounds), desc=description, leave=False, disable=processes.no_bar())
+    for batch, _ in zip_longest(runtime.batches(loader), rounds):
+        if batch is not None:  # as in the last round of some processes
+            *views, labels = batch
+            found.append((predict_batch(model, views, runtime), labels))
         after_batch()
-    all_logits, all_labels = torch.cat(logits).double().cpu(), torch.cat(labels)
+    shares = processes.gathered([(logits.double().cpu(), labels) for logits, labels in found])
+    in_order = [pair for pairs in zip_longest(*shares) for pair in pairs if pair]
+    all_logits, all_labels = (torch.cat(parts) for parts in zip(*in_order, strict=True))
     strange = (~all_logits.isfinite().all(dim=1)).nonzero().flatten().tolist()  # whose argmax would be class 0
     if strange:
         names = ", ".join(loader.dataset.names[position] for position in strange[:3])

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from training import processes
 from training.checkpoints import Checkpoint
 from training.evaluation import NonFiniteLoss, Predictions, evaluate
 from training.progress import EpochRecord, Progress, duration
@@ -27,7 +28,7 @@ SKIPPED_IN_A_ROW = 20  # fp16's loss scale, halved so often, has come from 65,53
 class Job:
     """A training that is to be done; `label` names it in progress bars and logs.
 
-    A loader yields `(*views, labels)`; its sampler has `set_epoch` and `order`, its dataset `names`.
+    A loader yields `(*views, labels)`; its batch sampler is an `EpochBatches`, its dataset has `names`.
     """
 
     label: str
@@ -80,10 +81,10 @@ def fit(
                 print(_line(job, progress.history, first), flush=True)
             on_epoch(progress.history)
             if checkpoint:
-                stopping = stop.requested
+                stopping = stop.agreed()
                 checkpoint.save(trainer, progress, must=stopping or progress.epoch == job.epochs)
                 if stopping:
-                    checkpoint.wait()
+                    processes.on_main(checkpoint.wait)
                     raise Stopped(f"saved {checkpoint.path} after epoch {progress.epoch}")
     return progress.history
 
@@ -92,9 +93,15 @@ def check_smallest_batch(job: Job) -> None:
     """Before the first step: try a batch of one image, if there will be one, on a copy of the model.
 
     Raises:
-        UserError: the model's batch normalisation needs more than one value.
+        UserError: the model's batch normalisation needs more than one value, or there are more processes than images.
     """
     images, batch_size = len(job.train_loader.dataset), job.trainer.batch_size
+    smallest = min(images, images % batch_size or batch_size)
+    if smallest < processes.size():
+        raise UserError(
+            f"{images} training images in batches of {batch_size} leave a batch of {smallest} for {processes.size()} "
+            f"processes: start fewer, or change the batch size or the splits' sizes"
+        )
     if batch_size > 1 and images % batch_size != 1:
         return
     views = [torch.zeros_like(view[None]) for view in job.train_loader.dataset[0, 0][:-1]]
@@ -146,13 +153,13 @@ class _Epoch:
         self.taken = trainer.steps_taken()
         check_every = 1 if trainer.runtime.device.type == "cpu" else 20  # to look at a loss is to wait for the GPU
         self.last = time.perf_counter()
-        for *views, labels in self._batches():
-            self.pending.append((trainer.train_step(views, labels), len(labels)))
+        for (*views, labels), images in self._batches():
+            self.pending.append((trainer.train_step(views, labels, images), images))
             if len(self.pending) == check_every:
                 self._collect()
             progress.train_seconds += self._elapsed()
             every = self.checkpoint.every_steps if self.checkpoint else 0
-            if self.stop.requested:
+            if self.stop.agreed():
                 self._save_and_stop()
             elif every and (progress.steps + len(self.pending)) % every == 0:
                 self._save()
@@ -165,7 +172,7 @@ class _Epoch:
 
         def after_batch() -> None:
             self.progress.valid_seconds += self._elapsed()
-            if self.stop.requested:
+            if self.stop.agreed():
                 self._save_and_stop()
 
         trainer = self.job.trainer
@@ -176,20 +183,23 @@ class _Epoch:
         self._note_memory()
         return predictions
 
-    def _batches(self) -> Iterator[Sequence[torch.Tensor]]:
-        """What is left of the epoch's batches; the time until each is there counts as waiting."""
+    def _batches(self) -> Iterator[tuple[Sequence[torch.Tensor], int]]:
+        """What is left of the epoch's batches, and how many images each has in all processes together.
+
+        The time until one is there counts as waiting.
+        """
         loader, progress = self.job.train_loader, self.progress
-        loader.sampler.set_epoch(progress.epoch, first=progress.images)
-        steps = progress.steps + len(loader)
-        with tqdm(desc=self.description, initial=progress.steps, total=steps, leave=False, disable=None) as bar:
-            batches = self.job.trainer.runtime.batches(loader)
+        loader.batch_sampler.set_epoch(progress.epoch, first=progress.images)
+        steps, off = progress.steps + len(loader), processes.no_bar()
+        with tqdm(desc=self.description, initial=progress.steps, total=steps, leave=False, disable=off) as bar:
+            batches, sizes = self.job.trainer.runtime.batches(loader), iter(loader.batch_sampler.sizes)
             while True:
                 start = time.perf_counter()
                 batch = next(batches, None)
                 progress.wait_seconds += time.perf_counter() - start
                 if batch is None:
                     return
-                yield batch
+                yield batch, next(sizes)
                 bar.update()
 
     def _elapsed(self) -> float:
@@ -201,7 +211,7 @@ class _Epoch:
     def _collect(self) -> None:
         """Bring the pending losses and the number of skipped steps from the device into the progress."""
         progress, steps = self.progress, len(self.pending)
-        losses = torch.stack([loss for loss, _ in self.pending]).tolist() if self.pending else []
+        losses = processes.total(torch.stack([loss for loss, _ in self.pending]).cpu()).tolist() if steps else []
         for loss, (_, size) in zip(losses, self.pending, strict=True):
             progress.steps += 1
             progress.images += size
@@ -232,5 +242,5 @@ class _Epoch:
 
     def _save_and_stop(self) -> None:
         self._save()
-        self.checkpoint.wait()
+        processes.on_main(self.checkpoint.wait)
         raise Stopped(f"saved {self.checkpoint.path} in epoch {self.progress.epoch + 1}")

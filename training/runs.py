@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from importlib import metadata as installed
@@ -32,6 +32,7 @@ from data.loaders import build_loader
 from data.splits import Splits
 from data.workers import available_cores
 from models.build import build_model
+from training import processes
 from training.checkpoints import Checkpoint
 from training.loop import Job
 from training.runtime import Runtime, build_runtime
@@ -75,10 +76,11 @@ def open_session(preset: Preset) -> Iterator[Session]:
     Raises:
         UserError: no index, a data set that is not as indexed, or a device that is unavailable.
     """
-    index, splits = load_splits(preset)
-    runtime = build_runtime(preset.settings)
-    with stop_signals() as stop, runtime.switched():
-        yield Session(preset.settings, index, splits, runtime, stop)
+    with processes.joined(preset.settings.device), stop_signals() as stop:
+        index, splits = load_splits(preset)
+        runtime = build_runtime(preset.settings)
+        with runtime.switched():
+            yield Session(preset.settings, index, splits, runtime, stop)
 
 
 def seed_everything(seed: int) -> None:
@@ -103,8 +105,13 @@ def build_job(
     seed_everything(seed)
     model = build_model(experiment, settings)
     trainer = build_trainer(model, experiment, settings, session.runtime, epochs)
-    train_loader = build_loader(settings, experiment, session.index, train, training_seed=seed)
-    return Job(label, trainer, train_loader, build_loader(settings, experiment, session.index, valid), epochs)
+    train_loader, valid_loader = (
+        build_loader(settings, experiment, session.index, part, training_seed, share=processes.share())
+        for part, training_seed in ((train, seed), (valid, None))
+    )
+    if not processes.is_main():  # the others drop out other features
+        torch.manual_seed(seed + 1_000_003 * processes.rank())
+    return Job(label, trainer, train_loader, valid_loader, epochs)
 
 
 # ---------------------------------------------------------------------------------------------- a run folder
@@ -130,7 +137,11 @@ class RunFolder:
 
         Prints a line if they are others than before.
         """
+        if not processes.is_main():
+            return
         environments, now = self.metadata["environments"], {"commit": git_commit(), "versions": library_versions()}
+        if processes.size() > 1:
+            now["processes"] = processes.size()
         changes = environment_changes(environments[-1], now) if environments else ""
         if changes:
             print(f"{self.path} resumes at {start} with {changes}", flush=True)
@@ -151,10 +162,11 @@ def open_run(session: Session, folder: Path, values: Mapping[str, Any], results:
     Raises:
         UserError: it was started with other settings or data, does not say with which, or is in use.
     """
-    with locked_folder(folder):
+    with locked_folder(folder) if processes.is_main() else nullcontext():
         metadata = run_metadata({**values, **session.runtime.resolved()}, session.index.fingerprint)
         metadata["memory_kind"] = session.runtime.memory_kind
-        if any(path for pattern in results for path in folder.glob(pattern)):
+        started = any(path for pattern in results for path in folder.glob(pattern))
+        if started and processes.is_main():
             before = read_metadata(folder / "run.json")
             difference = first_difference(before, metadata)
             if difference:
@@ -170,7 +182,7 @@ def archive(preset: Preset, folders: Iterable[Path]) -> None:
         UserError: another process works in one of them.
     """
     results = preset_folder(preset)
-    for folder in folders:
+    for folder in folders if processes.is_main() else ():
         if folder.exists():
             with locked_folder(folder):
                 stem = results / "archive" / folder.relative_to(results)
@@ -254,7 +266,9 @@ def first_difference(before: Mapping[str, Any], now: Mapping[str, Any], ignore: 
 
 def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What of commit and library versions differs, in words; empty if nothing does."""
-    old, new = ({"commit": each["commit"], **each["versions"]} for each in (before, now))
+    old, new = (
+        {"commit": each["commit"], "processes": each.get("processes", 1), **each["versions"]} for each in (before, now)
+    )
     return ", ".join(f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name])
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from config import Settings
 from data.workers import available_cores, loading_processes
+from training import processes
 from utils import UserError
 
 MEGABYTE = 2**20  # as in the paper's tables
@@ -201,6 +202,8 @@ def build_runtime(settings: Settings) -> Runtime:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device is {name}: this project runs on cpu and cuda")
     on_cuda = device.type == "cuda"
+    if on_cuda and processes.size() > 1:
+        device = processes.own_device(device)
     if on_cuda and settings.precision == "bf16":
         with torch.cuda.device(device):
             supported = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from training import processes
 from utils import Stopped
 
 
@@ -17,13 +18,17 @@ class StopRequest:
 
     requested: bool = False
 
+    def agreed(self) -> bool:
+        """Whether one of the processes was asked; all ask this at the same moments."""
+        return processes.any_of(self.requested)
+
     def raise_if_requested(self, saved: str) -> None:
         """To be called where all that is needed to resume is saved; `saved` says what that is.
 
         Raises:
             Stopped: a signal has asked for it.
         """
-        if self.requested:
+        if self.agreed():
             raise Stopped(saved)
 
 
@@ -45,6 +50,8 @@ def stop_signals() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         if not request.requested:
             request.requested = True
+            if not processes.is_main():
+                return
             with suppress(OSError, RuntimeError):  # nobody reads it, or the signal came within another print
                 print(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 
 from config import Experiment, Settings
+from training import processes
 from training.evaluation import sizes_of
 from training.optimizer import build_optimizer
 from training.runtime import Runtime
@@ -32,30 +33,38 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.scaler = self.runtime.grad_scaler()
-        self.compiled_model = self.runtime.compiled(self.model)
+        self.parallel_model = processes.parallel(self.model)
+        self.compiled_model = self.runtime.compiled(self.parallel_model)
 
     @property
     def valid_model(self) -> nn.Module:
         """The model as it is called in validation."""
-        return self.compiled_model if self.runtime.compile_all else self.model
+        return self.compiled_model if self.runtime.compile_all and processes.size() == 1 else self.model
 
-    def train_step(self, views: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    def train_step(
+        self, views: Sequence[torch.Tensor], labels: torch.Tensor, images: int | None = None
+    ) -> torch.Tensor:
         """One optimizer step on a batch of uint8 views; returns the loss, still on the device.
+
+        Args:
+            images: in the batch of all processes, of which this is a part, and whose loss is the sum of theirs; None:
+                there is one process.
 
         Where a gradient is infinite or not a number, the weights stay as they are, as the paper's loss scaler has it.
 
         Raises:
             OutOfMemory: names the batch, the views and the precision that did not fit.
         """
-        whole = len(labels) == self.batch_size or self.runtime.compile_all
-        forward = self.compiled_model if whole else self.model
+        images = images or len(labels)
+        whole = images == self.batch_size or self.runtime.compile_all
+        forward = self.compiled_model if whole else self.parallel_model
         with self.runtime.memory_for(f"a training step on {sizes_of(views)}"):
             self.optimizer.zero_grad(set_to_none=True)
             with self.runtime.autocast():
                 logits = forward(*self.runtime.to_device(self.model, views))
                 labels = labels.to(self.runtime.device, non_blocking=True)
-                loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-            self.scaler.scale(loss).backward()
+                loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing) / images
+            self.scaler.scale(loss * processes.size()).backward()  # gradients become means over processes
             self.scaler.step(self.optimizer)
             self.scaler.update()
         return loss.detach()
@@ -70,6 +79,7 @@ def build_trainer(
     model: nn.Module, experiment: Experiment, settings: Settings, runtime: Runtime, epochs: int
 ) -> Trainer:
     """Place the model on the device and give it its optimizer and schedule over `epochs` epochs."""
+    model = processes.synchronised(model)
     runtime.place(model)
     optimizer, scheduler = build_optimizer(model, experiment, epochs, settings.eta_min, settings.author_runtime)
     return Trainer(model, optimizer, scheduler, runtime, settings.label_smoothing, experiment.batch_size)

@@ -79,7 +79,7 @@ def epochs(way: str, preset: Preset, experiment: GlassExperiment, index: Index, 
 
     def epoch(number: int) -> Measured:
         if isinstance(loader, DataLoader) and way != "plain":
-            loader.sampler.set_epoch(number)
+            loader.batch_sampler.set_epoch(number)
         waiting = 0.0
         with measured() as result:
             start = time.perf_counter()

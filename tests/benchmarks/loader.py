@@ -32,7 +32,7 @@ def loading(preset: Preset, experiment: GlassExperiment, index: Index, rows: lis
     loader = build_loader(preset.settings, experiment, index, rows, training_seed=0)
 
     def epoch(number: int) -> None:
-        loader.sampler.set_epoch(number)
+        loader.batch_sampler.set_epoch(number)
         for batch in loader.batch_sampler if direct else loader:
             if direct:
                 loader.dataset.__getitems__(batch)

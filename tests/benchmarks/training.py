@@ -172,7 +172,7 @@ def batches_of(case: Case, preset: Preset, experiment: Experiment, trainer: Trai
             yield on_device
     for epoch in count():
         if not isinstance(loader.sampler, torch.utils.data.RandomSampler):
-            loader.sampler.set_epoch(epoch)
+            loader.batch_sampler.set_epoch(epoch)
         for *views, labels in loader:
             yield views, labels
 

@@ -1,6 +1,7 @@
 """SIGKILL at random moments: a command that is started again must end as if never interrupted, byte for byte.
 
     python -m tests.campaigns.kills training [--kills 40] [--seed 1]    GLASS and standard models in turn
+    python -m tests.campaigns.kills processes [--kills 20] [--seed 1]   one of a training's two processes, at random
     python -m tests.campaigns.kills tuning [--kills 20] [--seed 1]      a study with pruning
     python -m tests.campaigns.kills reference [--kills 20] [--seed 1]   the author's studies, with training replaced
     python -m tests.campaigns.kills preprocessing [--kills 20] [--seed 1]    with --cache, and what it reads unchanged
@@ -26,7 +27,8 @@ from pathlib import Path
 import optuna
 from safetensors.numpy import load_file
 
-from tests.conftest import PREPROCESS_FLAGS, TOY_FLAGS, start_module, succeed, write_toy_images
+from tests.conftest import PREPROCESS_FLAGS, TOY_FLAGS, start_module, succeed, torchrun, write_toy_images
+from tests.proc import children_of
 from tests.reference_studies import STUDIES
 from utils import read_csv
 
@@ -41,16 +43,26 @@ class Campaign:
     Args:
         started: pattern of a file below a folder of results and cache that is there once a kill counts.
         indexed: whether the command begins with the index of its data.
+        processes: that torchrun starts; one of them is killed.
     """
 
     module: str
     flags: tuple[str, ...]
     started: str
     indexed: bool = True
+    processes: int = 1
 
     def command(self, data: Path, folder: Path) -> list[str | Path]:
         places = ("--results-root", folder / "results", "--cache-root", folder / "cache")
-        return [self.module, *self.flags, "--data-root", data, *places]
+        return torchrun(self.processes, self.module, *self.flags, "--data-root", data, *places)
+
+    def kill(self, process: subprocess.Popen, random_: random.Random) -> None:
+        """The command with all its processes, or, under torchrun, which ends the others, one."""
+        if self.processes == 1:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            for one in random_.sample(children_of(process.pid), 1):
+                os.kill(one, signal.SIGKILL)
 
     def folder(self, data: Path, path: Path) -> Path:
         """`path`, made ready for the command."""
@@ -77,12 +89,12 @@ class Campaign:
                     try:
                         process.wait(random_.uniform(0, seconds / 3))
                     except subprocess.TimeoutExpired:
-                        os.killpg(process.pid, signal.SIGKILL)
+                        self.kill(process, random_)
                         killed, here = killed + 1, here + 1
                 _, errors = process.communicate()
                 if process.returncode == 0:
                     break
-                if process.returncode != -signal.SIGKILL:
+                if process.returncode != (-signal.SIGKILL if self.processes == 1 else 1):
                     differences.append(f"{folder}: exit code {process.returncode}: {errors.strip()[-300:]}")
                     break
             differences += different(expected, state_of(folder), f"{folder} ({here} kills)")
@@ -90,10 +102,12 @@ class Campaign:
         return differences
 
 
-def training(experiment: str) -> Campaign:
+def training(experiment: str, processes: int = 1) -> Campaign:
     """Two seeds of four epochs, saved every second step."""
     flags = ("--epochs", "4", "--seeds", "1", "2", "--batch-size", "4", "--checkpoint-every", "2")
-    return Campaign(f"model_training.{experiment}_training", (*TOY_FLAGS, *flags), "results/demo/*/seed_*/run.json")
+    return Campaign(
+        f"model_training.{experiment}_training", (*TOY_FLAGS, *flags), "results/demo/*/seed_*/run.json", True, processes
+    )
 
 
 TRIALS = ("--epochs", "3", "--trials", "8", "--min-resource", "1", "--max-resource", "3")
@@ -107,6 +121,7 @@ PREPROCESSING = Campaign(
 )
 CAMPAIGNS = {  # and how often each is killed unless another number is asked for
     "training": ((training("glass_resnet"), training("standard_convnext")), 40),
+    "processes": ((training("glass_resnet", 2), training("standard_convnext", 3)), 20),
     "tuning": ((TUNING,), 20),
     "reference": (tuple(Campaign("tests.reference_studies", (name,), TUNING.started) for name in STUDIES), 20),
     "preprocessing": ((PREPROCESSING,), 20),
