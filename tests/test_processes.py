@@ -69,7 +69,6 @@ def test_several_processes_train_and_test_as_one(
     assert_alike(results, by_one(experiment), experiment)
     run = read_json(results / "demo" / experiment / "seed_1" / "run.json")
     assert run["environments"][0]["processes"] == processes
-    assert run["settings"] == read_json(by_one(experiment) / "demo" / experiment / "seed_1" / "run.json")["settings"]
 
 
 def stopped(processes: int, *arguments: str | Path, epoch: int) -> subprocess.CompletedProcess:
