@@ -24,7 +24,7 @@ from model_training.run import hash_of_start, train_seed
 from model_training.tables.ablation_table import Variant, table_of_ablations
 from model_training.tables.experiment_tables import missing_seeds
 from model_training.tables.figures import plot_ablations
-from model_training.tables.read_results import Run, read_run
+from model_training.tables.read_results import Run, is_finished, read_run
 from model_training.tables.table import Table
 from training import processes
 from training.evaluation import NonFiniteLoss
@@ -147,7 +147,7 @@ class _Grid:
 
     def _finished(self, experiment: Experiment, seed: int) -> Run | None:
         folder = self.folder(experiment, seed)
-        return read_run(folder, seed) if (folder / "metrics.json").exists() else None
+        return read_run(folder, seed) if is_finished(folder) else None
 
     def write(self) -> Table:
         """Write the table and the figure of what is finished, and return the table."""

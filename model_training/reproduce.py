@@ -4,15 +4,19 @@
     python -m model_training.reproduce --preset demo   two models on procedural images, minutes on two CPU cores
     python -m model_training.reproduce --preset demo_local   the same, where only a region of each fake image is fake
     python -m model_training.reproduce --preset demo --all   every command of every stage at demo size
+    python -m model_training.reproduce --list          run nothing: print what is left to do, a command a line
 
 Each command is a process of its own. What is finished is not run again, so this one can be stopped and repeated.
+The commands of --list, one for each study, seed, number of crops and profile, can run at once: docs/cluster.md.
 Hardware: as its commands; one CUDA GPU and many CPU cores for the paper. Hours: docs/hours.md.
 Output: the results of its commands, and the tables and figures of the paper in results/<preset>/tables/.
 """
 
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -23,10 +27,12 @@ import tyro
 from config import Preset
 from data.demo_dataset import write_demo_dataset
 from data.index import MARKER, PREPROCESS_SETTINGS, index_path, list_images, read_index
-from model_training.results_tables import write_tables
-from training.runs import SETTINGS
+from model_training import results_tables
+from model_training.tables.read_results import is_finished, read_tuning_studies
+from training.cost import is_measured
+from training.runs import SETTINGS, seed_folder
 from training.stopping import StopRequest, stop_signals
-from utils import STOPPED, Stopped, UserError, as_flags, find_experiment, run_command
+from utils import STOPPED, Stopped, UserError, as_flags, find_experiment, preset_folder, run_command
 
 STAGES = {  # stage -> its command for the experiment <family>_<backbone>
     "tuning": "hyperparameter_tuning.{family}_{backbone}_tuning",
@@ -43,10 +49,18 @@ class Options:
 
     # every command of every stage, whatever the preset
     all_commands: Annotated[bool, tyro.conf.arg(name="all")] = False
+    # print the commands that are left, which can run at once, and run nothing
+    list_units: Annotated[bool, tyro.conf.arg(name="list")] = False
+    # the demo images, if the preset has them, and the index: what the commands of --list need
+    prepare: bool = False
 
 
-def reproduce(preset: Preset, all_commands: bool = False) -> None:
+def reproduce(preset: Preset, all_commands: bool = False, list_units: bool = False, prepare: bool = False) -> None:
     """Run the preset's commands in order and write the tables; a command that fails does not stop the others.
+
+    Args:
+        list_units: print instead what is left of them, as `units_of`.
+        prepare: stop before the first of them.
 
     Raises:
         UserError: the data are unavailable, a stage, experiment or command does not exist, or commands failed.
@@ -55,15 +69,22 @@ def reproduce(preset: Preset, all_commands: bool = False) -> None:
     if all_commands:
         names = sorted([e.name for e in preset.experiments], key=lambda name: name.startswith("glass"))
         preset = replace(preset, reproduce=replace(preset.reproduce, stages=tuple(STAGES), experiments=tuple(names)))
+    if list_units and prepare:
+        raise UserError("--prepare comes before --list: give one of them")
+    if list_units:
+        _print_units(preset)
+        return
     commands = commands_of(preset)
     root, failed = preset.settings.data_root, []
     with stop_signals() as stop:
         if preset.reproduce.demo_data and (not root.exists() or (root / MARKER).exists()):
             # it completes what an interruption left
             write_demo_dataset(root, preset.reproduce.demo_images, preset.reproduce.demo_data)
-        if not index_path(preset).exists() or len(read_index(preset).records) != len(list_images(root)):
+        if not _is_prepared(preset):
             _run(stop, "data.data_preprocess", *as_flags(preset, settings=PREPROCESS_SETTINGS))
-        for number, (stage, command) in enumerate(commands, 1):
+        if prepare:
+            return
+        for number, (stage, _, command) in enumerate(commands, 1):
             print(f"\n[{number}/{len(commands)}] python -m {command}", flush=True)
             try:
                 _run(stop, command, *as_flags(preset, (stage,), settings=SETTINGS))
@@ -71,7 +92,7 @@ def reproduce(preset: Preset, all_commands: bool = False) -> None:
                 failed.append(command)
         print(flush=True)
         if len(failed) < len(commands):
-            write_tables(preset)
+            results_tables.write_tables(preset)
     if failed:
         raise UserError(
             f"{len(failed)} of {len(commands)} commands failed, each with its reason above: {', '.join(failed)}"
@@ -80,8 +101,14 @@ def reproduce(preset: Preset, all_commands: bool = False) -> None:
         print(f"\n{preset.reproduce.closing_words}")
 
 
-def commands_of(preset: Preset) -> list[tuple[str, str]]:
-    """(stage, module) of each command, stage by stage."""
+def _is_prepared(preset: Preset) -> bool:
+    """Whether the index is of as many images as the data set has."""
+    root = preset.settings.data_root
+    return root.exists() and index_path(preset).exists() and len(read_index(preset).records) == len(list_images(root))
+
+
+def commands_of(preset: Preset) -> list[tuple[str, str, str]]:
+    """(stage, experiment, module) of each command, stage by stage."""
     commands = []
     for stage in preset.reproduce.stages:
         if stage not in STAGES:
@@ -97,8 +124,50 @@ def commands_of(preset: Preset) -> list[tuple[str, str]]:
                     f"there is no command for {stage} of {name}: add {module.replace('.', '/')}.py, "
                     f"or choose other --experiments or --stages"
                 )
-            commands.append((stage, module))
+            commands.append((stage, name, module))
     return commands
+
+
+def _print_units(preset: Preset) -> None:
+    """Print a command for each unit that is not finished, and on stderr what comes after them."""
+    if not _is_prepared(preset):
+        flags = as_flags(preset, ("reproduce",), settings=(*PREPROCESS_SETTINGS, "demo_data", "demo_images"))
+        command = _line("model_training.reproduce", *flags, "--prepare")
+        raise UserError(f"{index_path(preset)} is missing or not of all images: run {command} first")
+    lines = [line for line, finished in units_of(preset) if not finished]
+    print(*lines, sep="\n", end="\n" * bool(lines), flush=True)
+    groups = ("reproduce", "tuning", "training", "num_crops")
+    tables = _line("model_training.results_tables", *as_flags(preset, groups, settings=results_tables.SETTINGS))
+    print(f"commands left: {len(lines)}, which can run at once; after them: {tables}", file=sys.stderr)
+
+
+def units_of(preset: Preset) -> Iterator[tuple[str, bool]]:
+    """Each study, seed, number of crops and profile: its command, and whether it is finished.
+
+    They depend on the index only, and each works in a folder of its own, so they can all run at once. A unit that is
+    finished with other settings counts as finished here; its command, the command of its stage or the tables refuse it.
+    """
+    studies = read_tuning_studies(preset_folder(preset) / "tuning")
+    for stage, name, module in commands_of(preset):
+        settings = getattr(preset, stage)
+        units: list[tuple[dict[str, tuple[int, ...]], bool]]  # what its command sets for itself, and whether finished
+        if stage == "tuning":
+            total = settings.trials_of(name.startswith("standard_"))
+            units = [({}, name in studies and not studies[name].trials_left(total))]
+        elif stage == "training":
+            units = [({"seeds": (seed,)}, is_finished(seed_folder(preset, name, seed))) for seed in settings.seeds]
+        elif stage == "num_crops":
+            units = [({"crop_counts": (k,)}, is_measured(preset, stage, name, k)) for k in settings.crop_counts]
+        else:
+            units = [({}, is_measured(preset, stage, name, None))]
+        for own, finished in units:
+            unit = replace(preset, **{stage: replace(settings, **own)})
+            yield _line(module, *as_flags(unit, (stage,), settings=SETTINGS)), finished
+
+
+def _line(module: str, *arguments: str) -> str:
+    """A command as a shell takes it."""
+    return shlex.join(["python", "-m", module, *arguments])
 
 
 def _run(stop: StopRequest, command: str, *arguments: str) -> None:

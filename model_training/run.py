@@ -6,6 +6,7 @@ from pathlib import Path
 from config import Experiment, Preset, Training
 from data.loaders import build_loader
 from model_training.tables.figures import plot_reliability, plot_training_curve
+from model_training.tables.read_results import is_finished
 from training import processes
 from training.calibration import calibrate
 from training.checkpoints import Checkpoint, copied, load_model, save_model
@@ -81,7 +82,7 @@ def train_seed(
     """
     values = resolved(session.settings, training, experiment) | {"seed": seed} | start
     with open_run(session, folder, values, results=("history.csv", "checkpoint.pt")) as run:
-        finished = processes.same((folder / "metrics.json").exists())
+        finished = processes.same(is_finished(folder))
         if not finished:
             session.stop.raise_if_requested(f"before {experiment.name} seed {seed}")
             _SeedRun(session, run, experiment, seed, training).train()

@@ -3,7 +3,7 @@
     python -m num_crops.num_crops_vit [--preset demo] [--quick] [--crop-counts 1 4 16]
 
 Hardware: one CUDA GPU and many CPU cores (hours: docs/hours.md); with --preset demo, minutes on two CPU cores.
-Output: results/<preset>/num_crops/glass_vit/<full or quick>/costs.csv, and the fitted lines printed.
+Output: results/<preset>/num_crops/glass_vit/<full or quick>/k_<K>/costs.csv; fitted lines printed.
 """
 
 from num_crops.sweep import main

@@ -23,8 +23,9 @@ def sweep(preset: Preset, experiment: GlassExperiment, restart: bool = False) ->
         raise UserError(
             f"{experiment.name} has branches = global, and so no crops to be counted: choose other branches"
         )
-    costs = run_cost_study(preset, experiment, preset.num_crops, "num_crops", restart)
-    for quantity, unit in (("peak_memory_mb", "MB"), ("epoch_seconds", "s")):
+    costs = run_cost_study(preset, experiment, "num_crops", restart)
+    lines = (("peak_memory_mb", "MB"), ("epoch_seconds", "s"))
+    for quantity, unit in lines if len(costs) > 1 else ():
         points = [getattr(costs[k], quantity) for k in sorted(costs)]
         intercept, slope, r_squared = fit_line(sorted(costs), points)
         print(f"{quantity} = {intercept:.2f} {unit} + {slope:.2f} {unit} per crop, R squared {r_squared:.5f}")

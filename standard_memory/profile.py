@@ -14,4 +14,4 @@ def main(name: str, doc: str) -> None:
 
 def profile(preset: Preset, experiment: StandardExperiment, restart: bool = False) -> None:
     """`run_cost_study` of one training, without crops."""
-    run_cost_study(preset, experiment, preset.standard_memory, "standard_memory", restart)
+    run_cost_study(preset, experiment, "standard_memory", restart)

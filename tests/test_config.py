@@ -130,8 +130,8 @@ def measured_crop_counts(lab: Lab, counts: tuple[int, ...]) -> list[int]:
     study = NumCrops(crop_counts=counts, batch_size=4, quick=True, warmup_steps=0, measured_steps=1)
     preset = lab.running(num_crops=study)
     sweep(preset, GLASS)
-    rows = read_csv(preset_folder(preset) / "num_crops" / GLASS.name / "quick" / "costs.csv")
-    return [int(row["num_crops"]) for row in rows]
+    files = sorted((preset_folder(preset) / "num_crops" / GLASS.name / "quick").glob("k_*/costs.csv"))
+    return [int(row["num_crops"]) for file in files for row in read_csv(file)]
 
 
 VARIANTS = ["stratified_attention", "grid_mean", "local", "standard"]
@@ -169,7 +169,7 @@ def trainings_of_ablations(lab: Lab, changed: tuple[str, object]) -> list[str]:
 )  # fmt: skip
 def commands_of_a_reproduction(lab: Lab, value: tuple[str, str]) -> list[str]:
     preset = replace(lab.preset(), reproduce=Reproduce(stages=value[:1], experiments=value[1:]))
-    return [command for _, command in commands_of(preset)]
+    return [command for *_, command in commands_of(preset)]
 
 
 @effect(

@@ -12,6 +12,11 @@ from tests.conftest import REPOSITORY, help_of
 README = REPOSITORY / "README.md"
 DOCUMENTS = [README, *sorted((REPOSITORY / "docs").rglob("*.md"))]
 PICTURES = sorted(path for path in (REPOSITORY / "docs").rglob("*") if path.suffix in (".svg", ".png", ".jpg", ".gif"))
+OTHER_PROGRAMS = (  # flags of Slurm, of GNU parallel, of torchrun
+    "--array --cpus-per-task --gpus --job-name --mem --open-mode --output --requeue --signal --time "
+    "--joblog --jobs --retries --termseq "
+    "--max-restarts --nnodes --nproc_per_node --rdzv_backend --rdzv_endpoint --standalone"
+)
 PACKAGES = {path.parent.name for path in REPOSITORY.glob("[!.]*/__init__.py")}
 
 
@@ -64,7 +69,7 @@ def test_every_command_exists_with_its_flags(document: Path) -> None:
 @of_each_document
 def test_every_flag_is_one_of_some_command(document: Path) -> None:
     known = {flag for other in DOCUMENTS for module, _ in commands_of(other) for flag in flags_of(module)}
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text_of(document))) <= known
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text_of(document))) <= known.union(OTHER_PROGRAMS.split())
 
 
 @of_each_document

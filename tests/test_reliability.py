@@ -303,7 +303,7 @@ def test_a_training_resumed_under_other_versions_says_so_and_records_where(stopp
 def test_a_sweep_that_was_stopped_in_its_first_crop_count_is_not_resumed_with_other_settings(run: Run) -> None:
     flags = ("--no-quick", "--crop-counts", "1", "--epochs", "50")
     command = run.command(*flags, module="num_crops.num_crops_resnet")
-    checkpoint = run.results / "demo" / "num_crops" / "glass_resnet" / "full" / "checkpoint_1.pt"
+    checkpoint = run.results / "demo" / "num_crops" / "glass_resnet" / "full" / "k_1" / "checkpoint.pt"
     stop(start_module(*command), checkpoint.exists)
     said = refused(*command, "--label-smoothing", "0.3")
     assert "label_smoothing = 0.1, now 0.3: pass --restart" in said

@@ -334,8 +334,8 @@ def test_without_any_result_the_command_says_what_to_run(tmp_path: Path) -> None
 
 
 def test_fitted_lines_give_back_the_costs_of_crops_and_the_standard_cost_stands_beside_them(preset: Preset) -> None:
-    rows = [(k, 100 + 50 * k, 3 + 0.5 * k, 0.9 + 0.001 * k) for k in (1, 2, 4)]
-    write_costs(preset, "num_crops/glass_vit/full", rows)
+    for k in (1, 2, 4):
+        write_costs(preset, f"num_crops/glass_vit/full/k_{k}", [(k, 100 + 50 * k, 3 + 0.5 * k, 0.9 + 0.001 * k)])
     write_costs(
         preset,
         "standard_memory/standard_vit/full",
@@ -361,6 +361,18 @@ def test_fitted_lines_give_back_the_costs_of_crops_and_the_standard_cost_stands_
     assert "glass_resnet at its tuned K = 4 not measured" in costs
     assert "Computed: as config.py says (standard_vit full); as the author's code (" in costs
     assert "compilation before them (standard_vit full)" in costs
+
+
+def test_crop_counts_are_one_study_only_if_measured_alike(preset: Preset) -> None:
+    for k in (10, 9, 2):
+        write_costs(preset, f"num_crops/glass_vit/full/k_{k}", [(k, 2.0, 3.0, 0.9)], measured_steps=7 + (k == 2))
+    with pytest.raises(UserError, match=r"k_2 and .*k_9 differ \(measured_steps = 8, now 7\), so a line through both"):
+        write_tables(preset)
+    write_costs(preset, "num_crops/glass_vit/full/k_2", [(2, 2.0, 3.0, 0.9)])
+    path = home(preset) / "num_crops" / "glass_vit" / "full" / "k_10" / "run.json"
+    write_json(path, read_json(path) | {"commit": "def"})
+    write_tables(preset)
+    assert "Commit: unknown from its start, then def from its start." in text(preset, "crop_cost_lines.md")
 
 
 def test_quick_costs_and_kinds_of_memory_are_labelled_and_kept_apart(preset: Preset) -> None:

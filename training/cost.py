@@ -61,46 +61,58 @@ def read_costs(path: Path) -> dict[int | None, Cost]:
         }
 
 
-def run_cost_study(
-    preset: Preset, experiment: Experiment, study: CostSettings, package: str, restart: bool
-) -> dict[int | None, Cost]:
-    """Train with each number of crops of the study, writing a line of costs.csv after each; finished ones are skipped.
+def cost_folder(preset: Preset, package: str, experiment: str, num_crops: int | None) -> Path:
+    """results/<preset>/<package>/<experiment>/<full or quick>; in it k_<K> for each K, so that they can run at once.
 
-    Writes results/<preset>/<package>/<experiment>/<full or quick>/costs.csv and run.json, and prints each cost.
+    What an earlier version measured is in the former for every K.
+    """
+    mode = "quick" if getattr(preset, package).quick else "full"
+    folder = preset_folder(preset) / package / experiment / mode
+    return folder if num_crops in (None, *read_costs(folder / "costs.csv")) else folder / f"k_{num_crops}"
+
+
+def is_measured(preset: Preset, package: str, experiment: str, num_crops: int | None) -> bool:
+    """Whether the cost with this number of crops is measured, and so not measured again."""
+    return num_crops in read_costs(cost_folder(preset, package, experiment, num_crops) / "costs.csv")
+
+
+def run_cost_study(preset: Preset, experiment: Experiment, package: str, restart: bool) -> dict[int | None, Cost]:
+    """Train with each number of crops of the study, in a folder of its own; finished ones are skipped.
+
+    Writes costs.csv, of one line, and run.json to each `cost_folder`, and prints each cost.
 
     Args:
-        study: a `StandardMemory` has one training, without crops.
-        package: of the experiment, which names the folder.
+        package: of the experiment, which names its settings too: num_crops, or standard_memory, without crops.
         restart: archive what was started, and start over.
 
     Raises:
         UserError: no index, no weights, a folder that was started with other settings, or one that is in use.
         Stopped: a signal asked for it.
     """
-    folder = preset_folder(preset) / package / experiment.name / ("quick" if study.quick else "full")
-    experiment = replace(experiment, batch_size=study.batch_size)
+    study: CostSettings = getattr(preset, package)
+    experiment, counts = replace(experiment, batch_size=study.batch_size), getattr(study, "crop_counts", (None,))
+    costs: dict[int | None, Cost] = {}
     with open_session(preset) as session:
         if restart:
-            archive(preset, [folder])
-        values = _settings_of(session, study, experiment)
-        with open_run(session, folder, values, results=("costs.csv", "checkpoint*.pt")) as run:
-            costs = processes.on_main(lambda: read_costs(folder / "costs.csv"))
-            for num_crops in getattr(study, "crop_counts", (None,)):
-                name = "checkpoint" if num_crops is None else f"checkpoint_{num_crops}"
-                checkpoint = run.checkpoint(name, background=False)  # what is written meanwhile would cost time
+            archive(preset, [cost_folder(preset, package, experiment.name, num_crops) for num_crops in counts])
+        values, rows = _settings_of(session, study, experiment), (session.splits.train, session.splits.valid)
+        for num_crops in counts:
+            folder = cost_folder(preset, package, experiment.name, num_crops)
+            with open_run(session, folder, values, results=("costs.csv", "checkpoint.pt")) as run:
+                checkpoint = run.checkpoint(background=False)  # what is written meanwhile would cost time
                 label = experiment.name if num_crops is None else f"{experiment.name} K = {num_crops}"
-                if num_crops not in costs:
+                if not processes.same(is_measured(preset, package, experiment.name, num_crops)):
                     session.stop.raise_if_requested(f"before {label}")
                     chosen = experiment if num_crops is None else replace(experiment, num_crops=num_crops)
-                    rows = (session.splits.train, session.splits.valid)
-                    costs[num_crops] = _measure(  # without a name for the job, which would outlive it into the next K
+                    cost = _measure(  # without a name for the job, which would outlive it into the next K
                         build_job(session, chosen, preset.settings.main_seed, study.epochs, rows, label),
                         study, run, checkpoint, session.stop,
                     )  # fmt: skip
-                    lines = [("" if k is None else k, *astuple(cost)) for k, cost in sorted(costs.items())]
                     if processes.is_main():
-                        write_csv(folder / "costs.csv", COLUMNS, lines)
+                        line = ("" if num_crops is None else num_crops, *astuple(cost))
+                        write_csv(folder / "costs.csv", COLUMNS, [line])
                 checkpoint.remove()  # also where a kill came between the two
+                costs[num_crops] = processes.on_main(lambda path=folder / "costs.csv": read_costs(path))[num_crops]
                 print(f"{label}: {_in_words(costs[num_crops], session.runtime.memory_kind, study.quick)}", flush=True)
     return costs
 

@@ -165,8 +165,8 @@ def _missing_trials(preset: Preset, name: str, study: TuningStudy | None) -> str
     if not study.best:
         return "no complete trial"
     expected = preset.tuning.trials_of(name.startswith("standard_"))
-    finished = sum(trial.state.is_finished() for trial in study.trials)
-    return f"{expected - finished} of {expected} trials" if finished < expected else ""
+    left = study.trials_left(expected)
+    return f"{left} of {expected} trials" if left else ""
 
 
 def _line_of_config(preset: Preset, name: str, study: TuningStudy) -> str:

@@ -76,15 +76,23 @@ def read_runs(results: Path, seeds: Sequence[int]) -> dict[str, list[Run]]:
         for path in results.glob(f"*/seed_{seed}/history.csv"):
             runs[path.parent.parent.name].append(read_run(path.parent, seed))
     for of_experiment in runs.values():
-        finished = [run for run in of_experiment if run.test]
-        for run in finished[1:]:
-            first, difference = finished[0], first_difference(finished[0].metadata, run.metadata, ignore=("seed",))
-            if difference:
-                raise UserError(
-                    f"{first.folder} and {run.folder} differ ({difference}), so a mean of both would mean nothing: "
-                    f"move one of them away"
-                )
+        _check_alike([(run.folder, run.metadata) for run in of_experiment if run.test], "a mean of both")
     return dict(runs)
+
+
+def _check_alike(found: Sequence[tuple[Path, Mapping[str, Any]]], what: str) -> None:
+    """Raise UserError if two of these runs differ so that `what` would mean nothing."""
+    for folder, metadata in found[1:]:
+        first, difference = found[0][0], first_difference(found[0][1], metadata, ignore=("seed",))
+        if difference:
+            raise UserError(
+                f"{first} and {folder} differ ({difference}), so {what} would mean nothing: move one of them away"
+            )
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the training in this run folder is finished, and so not done again: metrics.json is written last."""
+    return (folder / "metrics.json").exists()
 
 
 def read_run(folder: Path, seed: int) -> Run:
@@ -97,10 +105,9 @@ def read_run(folder: Path, seed: int) -> Run:
         )
     with reading(path):
         history = [_epoch_record(row) for row in read_csv(path)]
-    path = folder / "metrics.json"
-    if not path.exists():
+    if not is_finished(folder):
         return Run(folder, seed, metadata, history)
-    with reading(path):
+    with reading(path := folder / "metrics.json"):
         found = read_json(path)
         calibrated = found.get("test_calibrated") and _values(CALIBRATED_METRICS, found["test_calibrated"])
         return Run(folder, seed, metadata, history, _values(METRICS, found["test"]), calibrated)
@@ -169,9 +176,25 @@ class CostStudy:
 
 
 def read_cost_studies(folder: Path) -> list[CostStudy]:
-    """The full studies, then the quick ones; `folder` is results/<preset>/num_crops or .../standard_memory."""
-    paths = [path for mode in ("full", "quick") for path in folder.glob(f"*/{mode}/costs.csv")]
-    return [CostStudy(p.parts[-3], p.parts[-2], read_metadata(p.with_name("run.json")), read_costs(p)) for p in paths]
+    """The full studies, then the quick ones; `folder` is results/<preset>/num_crops or .../standard_memory.
+
+    Raises UserError if a file cannot be read, or two crop counts of a study were measured under different settings.
+    """
+    studies = []
+    for mode in ("full", "quick"):
+        for home in folder.glob(f"*/{mode}"):
+            paths = (home / "costs.csv", *home.glob("k_*/costs.csv"))  # the first: standard, or of an earlier version
+            parts = [(read_costs(path), path.parent) for path in paths if path.exists()]
+            parts = [(costs, folder, read_metadata(folder / "run.json")) for costs, folder in parts]
+            parts.sort(key=lambda part: [k or 0 for k in part[0]])
+            _check_alike([part[1:] for part in parts], "a line through both")
+            if parts:
+                costs = sorted(
+                    ((k, cost) for part in parts for k, cost in part[0].items()), key=lambda each: each[0] or 0
+                )
+                metadata = parts[0][2] | {"environments": [each for part in parts for each in part[2]["environments"]]}
+                studies.append(CostStudy(home.parent.name, mode, metadata, dict(costs)))
+    return studies
 
 
 # ------------------------------------------------------------------------------------------- Optuna studies
@@ -186,6 +209,10 @@ class TuningStudy:
     def trials_in(self, state: TrialState) -> list[FrozenTrial]:
         """Its trials in this state."""
         return [trial for trial in self.trials if trial.state == state]
+
+    def trials_left(self, total: int) -> int:
+        """How many trials it lacks; pruned and failed ones count."""
+        return max(0, total - sum(trial.state.is_finished() for trial in self.trials))
 
     @property
     def best(self) -> FrozenTrial | None:
