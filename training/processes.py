@@ -114,6 +114,7 @@ def joined(device: str) -> Iterator[None]:
         return
     try:
         store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=SECONDS_TO_MEET)))
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         _job = _Job(rank, size, store, on_cuda=device != "cpu" and torch.cuda.is_available())
         _job.meet()
     except (RuntimeError, ValueError) as error:

@@ -31,7 +31,7 @@ def command(experiment: str, data: Path, results: Path, *flags: str) -> tuple[st
 
 
 def numbers(results: Path, experiment: str) -> tuple[np.ndarray, np.ndarray]:
-    """Losses (epochs, 2) of training and validation, and predictions (images, 2) with labels, of a finished training."""
+    """Of a finished training: losses (epochs, 2) of training and validation, predictions (images, 2) with labels."""
     folder = results / "demo" / experiment / "seed_1"
     history, predictions = read_csv(folder / "history.csv"), read_csv(folder / "predictions.csv")
     return (
