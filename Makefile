@@ -9,7 +9,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python -m model_training.reproduce --preset demo
 
-test: .venv/installed lint
+test: .venv/distributed lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
@@ -22,6 +22,10 @@ gpu-test: .venv/installed
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	touch $@
+
+.venv/distributed: .venv/installed requirements-distributed.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-distributed.txt
 	touch $@
 
 clean:

@@ -116,6 +116,8 @@ class Tuning:
     min_resource: Count = 5  # Hyperband; it counts epochs from 0, so that a trial is first compared after epoch 6
     max_resource: Count = 25  # Hyperband
     reduction_factor: Annotated[int, Field(ge=2)] = 3  # Hyperband
+    study_storage: Free[str] = ""  # postgresql+psycopg://USER@HOST/DATABASE: workers share the study; "": one process
+    heartbeat_seconds: Free[Count] = 60  # of a worker; after five without a heartbeat its trial is given to another
 
     def trials_of(self, standard: bool) -> int:
         """How many trials the study of a standard or of a GLASS model has."""

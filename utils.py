@@ -288,15 +288,18 @@ def name_of_root(root: Path, *choices: str) -> str:
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path, wait: float = 0) -> Iterator[None]:
     """Hold `folder`, made if need be, so that no other process works in it; one that has died holds nothing.
+
+    Args:
+        wait: seconds, for a process that may hold it for a moment.
 
     Raises:
         UserError: another process holds it, or it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock", timeout=0)
+        lock = filelock.FileLock(folder / ".lock", timeout=wait)
         lock.acquire()
     except filelock.Timeout:
         raise UserError(f"{folder} is in use by another process: wait for it, or end it") from None

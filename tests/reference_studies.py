@@ -18,7 +18,8 @@ from optuna.trial import FrozenTrial
 
 import config
 from config import Experiment, GlassExperiment, Preset
-from hyperparameter_tuning.study import OnEpoch, tune
+from hyperparameter_tuning.study import tune
+from hyperparameter_tuning.trials import OnEpoch
 from tests.conftest import FIXTURES
 from training.checkpoints import Checkpoint
 from training.progress import EpochRecord

@@ -14,11 +14,14 @@ from torch import nn
 from torchvision.models import ResNet50_Weights, resnet50
 
 import config
-from config import Experiment, Preset, Training
+from config import Experiment, Preset, Training, Tuning
 from data.data_preprocess import preprocess
 from data.datasets import load_splits
 from data.index import read_index
 from data.loaders import ImageLoader, build_loader
+from hyperparameter_tuning.study import tune
+from hyperparameter_tuning.trials import fit_trial
+from hyperparameter_tuning.workers import Worker
 from model_training.run import train_and_evaluate
 from models.build import build_model
 from tests.conftest import MakePreset, copy_index, run_module, toy_job, write_toy_images
@@ -120,6 +123,22 @@ effect("Settings.cache_limit_gb", {1e-5: True, 1.0: False})(
         )
     )
 )
+
+
+effect("Tuning.study_storage", {"": False, "sqlite:///s.db": True})(
+    lambda lab, url: (
+        f"{url}: it must be postgresql+psycopg://"
+        in refusal(lambda: tune(lab.running(tuning=Tuning(1, 1, 1, 1, study_storage=url)), STANDARD))
+    )
+)
+
+
+@effect("Tuning.heartbeat_seconds", {1: "timeout=11s", 60: "timeout=70s"})
+def time_after_which_the_server_ends_a_sleeping_workers_lock(lab: Lab, seconds: int) -> str:
+    pytest.importorskip("psycopg")
+    tuning = Tuning(study_storage="postgresql+psycopg://me@host/database", heartbeat_seconds=seconds)
+    worker = Worker(None, STANDARD, {}, tuning, fit_trial, lab.folder, {}, "demo/standard_convnext")
+    return worker.connect_args["options"][-11:]
 
 
 @effect("Training.initial_weights", {True: True, False: False})

@@ -18,7 +18,8 @@ from optuna.trial import FrozenTrial, TrialState
 import config
 from config import Experiment, Preset, Tuning
 from hyperparameter_tuning.search_spaces import search_space, suggest_experiment
-from hyperparameter_tuning.study import OnEpoch, tune
+from hyperparameter_tuning.study import tune
+from hyperparameter_tuning.trials import OnEpoch
 from model_training.results_tables import write_tables
 from tests.conftest import REPOSITORY, TOY_FLAGS, MakePreset, copy_index, refused, start_module, succeed
 from tests.reference_studies import STUDIES, as_recorded, given, toy_paper

@@ -151,18 +151,27 @@ class RunFolder:
 
 
 @contextmanager
-def open_run(session: Session, folder: Path, values: Mapping[str, Any], results: Sequence[str]) -> Iterator[RunFolder]:
+def open_run(
+    session: Session,
+    folder: Path,
+    values: Mapping[str, Any],
+    results: Sequence[str],
+    remedy: str = RESTART,
+    wait: float = 0,
+) -> Iterator[RunFolder]:
     """Lock `folder`, and compare its metadata with what is to run now.
 
     Args:
         values: all settings that the numbers depend on.
         results: patterns of files whose presence says that there is something to compare with; what failed before it
             wrote one may start over with other settings.
+        remedy: what to do where they differ.
+        wait: seconds, for a process that may have it open for a moment.
 
     Raises:
         UserError: it was started with other settings or data, does not say with which, or is in use.
     """
-    with locked_folder(folder) if processes.is_main() else nullcontext():
+    with locked_folder(folder, wait) if processes.is_main() else nullcontext():
         metadata = run_metadata({**values, **session.runtime.resolved()}, session.index.fingerprint)
         metadata["memory_kind"] = session.runtime.memory_kind
         started = any(path for pattern in results for path in folder.glob(pattern))
@@ -170,7 +179,7 @@ def open_run(session: Session, folder: Path, values: Mapping[str, Any], results:
             before = read_metadata(folder / "run.json")
             difference = first_difference(before, metadata)
             if difference:
-                raise UserError(f"{folder} was started with {difference}: {RESTART}")
+                raise UserError(f"{folder} was started with {difference}: {remedy}")
             metadata["environments"] = before["environments"]
         yield RunFolder(folder, metadata, session.settings.checkpoint_every)
 

@@ -5,9 +5,11 @@
     python -m tests.campaigns.kills tuning [--kills 20] [--seed 1]      a study with pruning
     python -m tests.campaigns.kills reference [--kills 20] [--seed 1]   the author's studies, with training replaced
     python -m tests.campaigns.kills preprocessing [--kills 20] [--seed 1]    with --cache, and what it reads unchanged
+    python -m tests.campaigns.kills workers [--kills 12] [--seed 1]     four of 40 trials; two restarts of the server
 
 Toy size, on the CPU. A moment is drawn between the command's first line of work and its expected end; a command that
-finishes first is started in another folder, until there were as many kills. Exit code 1 if a single file differs.
+finishes first is started in another folder, until there were as many kills. Exit code 1 if a single file differs; of
+workers (tests/toy_workers.py), if a trial is lost or doubled or a worker hangs or fails.
 """
 
 import argparse
@@ -28,8 +30,10 @@ import optuna
 from safetensors.numpy import load_file
 
 from tests.conftest import PREPROCESS_FLAGS, TOY_FLAGS, start_module, succeed, torchrun, write_toy_images
+from tests.postgres import Postgres
 from tests.proc import children_of
 from tests.reference_studies import STUDIES
+from tests.toy_workers import shake
 from utils import read_csv
 
 MEASURED = ("epoch_seconds", "images_per_second", "data_wait_share")  # of the history; differ from run to run
@@ -102,6 +106,17 @@ class Campaign:
         return differences
 
 
+class Workers:
+    """Four workers on one study, three trials and more for each kill, with two restarts of the server."""
+
+    def run(self, kills: int, seed: int, data: Path, scratch: Path) -> list[str]:
+        """Kill so many times; returns a sentence for each thing that is wrong."""
+        results = scratch / "results"
+        succeed("data.data_preprocess", *PREPROCESS_FLAGS, "--data-root", data, "--results-root", results)
+        with Postgres() as server:
+            return shake(server, data, results, trials=max(40, 3 * kills), kills=kills, restarts=2, seed=seed)
+
+
 def training(experiment: str, processes: int = 1) -> Campaign:
     """Two seeds of four epochs, saved every second step."""
     flags = ("--epochs", "4", "--seeds", "1", "2", "--batch-size", "4", "--checkpoint-every", "2")
@@ -125,6 +140,7 @@ CAMPAIGNS = {  # and how often each is killed unless another number is asked for
     "tuning": ((TUNING,), 20),
     "reference": (tuple(Campaign("tests.reference_studies", (name,), TUNING.started) for name in STUDIES), 20),
     "preprocessing": ((PREPROCESSING,), 20),
+    "workers": ((Workers(),), 12),
 }
 
 

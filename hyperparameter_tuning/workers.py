@@ -1,0 +1,271 @@
+"""One Optuna study on many machines: each runs `Worker.run`. docs/cluster.md.
+
+The study has slots 0 .. n - 1, one trial each. A trial whose worker died or was stopped is failed, without a reason,
+and `reconcile` gives its slot a new one with the same values. What belongs to all workers is changed under one lock of
+the server's, which the dead do not hold; whatever stopped it at whatever moment, the next `reconcile` completes it.
+"""
+
+import itertools
+import random
+import shutil
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import RDBStorage, fail_stale_trials
+from optuna.trial import FrozenTrial, TrialState
+
+from config import Experiment
+from hyperparameter_tuning.search_spaces import suggest_experiment
+from hyperparameter_tuning.trials import Search, SlotPruner, author_study_name, open_study, print_best, write_study
+from training.checkpoints import Checkpoint
+from training.runs import RunFolder, first_difference, open_run
+from utils import UserError, first_line, write_json
+
+GRACE = 5  # heartbeats that a worker may miss, and for which it waits itself for a server that is away
+AWAY = (sqlalchemy.exc.SQLAlchemyError, StorageInternalError)  # what a database that is away raises
+LOCK = sqlalchemy.text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
+# Every running trial gets one, so that the server's clock says when it is stale, if its worker died before its first.
+FIRST_HEARTBEATS = sqlalchemy.text(
+    "INSERT INTO trial_heartbeats (trial_id, heartbeat) SELECT trial_id, now() FROM trials JOIN studies USING "
+    "(study_id) WHERE study_name = :name AND state = 'RUNNING' ON CONFLICT DO NOTHING"
+)
+
+
+def attempts_of(study: optuna.Study) -> dict[int, list[FrozenTrial]]:
+    """Slot -> its trials, by number."""
+    slots = defaultdict(list)
+    for trial in study.get_trials(deepcopy=False):
+        slots[trial.user_attrs.get("slot")].append(trial)
+    slots.pop(None, None)  # added by somebody else
+    return slots
+
+
+def counting(attempts: list[FrozenTrial]) -> list[FrozenTrial]:
+    """Of a slot's trials those that count: finished (failed only for a reason), then running, then waiting."""
+    found = [trial for trial in attempts if trial.state != TrialState.FAIL or "failure" in trial.user_attrs]
+    return sorted(found, key=lambda trial: (not trial.state.is_finished(), trial.state.value, trial.number))
+
+
+def reconcile(study: optuna.Study, storage: RDBStorage, total: int) -> dict[int, FrozenTrial]:
+    """Fail the trials of dead workers, and let each of `total` slots have one trial that counts; under the lock.
+
+    Returns:
+        Slot -> that trial, of all slots: an earlier worker may have asked for more.
+    """
+    with storage.engine.begin() as connection:
+        connection.execute(FIRST_HEARTBEATS, {"name": study.study_name})
+    fail_stale_trials(study)
+    slots = attempts_of(study)
+    for slot in range(max([total, *(slot + 1 for slot in slots)])):
+        for double in counting(slots[slot])[1:]:  # two had the lock, which ends with its connection
+            with suppress(UpdateFinishedTrialError):
+                storage.set_trial_state_values(double._trial_id, TrialState.FAIL)
+        if not slots[slot]:
+            study.enqueue_trial({}, {"slot": slot})
+        elif not counting(slots[slot]):
+            last = slots[slot][-1]
+            values = last.system_attrs.get("fixed_params", {}) | last.params
+            study.enqueue_trial(values, {"slot": slot, "repeats": last.number})
+    return {slot: counting(attempts)[0] for slot, attempts in sorted(attempts_of(study).items())}
+
+
+@dataclass
+class Worker(Search):
+    """One of the processes that work on a study.
+
+    Args:
+        folder: of results, which workers may share.
+        values: all settings that the numbers depend on.
+        name: of the study in the database.
+    """
+
+    folder: Path
+    values: dict[str, Any]
+    name: str
+
+    def __post_init__(self) -> None:
+        self.slots: dict[int, FrozenTrial] = {}  # each with the trial that counts, as they last were
+        self.heartbeat = self.tuning.heartbeat_seconds
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # it warns of what `_patiently` deals with
+        # One clock for all; and a worker that sleeps holds no lock for long.
+        options = f"-c timezone=UTC -c lock_timeout=10s -c idle_in_transaction_session_timeout={10 + self.heartbeat}s"
+        self.connect_args = {"connect_timeout": 10, "tcp_user_timeout": 60_000, "options": options}
+        try:
+            url = sqlalchemy.make_url(self.tuning.study_storage)
+            self.shown = url.render_as_string()  # without the password
+            if url.drivername != "postgresql+psycopg":
+                raise UserError(f"study_storage is {self.shown}: it must be postgresql+psycopg://USER@HOST/DATABASE")
+            self.engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=self.connect_args)
+        except sqlalchemy.exc.ArgumentError as error:
+            raise UserError(f"study_storage is no database's URL: {first_line(error)}") from None
+        except ImportError:
+            raise UserError("study_storage needs psycopg: pip install -r requirements-distributed.txt") from None
+
+    def run(self) -> None:
+        """Work on trials until none is left, then write study.db and run.json to the folder, and print the best.
+
+        Raises:
+            UserError: the study or the folder was started otherwise, or the database is away.
+            Stopped: a signal asked for it; the trial in progress was given back.
+        """
+        self._patiently(self._open)
+        while not all(trial.state.is_finished() for trial in self.slots.values()):
+            self.session.stop.raise_if_requested(f"between two trials of {self.name}")
+            if taken := self._patiently(self._take):
+                self._work(*taken)
+            else:
+                self._pause()  # others are running; one may die
+        self._patiently(self._export)
+
+    # ------------------------------------------------------------------------------------- under the lock
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """In the block no other worker changes what belongs to all; the server ends the lock of one that died."""
+        with self.engine.begin() as connection:
+            connection.execute(LOCK, {"name": self.name})
+            yield
+
+    def _open(self) -> None:
+        with self._locked():  # Optuna does not create its tables for two at a time
+            url, engine = self.tuning.study_storage, {"pool_pre_ping": True, "connect_args": self.connect_args}
+            beats = {"heartbeat_interval": self.heartbeat, "grace_period": GRACE * self.heartbeat}
+            self.storage = RDBStorage(url, engine, **beats)
+            new = {"study_name": self.name, "direction": "maximize", "load_if_exists": True}
+            study = optuna.create_study(storage=self.storage, **new)
+            self.created = study.user_attrs.get("created", datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ"))
+            study.set_user_attr("created", self.created)
+            self.values |= {"database_study": self.created, "study_storage": self.shown}
+            self.values |= {"optuna": optuna.__version__, "heartbeat": self.heartbeat}  # common to all
+            with self._run_folder(study) as run:
+                self.slots = reconcile(study, self.storage, self.total)
+                finished = sum(trial.state.is_finished() for trial in self.slots.values())
+                run.record(f"trial {finished}")
+                study.set_user_attr("metadata", run.metadata)
+        print(f"{self.experiment.name}: {finished} of {len(self.slots)} trials are finished", flush=True)
+
+    @contextmanager
+    def _run_folder(self, study: optuna.Study) -> Iterator[RunFolder]:
+        """The folder, locked, with the study's metadata, after both are compared with what is to run now."""
+        other = "choose another --name or"
+        with open_run(self.session, self.folder, self.values, ("study.db",), f"{other} --results-root", wait=10) as run:
+            run.metadata["command"] = run.metadata["command"].replace(self.tuning.study_storage, self.shown)
+            metadata = study.user_attrs.get("metadata", run.metadata)
+            if difference := first_difference(metadata, run.metadata):
+                raise UserError(f"the study {self.name} was started with {difference}: {other} --study-storage")
+            yield replace(run, metadata=metadata)
+
+    def _take(self) -> tuple[optuna.Trial, int, Experiment] | None:
+        """A trial that waits, now running, with its slot and values; None if there is none."""
+        with self._locked():
+            pruner = SlotPruner(author_study_name(self.experiment), self.tuning)
+            study = optuna.load_study(study_name=self.name, storage=self.storage, pruner=pruner)
+            self.slots = reconcile(study, self.storage, self.total)
+            for slot, found in self.slots.items():
+                if found.state != TrialState.WAITING:
+                    continue
+                seed, number = self.session.settings.main_seed + slot, found._trial_id
+                study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+                # Not `ask`, which may make a new trial. Another has failed this one if the lock was lost.
+                with suppress(UpdateFinishedTrialError):
+                    if self.storage.set_trial_state_values(number, TrialState.RUNNING):
+                        self.storage.record_heartbeat(number)
+                        trial = optuna.Trial(study, number)
+                        return trial, slot, suggest_experiment(trial, self.space, self.experiment)
+        return None
+
+    def _export(self) -> None:
+        name, study = self.experiment.name, optuna.load_study(study_name=self.name, storage=self.storage)
+        with self._locked(), self._run_folder(study) as run:
+            write_json(run.path / "run.json", run.metadata)
+            write_study(run.path / "study.db", name, self.slots.values())
+            shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+            print_best(open_study(run.path / "study.db", name), name)
+
+    # -------------------------------------------------------------------------------------------- a trial
+    def _work(self, trial: optuna.Trial, slot: int, experiment: Experiment) -> None:
+        """Train a trial and tell how it ended; give it back if something else comes in between."""
+        over = threading.Event()
+
+        def report(accuracy: float, step: int) -> tuple[float, bool]:
+            self._patiently(lambda: trial.report(accuracy, step))
+            return accuracy, self._patiently(trial.should_prune)
+
+        def tell() -> None:
+            if outcome.failure:
+                trial.set_user_attr("failure", outcome.failure)
+            values = {TrialState.COMPLETE: [outcome.value], TrialState.PRUNED: outcome.accuracies[-1:]}
+            self.storage.set_trial_state_values(trial._trial_id, outcome.state, values.get(outcome.state))
+
+        def beat() -> None:  # tells the others that this worker lives
+            while not over.wait(self.heartbeat):
+                with suppress(*AWAY):  # the next will do
+                    self.storage.record_heartbeat(trial._trial_id)
+
+        threading.Thread(target=beat, daemon=True).start()
+        try:
+            checkpoints = self._checkpoints(trial, slot)
+            outcome = self.train_trial(slot, experiment, checkpoints[-1], report, trial.study)
+            self._patiently(tell)
+        except UpdateFinishedTrialError:
+            print(f"trial {slot} was given to another worker, for which this one was too slow to answer", flush=True)
+            return
+        except BaseException:
+            with suppress(UpdateFinishedTrialError, *AWAY):
+                self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            raise
+        finally:
+            over.set()
+        for checkpoint in checkpoints:
+            checkpoint.remove()
+        outcome.print(slot, trial.params)
+
+    def _checkpoints(self, trial: optuna.Trial, slot: int) -> list[Checkpoint]:
+        """Of the slot's trials up to this one, which gets the last one's: each has its own, or two may write to one."""
+        numbers = [each.number for each in self._patiently(lambda: attempts_of(trial.study))[slot]]
+        folder = self.folder / "checkpoints" / self.created  # another study's numbers mean other trials
+        paths = [folder / f"trial_{number}.pt" for number in numbers if number <= trial.number]
+        if there := [path for path in paths if path.exists()]:
+            there[-1].rename(paths[-1])
+        return [Checkpoint(path, self.session.settings.checkpoint_every) for path in paths]
+
+    # --------------------------------------------------------------------------------------- the database
+    def _pause(self) -> None:
+        until = time.monotonic() + random.uniform(0.5, 1) * min(2, self.heartbeat)
+        while time.monotonic() < until and not self.session.stop.requested:
+            time.sleep(0.1)
+
+    def _patiently(self, action: Callable[[], Any]) -> Any:
+        """What `action` returns, which is tried again while the database is away.
+
+        Raises:
+            UserError: it stays away.
+            Stopped: a signal asked for it.
+        """
+        seconds = 10 + GRACE * self.heartbeat
+        deadline = time.monotonic() + seconds
+        for attempt in itertools.count():
+            try:
+                return action()
+            except UpdateFinishedTrialError:
+                raise
+            except (KeyError, RuntimeError) as error:  # it was deleted, or is of another version
+                raise UserError(f"{self.shown} has no usable {self.name} ({first_line(error)}): start again") from None
+            except AWAY as error:
+                problem = f"{self.shown} is away ({first_line(error.__cause__ or error)})"
+            if time.monotonic() > deadline:
+                remedy = "start the server, or correct --study-storage, and run the same command again"
+                raise UserError(f"{problem}, for more than {seconds} s: {remedy}")
+            if not attempt:
+                print(f"{problem}: waiting", flush=True)
+            self._pause()
+            self.session.stop.raise_if_requested(f"while {self.shown} is away")
