@@ -60,13 +60,18 @@ class Campaign:
         places = ("--results-root", folder / "results", "--cache-root", folder / "cache")
         return torchrun(self.processes, self.module, *self.flags, "--data-root", data, *places)
 
-    def kill(self, process: subprocess.Popen, random_: random.Random) -> None:
-        """The command with all its processes, or, under torchrun, which ends the others, one."""
+    def kill(self, process: subprocess.Popen, random_: random.Random) -> int:
+        """The command with all its processes, or, under torchrun, which ends the others, one; returns how many kills.
+
+        That is none where they are at their end.
+        """
         if self.processes == 1:
             os.killpg(process.pid, signal.SIGKILL)
-        else:
-            for one in random_.sample(children_of(process.pid), 1):
-                os.kill(one, signal.SIGKILL)
+            return 1
+        running = children_of(process.pid)
+        for one in random_.sample(running, min(1, len(running))):
+            os.kill(one, signal.SIGKILL)
+        return min(1, len(running))
 
     def folder(self, data: Path, path: Path) -> Path:
         """`path`, made ready for the command."""
@@ -93,8 +98,8 @@ class Campaign:
                     try:
                         process.wait(random_.uniform(0, seconds / 3))
                     except subprocess.TimeoutExpired:
-                        self.kill(process, random_)
-                        killed, here = killed + 1, here + 1
+                        kills_now = self.kill(process, random_)
+                        killed, here = killed + kills_now, here + kills_now
                 _, errors = process.communicate()
                 if process.returncode == 0:
                     break
