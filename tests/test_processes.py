@@ -87,8 +87,6 @@ def test_two_processes_run_a_study(toy_data: Path, results: Path) -> None:
     trials = optuna.load_study(study_name=name, storage=storage).trials
     assert all(trial.state.is_finished() and trial.intermediate_values for trial in trials)
     experiment = find_experiment(DEMO, name)
-    plain = build_live_study(
-        author_study_name(experiment), DEMO.settings.main_seed, tuning
-    )  # its first draws are random
+    plain = build_live_study(author_study_name(experiment), DEMO.settings.main_seed, tuning)
     expected = [vars(suggest_experiment(plain.ask(), DEMO.standard_space, experiment)) for _ in trials]
     assert [vars(experiment) | trial.params for trial in trials] == expected
