@@ -268,9 +268,7 @@ def parallel(model: nn.Module) -> nn.Module:
     """The model as training calls it: gradients are means over the processes, exchanged during the backward pass."""
     if size() == 1:
         return model
-    # The first step puts gradients together in another way than those after it, and so rounds their sums otherwise, as
-    # would the first step after a resume; not where it looks for parameters that are not used.
-    options = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "find_unused_parameters": True}
+    options = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "static_graph": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of broadcast_buffers, whose new name torch 2.11 lacks
         return DistributedDataParallel(model, **options)
