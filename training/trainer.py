@@ -70,14 +70,15 @@ class Trainer:
         return loss.detach()
 
     def settle(self, views: Sequence[torch.Tensor]) -> None:
-        """For several processes: a backward pass that changes nothing, on a batch of any views; before the first step.
+        """For several processes: backward passes that change nothing, on a batch of any views; before the first step.
 
-        It is after their first one that processes decide how they put gradients together for exchange, by which sums
-        are rounded: else the first step after a resume would be another than without.
+        It is after the first ones that processes decide how they put gradients together for exchange, by which sums
+        are rounded: else the first steps after a resume would be others than without.
         """
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         with torch.random.fork_rng(), self.runtime.memory_for("a first backward pass"):
-            self.parallel_model(*self.runtime.to_device(self.model.train(), views)).sum().backward()
+            for _ in range(3):
+                self.parallel_model(*self.runtime.to_device(self.model.train(), views)).sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
