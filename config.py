@@ -60,11 +60,12 @@ class Settings:
     """What every run shares, whatever its model and its experiment."""
 
     # --- Where things lie
-    data_root: Free[Path] = Path("datasets/ai-generated-images-vs-real-images/test")  # holds fake/ and real/
+    data_root: Free[Path] = Path("datasets/ai-generated-images-vs-real-images/test")  # its images
     results_root: Free[Path] = Path("results")  # everything that is written goes under results_root/<preset>/
     kaggle_dataset: Free[str] = "tristanzhang32/ai-generated-images-vs-real-images"  # what data_download fetches
 
     # --- Data
+    data_layout: Free[str] = "auto"  # auto, fake_real, 0_real_1_fake, ai_nature, LIST.csv, LIST.csv:0=real or :0=fake
     max_image_pixels: Free[Count] = 200_000_000  # larger images are refused before they are decoded
     patch_size: Annotated[int, Field(ge=1, le=4096)] = 224  # side of the global view and of each crop, in pixels
     main_seed: Seed = 606  # the split, evaluation crops, tuning and both cost studies

@@ -4,7 +4,7 @@
     python -m data.data_audit --data-root DIR --match OUT.csv     and list a subset whose headers are matched
     python -m data.data_audit --data-root DIR --data-list OUT.csv of the listed files only
 
-Reads DATA_ROOT/{fake,real} and never writes there; needs no preprocessing. Prints the cross-validated AUC of a
+Reads DATA_ROOT, in any layout, and never writes there; needs no preprocessing. Prints the cross-validated AUC of a
 classifier that sees headers only (format, size, compression, metadata), which of them separate the classes, and exact
 and near duplicates, across the classes and the preset's splits. Writes audit.json, audit.csv (one row a file), tables
 and figures into results/<preset>/dataset/audit/<NAME>, NAME after data root and list. --match pairs fake images with
@@ -33,8 +33,8 @@ from data.audit.files import AuditedFile, audit_files
 from data.audit.header_classifier import HeaderAudit, auc, audit_headers, header_matrix
 from data.audit.matching import CALIPER, match_pairs
 from data.index import Index, dataset_folder, used_images
+from data.layouts import LABELS, Listed
 from data.lists import check_output, render_table
-from data.preparation.checks import File
 from data.preparation.report import report_left_out
 from data.records import CLASSES, ImageRecord
 from utils import UserError, locked_folder, name_of_root, run_command, write_csv, write_json, write_text
@@ -44,7 +44,7 @@ MATCH_COLUMNS = ("path", "label")
 QUALITY_BAND = 5  # JPEG qualities that are matched with each other: 0 to 4, 5 to 9 and so on
 
 SETTINGS = (  # that are read
-    "data_root", "results_root", "data_list", "max_image_pixels", "num_workers",
+    "data_root", "results_root", "data_layout", "data_list", "max_image_pixels", "num_workers",
     "main_seed", "valid_size", "test_size", "final_valid_fraction", "group_by", "hold_out",
 )  # fmt: skip
 
@@ -66,7 +66,8 @@ def audit(preset: Preset, match: Path | None = None, caliper: float = CALIPER, n
     Raises UserError for too few images, a file to be written inside the data root, or nothing that can be matched.
     """
     settings = preset.settings
-    folder = dataset_folder(preset) / "audit" / name_of_root(settings.data_root, settings.data_list)
+    layout = [settings.data_layout] * (settings.data_layout != "auto")
+    folder = dataset_folder(preset) / "audit" / name_of_root(settings.data_root, settings.data_list, *layout)
     root, seed = settings.data_root, settings.main_seed
     for path in (folder, match):
         if path and path.resolve().is_relative_to(root.resolve()):
@@ -75,7 +76,7 @@ def audit(preset: Preset, match: Path | None = None, caliper: float = CALIPER, n
         check_output(match, MATCH_COLUMNS)
     files = used_images(settings)
     with locked_folder(folder):
-        found = audit_files(settings, files)
+        found = audit_files(settings, [(image.path, image.label) for image in files])
         parts = parts_of_splits(settings, files)
         report_left_out(folder, [(file.path, file.problem) for file in found])
         images = [file for file in found if not file.problem]
@@ -94,13 +95,14 @@ def audit(preset: Preset, match: Path | None = None, caliper: float = CALIPER, n
         print(f"\nTables and figures: {folder}")
 
 
-def parts_of_splits(settings: Settings, files: Sequence[File]) -> list[dict[str, str]]:
+def parts_of_splits(settings: Settings, files: Sequence[Listed]) -> list[dict[str, str]]:
     """For each file the part of the two splits that it is in; none, and the reason is printed, for too few files."""
     from data.datasets import split_index  # here: torch takes seconds
 
-    records = tuple(ImageRecord(name, label, 0, "", "", "", 0, 0, "") for name, label in files)
+    records = tuple(ImageRecord(image.path, image.label, 0, "", "", "", 0, 0, "") for image in files)
+    given = {f"{name}s": tuple(getattr(image, name) for image in files) for name in ("part", "source")}
     try:
-        _, splits = split_index(Index(settings.data_root, records), settings)
+        _, splits = split_index(Index(settings.data_root, records, **given), settings)
     except UserError as error:
         print(f"Splits are left out of the audit: {error}")
         return [{} for _ in files]
@@ -131,7 +133,9 @@ def connected_groups(*keys: Sequence[Hashable]) -> np.ndarray:
 
 def names_of(table: pd.DataFrame) -> list[str]:
     """The paths without class and ending, which the two images of a pair have in common."""
-    return [path.partition("/")[2].rpartition(".")[0] for path in table["path"]]
+    return [
+        "/".join(name for name in path.rpartition(".")[0].split("/") if name not in LABELS) for path in table["path"]
+    ]
 
 
 def _report_headers(folder: Path, table: pd.DataFrame, headers: HeaderAudit) -> dict[str, Any]:

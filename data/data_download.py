@@ -1,8 +1,12 @@
-"""Download the paper's data set from Kaggle, or write the demonstration data set.
+"""Download the paper's data set from Kaggle or one of Hugging Face, or write the demonstration data set.
 
     python -m data.data_download                        the paper's: about 52 GB, 60,000 images
     python -m data.data_download --demo datasets/demo   400 procedural images, drawn here, without a network
+    python -m data.data_download --hugging-face ComplexDataLab/OpenFake --folder datasets/openfake
     python -m data.data_download --preset demo_local --demo datasets/demo_local   only a region of each fake one is fake
+
+--hugging-face takes a name on the hub, or a folder of save_to_disk or of parquet files, and if need be a
+configuration. Each image is written as it is in the data set, not encoded again, and listed in FOLDER/list.csv.
 
 kagglehub stores what it downloads under ~/.cache/kagglehub, or where the variable KAGGLEHUB_CACHE says. Kaggle needs
 no account for public data. While it unpacks, there must be space for the archive and for the files. A download that
@@ -13,14 +17,16 @@ it ends by printing what to put in config.py, or which flag to pass.
 import os
 import shlex
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import config
-from config import Preset, Settings
+from config import Number, Preset, Settings
 from utils import UserError, first_line, run_command
 
 PAPER_BYTES = 52e9  # unpacked; docs/method.md, Data
+FOLDER = Path("datasets/hugging_face")
 ANSWER_SECONDS = 20.0  # kagglehub itself waits for Kaggle's answer without a limit
 TOKEN_ADVICE = (
     "create an API token at https://www.kaggle.com/settings/api, put it in ~/.kaggle/access_token or in the variable "
@@ -31,19 +37,33 @@ ADVICE = {401: TOKEN_ADVICE, 403: TOKEN_ADVICE, 404: "set kaggle_dataset (--kagg
 
 @dataclass(frozen=True)
 class Options:
-    """What to write instead of fetching."""
+    """What to write instead of fetching from Kaggle."""
 
     demo: str | None = None  # a folder: write the demonstration data set into it instead
+    hugging_face: tuple[str, ...] = ()  # a name on the hub or a folder, and a configuration: write its images instead
+    folder: Path = FOLDER  # where --hugging-face writes them
+    images: Number = 0  # that --hugging-face writes of each split; 0: all
 
 
-def download(preset: Preset, demo: str | None = None) -> None:
-    """Download the preset's Kaggle data set, or write the demonstration data set into the folder `demo`.
+def download(
+    preset: Preset, demo: str | None = None, hugging_face: Sequence[str] = (), folder: Path = FOLDER, images: int = 0
+) -> None:
+    """Download the preset's Kaggle data set, or what the arguments ask for instead, which are those of `Options`.
 
     Raises:
         UserError: no network, refused by Kaggle, no such data set, not enough space, or not the expected folders.
     """
     if demo is not None:
         write_demo(Path(demo), preset if preset.reproduce.demo_data else config.DEMO)
+        return
+    if hugging_face:
+        from data.hugging_face import stream  # here: downloading does not need it
+
+        rows, root = stream(hugging_face, folder, images or None), shlex.quote(str(folder))
+        layout = f" --data-layout {root}/list.csv:0=real  # or 0=fake, as the data set says"
+        layout *= any(row["label"] in ("0", "1") for row in rows)
+        print(f"{len(rows):,} images and list.csv are in {folder}. Next:")
+        print(f"    python -m data.data_preprocess --data-root {root}{layout}")
         return
     if preset.reproduce.demo_data:
         raise UserError(f"preset {preset.name} runs on procedural images: pass --demo {preset.settings.data_root}")

@@ -4,9 +4,10 @@
     python -m data.data_preprocess --cache          and store the decoded images and their views: training is faster
     python -m data.data_preprocess --cache views    and store the views only: enough for the standard models
 
-Reads DATA_ROOT/{fake,real} and never writes there. Writes into results/<preset>/dataset: index.csv and
-statistics.json, the printed tables as CSV and Markdown, unreadable.csv and sizes_and_formats.png. Unreadable files
-are normal (the paper's data has some): they are named with their reason and left out of everything after.
+Reads DATA_ROOT, in one of the layouts of docs/own_images.md (printed), and never writes there. Writes into
+results/<preset>/dataset: index.csv and statistics.json, the printed tables as CSV and Markdown, unreadable.csv and
+sizes_and_formats.png. Unreadable files are normal (the paper's data has some): they are named with their reason and
+left out of everything after.
 
 The pixel cache goes to CACHE_ROOT, a file for each image; the command prints first how many bytes it takes, 3 for each
 pixel, and stops if they are not free. It can be interrupted at any time: given again, it decodes only the images that
@@ -25,7 +26,8 @@ from typing import Literal
 from config import Preset
 from data.cache.builder import building
 from data.cache.pixel_cache import PIXELS, VIEWS, Kind
-from data.index import PREPROCESS_SETTINGS, dataset_folder, index_path, list_images, write_index
+from data.index import PREPROCESS_SETTINGS, dataset_folder, index_path, write_index
+from data.layouts import read_data_set
 from data.lists import render_table
 from data.preparation.checks import check_images
 from data.preparation.report import draw_sizes_and_formats, measure, report_left_out, tables
@@ -54,7 +56,9 @@ def preprocess(preset: Preset, cache: Sequence[Kind] | None = None) -> None:
     if folder.resolve().is_relative_to(root.resolve()):
         raise UserError(f"{folder} is inside the data root {root}, which is never written to: set --results-root")
     kinds: tuple[Kind, ...] = () if cache is None else (VIEWS,) if cache == (VIEWS,) else (PIXELS, VIEWS)
-    files, started = list_images(root), time.perf_counter()
+    data, started = read_data_set(root, preset.settings.data_layout), time.perf_counter()
+    print(data.described(), flush=True)
+    files = [(image.path, image.label) for image in data.images]
     caching = building(preset.settings, kinds, files) if kinds else nullcontext()
     with locked_folder(folder), caching as builder:  # both before all the checking
         images = check_images(preset.settings, files, builder)
@@ -63,12 +67,12 @@ def preprocess(preset: Preset, cache: Sequence[Kind] | None = None) -> None:
             problems = [record.problem for record in records if record.label == label]
             if all(problems):
                 raise UserError(
-                    f"none of the {len(problems)} images under {root / class_name} can be decoded "
+                    f"none of the {len(problems)} {class_name} images under {root} can be decoded "
                     f"(the first: {problems[0]}): fix them, or set --data-root"
                 )
-        statistics = measure(root, records, [image.sums for image in images])
+        statistics = measure(root, records, [image.sums for image in images], data)
         (folder / "statistics.json").unlink(missing_ok=True)
-        write_index(index_path(preset), records)
+        write_index(index_path(preset), records, () if data.plain else data.images)
         # After the index, which it vouches for: that it is whole, and of which data root.
         write_json(folder / "statistics.json", statistics | {"index_sha256": sha256_of(index_path(preset))})
         print(f"Checked {len(files):,} images of {root.absolute()} in {time.perf_counter() - started:.1f} s")

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data.index import MARKER, MASKS
+from data.layouts import MARKER, MASKS
 from data.preparation.checks import Workers, in_processes
 from data.records import CLASSES
 from utils import UserError, replacing, write_text

@@ -2,13 +2,21 @@
 
 import re
 
+try:
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    HEIF = ("HEIF",)
+except ImportError:  # requirements-formats.txt
+    HEIF = ()
+
 # All that is ever opened. Pillow knows forty more: some start a program on the file (PostScript: Ghostscript), the
 # others are rare and their decoders little tested. A JPEG with further pictures (MPO) is opened as a JPEG.
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF", "AVIF", *HEIF)
 
 HEAD_BYTES = 1024
 UNSUPPORTED = {  # what people have at hand -> how such a file begins
-    "HEIC": rb".{4}ftyp(hei|hev|mif1|msf1)",
+    "HEIC of a kind" if HEIF else "HEIC": rb".{4}ftyp(hei|hev|mif1|msf1)",
     "AVIF of a kind": rb".{4}ftypavi",
     "JPEG XL": rb"\xff\x0a|.{4}JXL ",
     "JPEG 2000": rb".{4}jP  |\xff\x4f\xff\x51",
@@ -33,6 +41,8 @@ def unsupported(head: bytes) -> str:
     if WEIGHTS.match(head):
         return "the weights of a model, which go after --weights"
     name = next((name for name, start in UNSUPPORTED.items() if re.match(start, head, re.DOTALL)), "")
+    if name == "HEIC":
+        return "HEIC, which needs pillow-heif: pip install -r requirements-formats.txt, or convert it to PNG"
     return f"{name}, {ADVICE}".replace("a kind, which", "a kind that") if name else ""
 
 

@@ -12,18 +12,20 @@ import os
 import stat
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 
 import nanoarrow
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from data.formats import ADVICE, FORMATS, HEAD_BYTES, unsupported, with_filling, without_metadata
 from utils import first_line
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder's
+IMAGE_ENDINGS = (  # ImageFolder's, and four more
+    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".avif", ".heic", ".heif",
+)  # fmt: skip
 
 
 def is_image_name(name: str) -> bool:
@@ -43,6 +45,7 @@ Image.core.set_use_block_allocator(1)  # all of an image in one piece, which `pi
 JPEG_SIDE = 65_500  # pixels; libjpeg writes no larger side
 MISSING = {(128, 128, 128), (63, 63, 63), (64, 64, 64)}  # where a JPEG's data ends early; the others are of CMYK
 REDUCED_IMAGE, DNG_VERSION = 254, 50706  # tags of a TIFF: NewSubfileType, which is 1 for a preview, and DNGVersion
+TRANSPARENT, TURNED = "transparent parts", "EXIF orientation"  # notes
 _SWITCHING, _AS_BEFORE = Lock(), ExitStack()  # of `pillow_unlimited`
 _within = 0  # how many threads are in it
 
@@ -104,6 +107,13 @@ def open_image(path: str | Path, max_pixels: int) -> Image.Image:
 def _open(source: str | Path | io.BytesIO, formats: Sequence[str] = FORMATS) -> Image.Image:
     with pillow_unlimited():
         return Image.open(source, formats=formats)
+
+
+def format_of(data: bytes) -> str:
+    """Of an image file's content, such as jpeg; empty if it is none that is opened here."""
+    with suppress(Exception), _open(io.BytesIO(data)) as image:
+        return str(image.format).lower()
+    return ""
 
 
 def _open_without_metadata(path: str | Path, error: Exception) -> Image.Image:
@@ -174,11 +184,18 @@ def _with_alpha(image: Image.Image) -> Image.Image | None:
     return image if image.mode == "RGBA" else image.convert("RGBA")
 
 
-def has_transparent_parts(image: Image.Image) -> bool:
-    """Whether parts of an opened image, which `decode` can decode, are more or less transparent."""
-    image = _loaded(image)
+def notes_on(image: Image.Image) -> tuple[str, ...]:
+    """Of an opened image that `decode` can decode: TRANSPARENT parts, and TURNED, an EXIF orientation that is ignored.
+
+    The decoders of TIFF and HEIC turn an image themselves, and leave no orientation.
+    """
+    image, notes = _loaded(image), ()
     alpha = _with_alpha(image) if not image.mode.startswith("I") else None
-    return alpha is not None and alpha.getchannel("A").getextrema()[0] < 255
+    if alpha is not None and alpha.getchannel("A").getextrema()[0] < 255:
+        notes = (TRANSPARENT,)
+    with suppress(Exception):  # metadata may be damaged
+        notes += (TURNED,) * (1 < image.getexif().get(ExifTags.Base.Orientation, 1) <= 8)
+    return notes
 
 
 def _ends_early(image: Image.Image) -> bool:

@@ -12,7 +12,7 @@ from utils import UserError, check_replaceable, csv_line, first_line
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """These columns of a CSV file of the user's, row by row; "a|b" is column a or, without one, b.
+    """These columns of a CSV file of the user's, row by row; "a|b" is column a or, without one, b, and "a|" may lack.
 
     Raises:
         UserError: it cannot be read, or lacks a column or a row.
@@ -24,13 +24,15 @@ def read_columns(path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
     except (OSError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path} cannot be read as CSV ({reason}): correct its name, or fix it") from None
-    chosen = [next((name for name in column.split("|") if name in names), None) for column in columns]
+    chosen = [
+        next((name for name in column.split("|") if name in names or (column and not name)), None) for column in columns
+    ]
     if None in chosen:
         wanted = columns[chosen.index(None)].replace("|", " or ")
         raise UserError(f"{path} has no column {wanted}: it has {', '.join(names) or 'none'}")
     if not rows:
         raise UserError(f"{path} has a heading and no rows: add some")
-    return [tuple(row[name] or "" for name in chosen) for row in rows]
+    return [tuple(row.get(name) or "" for name in chosen) for row in rows]
 
 
 def comparable(path: str) -> str:

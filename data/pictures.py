@@ -16,13 +16,13 @@ from data.images import (
     IMAGE_ENDINGS,
     UnreadableImage,
     decode,
-    has_transparent_parts,
     is_image_name,
+    notes_on,
     open_image,
     pixel_key,
     reencoded,
 )
-from data.index import list_files
+from data.layouts import list_files
 from data.lists import read_columns
 from data.perturbations import Perturbation, perturbation
 from data.views import Picture
@@ -58,7 +58,7 @@ def read_pictures(
             return decoded(image)
 
     def decoded(image: Image.Image) -> Picture:
-        return Picture(rgb := decode(image), pixel_key(rgb), has_transparent_parts(image))
+        return Picture(rgb := decode(image), pixel_key(rgb), notes_on(image))
 
     def perturb(original: Future[Picture], change: Perturbation) -> Picture | UnreadableImage:
         try:

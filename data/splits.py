@@ -42,23 +42,51 @@ def split_index(index: Index, settings: Settings) -> tuple[Index, Splits]:
     Raises UserError for too few images, and for lists, groups and sources that are not there.
     """
     if settings.data_list:
-        wanted = read_list(settings.data_list, index.root, [record.path for record in index.records])
-        index = replace(index, records=tuple(record for record in index.records if record.path in wanted))
+        index = index.of(read_list(settings.data_list, index.root, [record.path for record in index.records]))
     labels, sizes = index.labels, (settings.valid_size, settings.test_size)
     fraction, seed = settings.final_valid_fraction, settings.main_seed
     if settings.group_by == "none":
         if settings.hold_out:
             raise UserError("hold_out names groups, and group_by is none: set --group-by")
-        train, valid, test = split_indices(labels, *sizes, seed)
-        final = final_split(train, valid, fraction, seed)
     else:
-        groups = groups_of([record.path for record in index.records], settings.group_by)
+        groups = groups_of([record.path for record in index.records], settings.group_by, index.sources)
         if len(set(groups)) == len(groups):
             print(f"--group-by {settings.group_by}: no two images of {index.root} have the same group")
         index = replace(index, groups=tuple(groups))
+    if any(index.parts):
+        return index, Splits(*map(index.readable, given_split(index, settings)))
+    if not index.groups:
+        train, valid, test = split_indices(labels, *sizes, seed)
+        final = final_split(train, valid, fraction, seed)
+    else:
         train, valid, test = group_split_indices(labels, groups, held_out(groups, settings.hold_out), sizes, seed)
         final = final_group_split([*train, *valid], labels, groups, fraction, seed)
     return index, Splits(*map(index.readable, (train, valid, test, *final)))
+
+
+def given_split(index: Index, settings: Settings) -> tuple[list[int], ...]:
+    """The parts of `Splits` as the data set gives them, and if it gives no validation part, one drawn from train.
+
+    A given one is that of final training too. Groups of `hold_out` are tested on, wherever they were; the others stay
+    whole in what is drawn. Raises UserError for a part without images of both classes.
+    """
+    labels, groups, seed = index.labels, index.groups or [record.path for record in index.records], settings.main_seed
+    out = held_out(index.groups, settings.hold_out)
+    parts = ["test" if groups[row] in out else part for row, part in enumerate(index.parts)]
+    given, valid, test = ([row for row, part in enumerate(parts) if part == of] for of in ("train", "valid", "test"))
+    train, final, drawn = given, (given, valid), "" if valid else f" (of the {len(given):,} of train)"
+    if drawn:
+        train, valid = _draw_groups(given, labels, groups, _counts([settings.valid_size], len(given))[0], seed)
+    for name, rows in (("train", train), ("validate", valid), ("test", test)):
+        if len({labels[row] for row in rows}) < 2:
+            raise UserError(
+                f"the split that {index.root} gives leaves no images of both classes to {name}: set another "
+                f"--data-root, or, if validation images are drawn, a smaller --valid-size"
+            )
+    if drawn:
+        final = final_group_split(given, labels, groups, settings.final_valid_fraction, seed)
+    print(f"Split as given: {len(train):,} train, {len(valid):,} valid{drawn}, {len(test):,} test", flush=True)
+    return train, valid, test, *final
 
 
 def split_indices(
@@ -166,16 +194,18 @@ def _draw_groups(
 
 
 # ---------------------------------------------------------------------------------------------------- groups
-def groups_of(paths: Sequence[str], group_by: str) -> list[str]:
-    """The group of each image, whose `paths` begin with fake/ or real/.
+def groups_of(paths: Sequence[str], group_by: str, sources: Sequence[str] = ()) -> list[str]:
+    """The group of each image, whose `paths` begin with fake/ or real/ unless their `sources` are given.
 
-    `group_by` is stem (the file name without its ending, as of pairs), folder (the first folder below fake/ or real/;
-    an image in none is a group of its own), or FILE.csv:COLUMN. Names are as `comparable` makes them. Raises UserError
-    for another kind, and for a CSV that cannot be read, lacks an image or gives one name two groups.
+    `group_by` is stem (the file name without its ending, as of pairs), folder (the source, or the first folder below
+    fake/ or real/; an image of none is a group of its own), or FILE.csv:COLUMN. Names are as `comparable` makes them.
+    Raises UserError for another kind, and for a CSV that cannot be read, lacks an image or gives one name two groups.
     """
     paths = list(map(comparable, paths))
     if group_by == "stem":
         return [PurePosixPath(path).stem for path in paths]
+    if group_by == "folder" and sources:
+        return [comparable(source) if source else path for source, path in zip(sources, paths, strict=True)]
     if group_by == "folder":
         return [parts[1] if len(parts := PurePosixPath(path).parts) > 2 else path for path in paths]
     file, _, column = group_by.rpartition(":")

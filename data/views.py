@@ -90,7 +90,7 @@ class Picture:
 
     image: Image.Image
     key: str
-    transparent: bool = False  # the file has transparent parts, whose hidden colours `image` shows
+    notes: tuple[str, ...] = ()  # of the file: data.images.TRANSPARENT, TURNED
 
     @property
     def height(self) -> int:

@@ -36,11 +36,11 @@ from pydantic import Field
 from tqdm import tqdm
 
 from config import Preset
-from data.images import IMAGE_ENDINGS, UnreadableImage
+from data.images import IMAGE_ENDINGS, TRANSPARENT, TURNED, UnreadableImage
 from data.lists import check_output, render_table
 from data.pictures import find_images
 from data.samplers import FIXED
-from model_training.inference.detector import SMALL, TRANSPARENT, Outcome, PredictionOptions, load_detector
+from model_training.inference.detector import SMALL, Outcome, PredictionOptions, load_detector
 from model_training.inference.evidence import write_evidence
 from utils import UserError, read_csv, reading, run_command, sha256_of, stat_of, write_csv
 
@@ -51,6 +51,7 @@ COLUMNS = (
 NOTES = {
     SMALL: "a side smaller than a crop, so that part of what the model sees is padding or enlarged",
     TRANSPARENT: "transparent parts, whose hidden colours count too",
+    TURNED: "an EXIF orientation, which is ignored, as in the paper: they are seen as they are stored",
 }
 SHOWN = 100  # rows on the terminal; the CSV has them all
 SAVE_EVERY, SAVE_SHARE = 1.0, 0.05  # seconds between two writes of the CSV, more where they take that share of the time

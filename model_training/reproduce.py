@@ -26,7 +26,8 @@ import tyro
 
 from config import Preset
 from data.demo_dataset import write_demo_dataset
-from data.index import MARKER, PREPROCESS_SETTINGS, index_path, list_images, read_index
+from data.index import PREPROCESS_SETTINGS, index_path, read_index
+from data.layouts import MARKER, read_data_set
 from model_training import results_tables
 from model_training.tables.read_results import is_finished, read_tuning_studies
 from training.cost import is_measured
@@ -103,8 +104,10 @@ def reproduce(preset: Preset, all_commands: bool = False, list_units: bool = Fal
 
 def _is_prepared(preset: Preset) -> bool:
     """Whether the index is of as many images as the data set has."""
-    root = preset.settings.data_root
-    return root.exists() and index_path(preset).exists() and len(read_index(preset).records) == len(list_images(root))
+    root, layout = preset.settings.data_root, preset.settings.data_layout
+    if not (root.exists() and index_path(preset).exists()):
+        return False
+    return len(read_index(preset).records) == len(read_data_set(root, layout).images)
 
 
 def commands_of(preset: Preset) -> list[tuple[str, str, str]]:

@@ -181,6 +181,19 @@ def sizes_by_list(lab: Lab, per_class: int) -> list[int]:
     return split_sizes(preset)[:3]
 
 
+@effect("Settings.data_layout", {"auto": [1, 0, 0], "l.csv:0=real": [1, 0, 0], "l.csv:0=fake": [0, 1, 1]})
+def labels_by_layout(lab: Lab, layout: str) -> list[int]:
+    root = lab.folder / f"by {layout}"
+    for number, name in enumerate(("0_real/a.png", "1_fake/b.png", "1_fake/c.png")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(root / name)
+    (root / "l.csv").write_text("path,label\n0_real/a.png,0\n1_fake/b.png,1\n1_fake/c.png,1\n")
+    layout = layout if layout == "auto" else f"{root / layout}"
+    preset = lab.preset(data_root=root, results_root=lab.folder / f"of {root.name}", data_layout=layout)
+    preprocess(preset)
+    return [record.label for record in sorted(read_index(preset).records, key=lambda record: record.path)]
+
+
 @effect("Settings.group_by Settings.hold_out", {("000[0-2]",): 10, ("000[0-4]",): 14})
 def images_tested_with_held_out_groups(lab: Lab, patterns: tuple[str, ...]) -> int:
     preset = lab.preset(group_by="stem", hold_out=patterns, test_size=4)  # each name is there fake and real

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
+from data.formats import HEIF
+from data.images import read_image
 from model_training.inference.detector import load_detector
 from tests.campaigns.mutated_images import POSTSCRIPT
 from tests.conftest import PREPROCESS_FLAGS, TOY_FLAGS, refused, run_module, start_module, succeed, untrained_weights
@@ -45,6 +47,11 @@ def rgba(colour: tuple[int, int, int], alpha: int) -> bytes:
 BOMB = zlib.compress(bytes(10**7))
 DAMAGED = "damaged: its data ends before the picture does"
 UNSUPPORTED = "which is not supported here: convert it to PNG, which changes no pixel"
+HEIC = "HEIC, which needs pillow-heif: pip install -r requirements-formats.txt, or convert it to PNG"
+if HEIF:
+    HEIC = f"HEIC of a kind that {UNSUPPORTED.removeprefix('which ')}"
+TURNED = Image.Exif()
+TURNED[ExifTags.Base.Orientation] = 6
 FILES = {  # name: content, and what is said of it where it is left out
     "whole.png": (PNG, ""),
     "text.png": (with_chunk(b"zTXt", b"a\0\0" + BOMB), ""),
@@ -62,6 +69,12 @@ FILES = {  # name: content, and what is said of it where it is left out
     "row.png": (saved(noise(3000, 10), "PNG"), ""),
     "cutout.png": (rgba((0, 0, 0), 0), ""),
     "cutout.gif.png": (saved(PHOTO.quantize(8), "GIF", transparency=0), ""),
+    "moving.gif": (saved(PHOTO.quantize(8), "GIF", save_all=True, append_images=[noise(240, 180).quantize(8)]), ""),
+    "first of it.png": (saved(PHOTO.quantize(8).convert("RGB"), "PNG"), ""),
+    "moving.webp": (saved(PHOTO, "WEBP", lossless=True, save_all=True, append_images=[noise(240, 180)]), ""),
+    "stored.avif": (AVIF, ""),
+    "stored turned.jpg": (saved(PHOTO, "JPEG", quality=90, exif=TURNED), ""),
+    "stored turned.tif": (saved(PHOTO, "TIFF", exif=TURNED), ""),
     "opaque.png": (rgba((0, 0, 0), 255), ""),
     "16 bit.tif": (saved(Image.fromarray(np.full((90, 80), 300, np.uint16)), "TIFF"), ""),
     "wholly transparent.png": (saved(Image.new("RGBA", (90, 80), (200, 0, 0, 0)), "PNG"), "wholly transparent: "),
@@ -70,7 +83,8 @@ FILES = {  # name: content, and what is said of it where it is left out
     "raw photo.tif": (saved(PHOTO, "TIFF", tiffinfo={254: 1}), f"the preview of a raw photo, {UNSUPPORTED}"),
     "postscript.jpg": (POSTSCRIPT, "not an image"),
     "jpeg2000.jpg": (saved(PHOTO, "JPEG2000"), f"JPEG 2000, {UNSUPPORTED}"),
-    "heic.jpg": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100), f"HEIC, {UNSUPPORTED}"),
+    "heic.jpg": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100), HEIC),
+    "photo.heic": (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(100), HEIC),
     "vector.jpg": (b'<?xml version="1.0"?>\n<!-- a -->\n<svg xmlns="">', f"SVG, {UNSUPPORTED}"),
     "layers.png": (b"8BPS\0\1" + bytes(100), f"Photoshop, {UNSUPPORTED}"),
     "grey, odd head.jpg": (b"\xff\xd8\xff\xe0\0\6JF\0\0" + GREY[20:], ""),
@@ -80,6 +94,8 @@ FILES = {  # name: content, and what is said of it where it is left out
 }
 SAME = {"text.png": "whole.png", "unicode.png": "whole.png", "profile.png": "whole.png", "checksum.png": "whole.png"}
 SAME |= {"profile.jpg": "whole.jpg", "exif.jpg": "whole.jpg", "exif.webp": "whole.webp", "whole.webp": "whole.png"}
+SAME |= {"moving.gif": "first of it.png", "moving.webp": "whole.png", "stored.avif": "whole avif.jpg"}
+SAME |= {"stored turned.jpg": "whole.jpg"}  # as in the paper; a TIFF comes turned
 HIDDEN = ("._0001.jpg", ".hidden.png", "__MACOSX/0001.jpg", ".thumbnails/0001.jpg")
 
 
@@ -151,10 +167,27 @@ def test_hidden_files_are_counted_and_not_used(told: Told) -> None:
 
 def test_small_and_transparent_images_are_noted(told: Told) -> None:
     notes = {name: row["note"] for name, row in told.rows.items() if row["note"]}
+    assert notes.pop("stored turned.jpg") == "EXIF orientation"  # a TIFF's decoder turns it
+    said = "1 with an EXIF orientation, which is ignored, as in the paper: they are seen as they are stored: "
+    assert told.predict.stdout.count(said) == 1
     small, transparent = ("smaller than a crop",) * 2, ("transparent parts",) * 2
     assert notes == dict(zip(("tiny.png", "row.png", "cutout.png", "cutout.gif.png"), small + transparent, strict=True))
     assert "2 with a side smaller than a crop" in told.predict.stdout
     assert "2 with transparent parts" in told.predict.stdout
+
+
+def test_heic_is_read_with_pillow_heif(tmp_path: Path) -> None:
+    library = pytest.importorskip("pillow_heif", reason="requirements-formats.txt is not installed")
+    grey = PHOTO.convert("L").convert("RGB")
+    for name in ("fake/a.heic", "real/b.HEIF"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True)
+        library.from_pillow(grey).save(tmp_path / "data" / name, quality=-1)  # lossless
+    roots = ("--data-root", tmp_path / "data", "--results-root", tmp_path / "results")
+    assert "Checked 2 images" in succeed("data.data_preprocess", *PREPROCESS_FLAGS, *roots)
+    rows = read_csv(tmp_path / "results" / "demo" / "dataset" / "index.csv")
+    assert [(row["format"], row["problem"]) for row in rows] == [("HEIF", "")] * 2
+    pixels = np.asarray(read_image(tmp_path / "data" / "fake" / "a.heic", 10**6), int)
+    assert np.abs(pixels - np.asarray(grey)).max() <= 3  # of the conversion to its colours and back
 
 
 @pytest.mark.parametrize("workers", [1, 4, 16])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import config
-from data.index import list_images
+from data.layouts import read_data_set
 from data.pictures import find_images
 from model_training.inference.detector import load_detector
 from models.build import build_model
@@ -92,7 +92,7 @@ def test_names_are_compared_as_they_look(evaluate: Callable[..., list[str | Path
     write_toy_images(root, 3)
     for file in [*root.glob("*/*")]:  # as on a disk that macOS wrote
         file.rename(file.with_name(normalize("NFD", f"{named} {file.name}")))
-    images = [normalize("NFC", path) for path, _ in list_images(root)][:5]
+    images = [normalize("NFC", path) for path, *_ in read_data_set(root).images][:5]
     lines = [f"{'./' * (number % 2)}{path},{normalize('NFC', named)}\n" for number, path in enumerate(images)]
     (root / "list.csv").write_text("path,source\n" + "".join(lines), encoding="utf-8")
     succeed(*evaluate(root, "--data-list", root / "list.csv", "--group-by", f"{root / 'list.csv'}:source"))
@@ -118,9 +118,9 @@ def test_one_class_alone_gives_the_share_called_fake_at_each_threshold(
 
 
 LAYOUTS = {  # files -> the sentence
-    ("0_fake/a.jpg", "0_real/a.jpg", "ai/", "x.csv"): "/fake does not exist: .* holds 0_fake/, 0_real/, ai/, x.csv \\(",
+    ("0_fakes/a.jpg", "0_real/a.jpg", "ai/", "x.csv"): "/fake does not exist: .* holds 0_fakes/, 0_real/, ai/, x.csv",
     ("Fake/a.jpg", "real/a.jpg"): "/Fake must be called fake, in lower case: rename it",
-    ("fake/a.jpg", *(f"{n}/" for n in range(7))): "/real does not exist: .* holds 0/, 1/, 2/, 3/, 4/ and 3 more \\(",
+    ("fake/a.jpg", *(f"{n}/" for n in range(7))): "/real does not exist: .* holds 0/, 1/, 2/, 3/, 4/ and 3 more",
     ("fake/a.jpg", "real/a.cr2"): "/real holds no image file .*, but a.cr2",
     (): "/fake does not exist: .* holds nothing, since it does not exist",
 }
@@ -134,5 +134,5 @@ def test_a_wrong_layout_is_told_with_what_was_found(files: tuple[str, ...], tmp_
         if not name.endswith("/"):
             path.touch()
     with pytest.raises(UserError) as error:
-        list_images(tmp_path / "root")
+        read_data_set(tmp_path / "root")
     assert re.search(LAYOUTS[files], str(error.value))

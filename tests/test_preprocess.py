@@ -19,7 +19,8 @@ from PIL import Image
 
 import config
 from data.images import pixel_key, read_image
-from data.index import list_images, read_index
+from data.index import read_index
+from data.layouts import read_data_set
 from data.preparation.report import moments
 from data.records import ImageRecord
 from tests.conftest import REPOSITORY, MakePreset, copy_index, edit_index, refused, start_module, succeed
@@ -67,7 +68,9 @@ def test_unreadable_files_are_named_with_their_reason(checked: Checked) -> None:
 
 def test_the_index_lists_every_image_file_in_order(checked: Checked) -> None:
     index = checked.index
-    assert [(record.path, record.label) for record in index.records] == list_images(checked.root)
+    assert [(record.path, record.label) for record in index.records] == [
+        image[:2] for image in read_data_set(checked.root).images
+    ]
     assert "real/line\nbreak, é.png" in [record.path for record in index.records]
     sizes = {record.path: (record.format, record.mode, record.width, record.height) for record in index.records}
     assert sizes["fake/really a png.jpg"] == ("PNG", "RGB", 100, 50)
@@ -164,7 +167,7 @@ def test_a_class_without_a_readable_image_and_results_inside_the_data_are_refuse
     root = one_image_a_class(tmp_path / "images")
     (root / "real" / "a.jpg").write_text("no image")
     for results, reason in (
-        (tmp_path / "results", "none of the 1 images under .* can be decoded .*not an image"),
+        (tmp_path / "results", "none of the 1 real images under .* can be decoded .*not an image"),
         (root / "results", "never written to"),
     ):
         said = refused("data.data_preprocess", "--data-root", root, "--results-root", results, "--num-workers", "0")

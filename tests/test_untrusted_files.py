@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 import config
 from data.data_preprocess import preprocess
 from data.images import read_image
-from data.index import list_images, read_index
+from data.index import read_index
+from data.layouts import read_data_set
 from models.build import build_model
 from tests.conftest import PREPROCESS_FLAGS, MakePreset, succeed
 from tests.odd_images import saved
@@ -31,7 +32,7 @@ def test_links_back_to_a_folder_above_are_not_followed_for_ever(tmp_path: Path) 
         (tmp_path / class_name / "deep" / "a.jpg").write_bytes(b"x")
         (tmp_path / class_name / "deep" / "back").symlink_to(tmp_path / class_name)
     (tmp_path / "real" / "again").symlink_to(tmp_path / "real" / "deep")  # a second way, not a loop
-    names = [name for name, _ in list_images(tmp_path)]
+    names = [name for name, *_ in read_data_set(tmp_path).images]
     assert names == ["fake/deep/a.jpg", "real/again/a.jpg", "real/deep/a.jpg"]
 
 

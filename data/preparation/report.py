@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from data.images import is_image_name
-from data.index import Index, list_files
+from data.index import Index
+from data.layouts import DataSet
 from data.lists import render_table
 from data.preparation.charts import draw_categories, draw_histogram, draw_sizes, new_figure, save_figure
 from data.records import CLASSES, ImageRecord
@@ -21,18 +21,19 @@ SHOWN = 20  # unreadable files that are printed; unreadable.csv holds all
 
 
 # ------------------------------------------------------------------------------------------------ statistics
-def measure(root: Path, records: Sequence[ImageRecord], sums: Sequence[Sequence[int]]) -> dict[str, Any]:
+def measure(root: Path, records: Sequence[ImageRecord], sums: Sequence[Sequence[int]], data: DataSet) -> dict[str, Any]:
     """What statistics.json holds. All but `images` is over readable images; `sums` are as `CheckedImage` has them.
 
     Sizes are in pixels, `mean` and `std` (population) of values in [0, 1], red, green, blue, exact to the last digit.
     """
-    index = Index(root, tuple(records))
+    index = Index(root, tuple(records), parts=tuple(image.part for image in data.images))
     statistics: dict[str, Any] = {
         "data_root": str(root.absolute()),
+        "layout": data.layout,
         "fingerprint": index.fingerprint,
         "images": len(records),
         "unreadable": sum(bool(record.problem) for record in records),
-        "passed_over": ignored_files(root),
+        "passed_over": list(data.ignored),
         **moments(records, sums),
         "classes": {},
     }
@@ -63,12 +64,6 @@ def readable_table(records: Sequence[ImageRecord]) -> pd.DataFrame:
     sizes = [f"{record.width}x{record.height}" for record in records]
     table = table.assign(size=sizes, megapixels=table["width"] * table["height"] / 1e6)
     return table[[not record.problem for record in records]]
-
-
-def ignored_files(root: Path) -> list[str]:
-    """Files under root/fake and root/real that are hidden or do not end as an image does, relative to `root`."""
-    names = [name for class_name in CLASSES for name in list_files(root, class_name)]
-    return [name for name in names if not is_image_name(name)]
 
 
 def moments(records: Sequence[ImageRecord], sums: Sequence[Sequence[int]]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from training.runtime import Runtime, build_runtime
 from utils import UserError, checked
 
 HEADS = {"heads.head.1.weight", "classifier.2.1.weight", "fc.1.weight"}  # of standard vit, convnext and resnet
-SMALL, TRANSPARENT = "smaller than a crop", "transparent parts"  # notes
+SMALL = "smaller than a crop"  # a note
 UNCALIBRATED = Calibration(1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.0, 0, 0)
 
 
@@ -82,7 +82,7 @@ class Prediction:
     width: int  # of the image, in pixels
     height: int
     scores: Scores
-    note: str = ""  # what makes it less certain than it looks: SMALL, TRANSPARENT, both or nothing
+    note: str = ""  # what makes it less certain than it looks: SMALL and those of `data.images.notes_on`
 
 
 Outcome = Prediction | UnreadableImage  # of a file
@@ -146,12 +146,12 @@ class Detector:
 
     def _score_group(self, pictures: Iterator[Picture | UnreadableImage]) -> Iterator[Outcome]:
         """A batch; an image's pixels are released as soon as its views are made."""
-        seen: list[tuple[int, int, bool] | UnreadableImage] = []  # width, height, transparency
+        seen: list[tuple[int, int, tuple[str, ...]] | UnreadableImage] = []  # width, height, notes
 
         def readable() -> Iterator[Picture]:
             for picture in pictures:
                 broken = isinstance(picture, UnreadableImage)
-                seen.append(picture if broken else (*picture.image.size, picture.transparent))
+                seen.append(picture if broken else (*picture.image.size, picture.notes))
                 if not broken:
                     yield picture
 
@@ -159,7 +159,7 @@ class Detector:
         for one in seen:
             yield one if isinstance(one, UnreadableImage) else self._prediction(next(scores), *one)
 
-    def _prediction(self, scores: Scores, width: int, height: int, transparent: bool) -> Prediction:
+    def _prediction(self, scores: Scores, width: int, height: int, notes: tuple[str, ...]) -> Prediction:
         if not np.isfinite(scores.values).all():  # which the thresholds would call inconclusive
             raise UserError(
                 f"{self.name} gives outputs that are infinite or not a number: use other weights, or --precision fp32"
@@ -171,8 +171,7 @@ class Detector:
             deviation = float(fake.std(ddof=1))
             flips = float(np.mean([self.calibration.verdict(one) != verdict for one in fake]))
             verdict = verdict if flips < 0.5 else "inconclusive"
-        notes = {SMALL: min(width, height) < self.settings.patch_size, TRANSPARENT: transparent}
-        note = "; ".join(name for name, holds in notes.items() if holds)
+        note = "; ".join([SMALL] * (min(width, height) < self.settings.patch_size) + [*notes])
         return Prediction(mean, verdict, deviation, flips, raw, width, height, scores, note)
 
     @torch.no_grad()

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from config import Name, Preset, Settings
 from data.images import UnreadableImage
-from data.index import list_images, used_images
+from data.index import used_images
+from data.layouts import Listed, read_data_set
 from data.lists import comparable
 from data.perturbations import perturbation
 from data.records import CLASSES, identity
@@ -43,7 +44,9 @@ from utils import (
     write_csv,
 )
 
-SETTINGS = ("data_root", "results_root", "data_list", "group_by", "device", "max_image_pixels", "num_workers")  # read
+SETTINGS = (  # that are read
+    "data_root", "results_root", "data_layout", "data_list", "group_by", "device", "max_image_pixels", "num_workers",
+)  # fmt: skip
 COLUMNS = ("path", "perturbation", "bytes", "mtime_ns", "probability_fake", "raw_probability_fake", "problem")
 Key = tuple[str, str, str, str]  # path, perturbation, bytes, mtime_ns
 Values = tuple[float, float, str]  # calibrated and raw probability of fake, problem
@@ -62,7 +65,8 @@ class ScoringOptions(PredictionOptions):
         settings = preset.settings
         images = settings.data_list, settings.group_by.removeprefix("none"), "all" * self.all_images
         crops = {} if any(map(written_by_torch, self.weights)) else self.crops  # where they say what a model is
-        choices = *images, *(f"{name}-{value}" for name, value in crops.items()), *variant
+        layout = [settings.data_layout] * (settings.data_layout != "auto")
+        choices = *images, *layout, *(f"{name}-{value}" for name, value in crops.items()), *variant
         return preset_folder(preset) / section / (self.name or name_of_root(settings.data_root, *choices))
 
 
@@ -132,9 +136,10 @@ def score_data(
     settings, scored, unreadable = preset.settings, [], {}
     root, data_list, every = settings.data_root, settings.data_list, used_images(settings, classes)
     digests, abouts = _identified(options.weights)
-    seen = _trained_on(root, [path for path, _ in every], abouts.values())
+    seen = _trained_on(root, [image.path for image in every], abouts.values())
     left_out = seen if not (data_list or options.all_images) else frozenset()
-    paths, labels = _columns([image for image in every if image[0] not in left_out])
+    images = [image for image in every if image.path not in left_out]
+    paths, labels = [image.path for image in images], np.array([image.label for image in images], int)
     if len(set(labels)) < classes:
         besides = ", besides those that a model was trained on (--all-images keeps these)" if left_out else ""
         raise UserError(f"{data_list or root} has no images of both classes{besides}: both are needed")
@@ -153,7 +158,7 @@ def score_data(
     readable = np.array([path not in unreadable for path in paths], bool)
     if len(set(labels[readable])) < classes:
         missing = CLASSES[next(label for label in range(len(CLASSES)) if label not in labels[readable])]
-        raise UserError(f"no image in {root / missing} can be decoded: set another --data-root")
+        raise UserError(f"no {missing} image of {root} can be decoded: set another --data-root")
     models: dict[str, list[ScoredModel]] = {}
     for model, seed, calibration, values in scored:
         probabilities = {
@@ -162,7 +167,7 @@ def score_data(
             for name in perturbations
         }
         models.setdefault(model, []).append(ScoredModel(seed, calibration, probabilities))
-    sources, groups, kind = sources_and_groups(settings, paths)
+    sources, groups, kind = sources_and_groups(settings, images)
     notes = _notes_on_training(settings, abouts, len(seen), bool(left_out))
     if other_crops:
         notes.append(f"Other crops than those of training and calibration. {'; '.join(other_crops)}.")
@@ -170,24 +175,21 @@ def score_data(
     return ScoredData(root.resolve(), data_list, *chosen, kind, models, unreadable, notes)
 
 
-def _columns(images: Sequence[tuple[str, int]]) -> tuple[list[str], np.ndarray]:
-    return [path for path, _ in images], np.array([label for _, label in images], int)
-
-
-def sources_and_groups(settings: Settings, paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray, str]:
+def sources_and_groups(settings: Settings, images: Sequence[Listed]) -> tuple[np.ndarray, np.ndarray, str]:
     """Source and group of each image, as `ScoredData` has them, and what the groups are.
 
-    Sources are the folders below fake/ and real/, unless `group_by` names a CSV; groups are those of `group_by`, else
+    Sources are those of `Listed`, unless `group_by` names a CSV; groups are those of `group_by`, else
     pairs, if the data root holds one fake and one real image of each name. Raises UserError as `groups_of` does.
     """
-    group_by = settings.group_by
-    groups = groups_of(paths, "folder" if group_by in ("none", "stem") else group_by)  # pairs are no sources
+    group_by, paths, given = settings.group_by, [image.path for image in images], [image.source for image in images]
+    groups = groups_of(paths, "folder" if group_by in ("none", "stem") else group_by, given)  # pairs are no sources
     sources = np.array(["" if group == comparable(path) else group for path, group in zip(paths, groups, strict=True)])
     if group_by != "none":
-        return sources, np.array(groups_of(paths, group_by)), f"groups ({group_by})"
-    every, stems = [path for path, _ in list_images(settings.data_root, 1)], groups_of(paths, "stem")
-    count = Counter(zip(groups_of(every, "stem"), (path.partition("/")[0] for path in every), strict=True))
-    paired = all(count[stem, name] == 1 for stem in stems for name in CLASSES) and len(set(stems)) < len(stems)
+        return sources, np.array(groups_of(paths, group_by, given)), f"groups ({group_by})"
+    every, stems = read_data_set(settings.data_root, settings.data_layout, 1).images, groups_of(paths, "stem")
+    every_stem = groups_of([image.path for image in every], "stem")
+    count = Counter((stem, image.label) for stem, image in zip(every_stem, every, strict=True))
+    paired = all(count[stem, label] == 1 for stem in stems for label in (0, 1)) and len(set(stems)) < len(stems)
     kind = "pairs" if 2 * len(set(stems)) == len(stems) else "pairs and single images"
     return (sources, np.array(stems), kind) if paired else (sources, np.array(paths), "images")
 

@@ -31,7 +31,8 @@ from config import PAPER, Preset
 from data.cache.pixel_cache import PIXELS, open_cache
 from data.data_preprocess import preprocess
 from data.images import UnreadableImage, open_image
-from data.index import Index, list_images, read_index
+from data.index import Index, read_index
+from data.layouts import read_data_set
 from data.records import CLASSES
 from data.workers import exit_with_parent
 from tests.proc import bytes_read, peak_bytes
@@ -265,7 +266,7 @@ def run(
 
 def _metadata(data_root: Path) -> dict[str, Any]:
     pixels, sizes = [], []
-    for name, _ in list_images(data_root):
+    for name, *_ in read_data_set(data_root).images:
         try:
             with open_image(data_root / name, MAX_PIXELS) as image:
                 pixels.append(image.width * image.height)

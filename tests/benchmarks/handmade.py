@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from config import Preset, Seeds, Settings
 from data.images import UnreadableImage, read_image, reencoded
-from data.index import list_images, read_index
+from data.index import read_index, used_images
+from data.layouts import read_data_set
 from data.lists import check_output
 from data.splits import split_index
 from model_training.evaluate import differences, metric_of, metrics_row
@@ -32,7 +33,7 @@ from utils import UserError, read_csv, reading, run_command, write_csv
 
 SETTINGS = (  # that decide the split, and what is decoded
     "data_root", "results_root", "max_image_pixels", "main_seed", "valid_size", "test_size", "final_valid_fraction",
-    "data_list", "group_by", "hold_out", "reencode_jpeg",
+    "data_layout", "data_list", "group_by", "hold_out", "reencode_jpeg",
 )  # fmt: skip
 Images = list[tuple[str, int]]  # path below the data root, and label
 LIMIT = 8  # grey levels; larger second differences count as this
@@ -112,7 +113,7 @@ def measure(preset: Preset, **values: Any) -> None:
     is_fake, tested = [label == 0 for _, label in trained], [images[row] for row in splits.test]
     if options.test_root:
         settings = replace(settings, data_root=options.test_root, data_list="", group_by="none")  # intervals over pairs
-        tested = list_images(options.test_root)
+        tested = [image[:2] for image in read_data_set(options.test_root).images]
     of_tested, tested, unreadable = features_of(settings.data_root, tested, settings)
     paths, labels = [path for path, _ in tested], np.array([label for _, label in tested])
     trees = [HistGradientBoostingClassifier(max_features=0.5, random_state=seed) for seed in options.seeds]
@@ -122,7 +123,8 @@ def measure(preset: Preset, **values: Any) -> None:
     for (name, seed), fake in zip(keys, fakes, strict=True):
         probabilities = {(which, "native"): fake for which in ("calibrated", "raw")}
         models.setdefault(name, []).append(ScoredModel(seed.removeprefix("seed_"), UNCALIBRATED, probabilities))
-    grouped = sources_and_groups(settings, paths)
+    listed = {image.path: image for image in used_images(settings)}
+    grouped = sources_and_groups(settings, [listed[path] for path in paths])
     data = ScoredData(settings.data_root.resolve(), settings.data_list, labels, *grouped, models, unreadable, [])
     rows = [{"model": name, "missing": ""} | metrics_row(of, "raw", "native", data) for name, of in models.items()]
     columns = {"model": value_of("model"), "AUC": metric_of("auc"), "accuracy": metric_of("accuracy")}

@@ -24,7 +24,7 @@ import torch
 from config import PAPER
 from data.crops import crop_generator, sample_crop_boxes
 from data.images import UnreadableImage, pixel_key, pixels_of, read_image
-from data.index import list_images
+from data.layouts import read_data_set
 from data.views import cut_crops
 from tests.benchmarks.common import MAX_PIXELS, Measured, Table, forget, measured, median, run, take_turns
 
@@ -172,7 +172,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> list[Table]:
     files = {name: Files(layout, scratch / name) for name, layout in layouts.items()}
     files["strips of 112, default readahead"] = Files(Strips(112), scratch / "default", announce=False)
     photos = []
-    for name, _ in list_images(arguments.data_root):
+    for name, *_ in read_data_set(arguments.data_root).images:
         try:
             image = read_image(arguments.data_root / name, MAX_PIXELS)
         except UnreadableImage:

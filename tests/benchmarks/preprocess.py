@@ -28,7 +28,7 @@ from config import Preset
 from data.cache.builder import building
 from data.cache.pixel_cache import PIXELS, VIEWS
 from data.images import UnreadableImage, read_image
-from data.index import list_images
+from data.layouts import read_data_set
 from data.preparation.checks import File, check_images
 from data.preparation.report import moments
 from data.records import CheckedImage
@@ -117,7 +117,7 @@ def _decode(path: Path) -> None:
 
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> list[Table]:
-    root, files = arguments.data_root, list_images(arguments.data_root)
+    root, files = arguments.data_root, [image[:2] for image in read_data_set(arguments.data_root).images]
     paths, preset = [root / name for name, _ in files], partial(common.make_preset, root, scratch)
     images = check(preset(num_workers=0), files)
     readable = [image for image in images if not image.record.problem]
