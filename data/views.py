@@ -91,6 +91,7 @@ class Picture:
     image: Image.Image
     key: str
     transparent: bool = False  # the file has transparent parts, whose hidden colours `image` shows
+    format: str = ""  # of the file, such as JPEG, if there is one
 
     @property
     def height(self) -> int:
