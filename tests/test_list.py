@@ -104,7 +104,7 @@ def has_gnu_parallel() -> bool:
 def test_the_tables_through_gnu_parallel_are_those_of_the_plain_command(
     indexed: Path, toy_data: Path, tmp_path: Path
 ) -> None:
-    work = (*TOY_FLAGS, *WORK, "--stages", "training", "num_crops", "--experiments", "glass_resnet")
+    work = (*TOY_FLAGS, *WORK, "--stages", "training", "--experiments", "glass_resnet")
     work = (*work, "--data-root", toy_data, "--results-root")
     plain, at_once = (copy_index(indexed, tmp_path / name) for name in ("plain", "at once"))
     succeed(REPRODUCE, *work, plain)
@@ -119,17 +119,6 @@ def test_the_tables_through_gnu_parallel_are_those_of_the_plain_command(
     succeed(*shlex.split(nothing.stderr.partition("after them: ")[2])[2:])
 
     (one, other) = ({path.name: path for path in root.glob("demo/tables_seeds_1_2/*")} for root in (plain, at_once))
-    assert one.keys() == other.keys() and len(one) > 10
-    timed = [name for name in one if "cost" in name]
-    for name in one.keys() - timed:
+    assert one.keys() == other.keys() and len(one) >= 5
+    for name in one:
         assert one[name].read_bytes() == other[name].read_bytes(), name
-    for name in timed:
-        if name.endswith(".csv"):
-            first, second = (
-                [
-                    {key: value for key, value in row.items() if "time" not in key and "seconds" not in key}
-                    for row in rows
-                ]
-                for rows in (read_csv(one[name]), read_csv(other[name]))
-            )
-            assert first == second and len(first[0]) >= 7

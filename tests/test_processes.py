@@ -1,15 +1,20 @@
 """Several processes of one training, under torchrun: the same numbers, errors of all, signals."""
 
 import shutil
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 import optuna
 
+from config import DEMO
 from data.loaders import EpochBatches
+from hyperparameter_tuning.search_spaces import suggest_experiment
+from hyperparameter_tuning.study import build_live_study
+from hyperparameter_tuning.trials import author_study_name
 from tests.campaigns.processes import RATES, command, differences, stop_after
 from tests.conftest import PREPROCESS_FLAGS, TOY_FLAGS, copy_index, run_module, succeed, torchrun
-from utils import read_json
+from utils import find_experiment, read_json
 
 EPOCHS = ("--epochs", "3")
 
@@ -72,16 +77,16 @@ def test_what_one_process_cannot_do_ends_all_with_one_sentence(toy_data: Path, t
         assert done.returncode == 1 and sentence in done.stderr and done.stderr.count("error: ") == 1, done.stderr
 
 
-def test_two_processes_run_a_study(toy_data: Path, indexed: Path, tmp_path: Path) -> None:
-    studies = []
-    for processes in (1, 2):
-        results = copy_index(indexed, tmp_path / str(processes))
-        roots = ("--data-root", toy_data, "--results-root", results)
-        flags = ("--epochs", "2", "--trials", "3", "--min-resource", "1", "--max-resource", "2")
-        rest = (*TOY_FLAGS, *roots, *flags, "--reduction-factor", "2")
-        done = succeed(*torchrun(processes, "hyperparameter_tuning.standard_convnext_tuning", *rest))
-        assert done.count("best of standard_convnext") == 1
-        storage = f"sqlite:///{results / 'demo' / 'tuning' / 'standard_convnext' / 'study.db'}"
-        studies.append(optuna.load_study(study_name="standard_convnext", storage=storage).trials)
-    assert [trial.params for trial in studies[0]] == [trial.params for trial in studies[1]]
-    assert all(trial.state.is_finished() and trial.intermediate_values for trial in studies[1])
+def test_two_processes_run_a_study(toy_data: Path, results: Path) -> None:
+    name, tuning = "standard_convnext", replace(DEMO.tuning, epochs=2, trials=3, min_resource=1, max_resource=2)
+    flags = ("--epochs", "2", "--trials", "3", "--min-resource", "1", "--max-resource", "2")
+    rest = (*TOY_FLAGS, "--data-root", toy_data, "--results-root", results, *flags)
+    done = succeed(*torchrun(2, f"hyperparameter_tuning.{name}_tuning", *rest))
+    assert done.count(f"best of {name}") == 1
+    storage = f"sqlite:///{results / 'demo' / 'tuning' / name / 'study.db'}"
+    trials = optuna.load_study(study_name=name, storage=storage).trials
+    assert all(trial.state.is_finished() and trial.intermediate_values for trial in trials)
+    experiment = find_experiment(DEMO, name)
+    plain = build_live_study(author_study_name(experiment), DEMO.settings.main_seed, tuning)
+    expected = [vars(suggest_experiment(plain.ask(), DEMO.standard_space, experiment)) for _ in trials]
+    assert [vars(experiment) | trial.params for trial in trials] == expected

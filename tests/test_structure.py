@@ -93,6 +93,14 @@ def test_loaders_are_built_and_images_opened_in_one_place() -> None:
     assert all("formats" in {keyword.arg for keyword in call.keywords} for call in opened)  # or programs may be started
 
 
+def test_one_file_knows_of_other_processes() -> None:
+    knowing = {
+        named(path) for path in SOURCES if any(name.startswith("torch.distributed") for name in imports_of(path))
+    }
+    assert knowing == {"training/processes.py"}
+    assert not any(called.startswith("torch.distributed") for path in SOURCES for called, _ in calls_of(path))
+
+
 def test_nothing_is_ever_unpickled() -> None:
     for path in SOURCES:
         for called, call in calls_of(path):

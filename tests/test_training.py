@@ -327,7 +327,7 @@ def test_bytes_become_normalised_floats(toy_preset: MakePreset) -> None:
 def test_the_history_counts_images_not_batches(toy_preset: MakePreset) -> None:
     job = toy_job(toy_preset(), epochs=1, lr=0.0, dropout_rate=0.0, weight_decay=0.0)
     losses, step = [], job.trainer.train_step
-    job.trainer.train_step = lambda views, labels: losses.append((step(views, labels), len(labels))) or losses[-1][0]
+    job.trainer.train_step = lambda views, labels, _: losses.append((step(views, labels), len(labels))) or losses[-1][0]
     (record,) = fit(job)
     assert [size for _, size in losses] == [8, 8, 8, 4]  # the last batch is smaller and is kept
     assert record.train_loss == pytest.approx(sum(loss.item() * size for loss, size in losses) / 28)
