@@ -66,6 +66,8 @@ def fit(
     """
     trainer, stop = job.trainer, stop or StopRequest()
     check_smallest_batch(job)
+    if processes.size() > 1:
+        trainer.settle([torch.stack([view] * 2) for view in job.train_loader.dataset[0, 0][:-1]])
     progress = checkpoint.load(trainer) if checkpoint else Progress()
     on_start(progress)
     if progress.epoch < job.epochs and (progress.epoch or progress.steps):

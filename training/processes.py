@@ -268,9 +268,10 @@ def parallel(model: nn.Module) -> nn.Module:
     """The model as training calls it: gradients are means over the processes, exchanged during the backward pass."""
     if size() == 1:
         return model
+    options = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "static_graph": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of broadcast_buffers, whose new name torch 2.11 lacks
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True)
+        return DistributedDataParallel(model, **options)
 
 
 class _Sum(torch.autograd.Function):

@@ -69,6 +69,20 @@ class Trainer:
             self.scaler.update()
         return loss.detach()
 
+    def settle(self, views: Sequence[torch.Tensor]) -> None:
+        """For several processes: backward passes that change nothing, on a batch of any views; before the first step.
+
+        It is after the first ones that processes decide how they put gradients together for exchange, by which sums
+        are rounded: else the first steps after a resume would be others than without.
+        """
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        with torch.random.fork_rng(), self.runtime.memory_for("a first backward pass"):
+            for _ in range(3):
+                self.parallel_model(*self.runtime.to_device(self.model.train(), views)).sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+
     def steps_taken(self) -> int:
         """Steps that changed the weights, by the optimizer's own count; to ask is to wait for the device."""
         states = iter(self.optimizer.state.values())
