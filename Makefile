@@ -3,13 +3,14 @@
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
+EXTRAS := $(wildcard requirements-*.txt)
 
 .PHONY: demo test lint gpu-test clean
 
 demo: .venv/installed
 	$(BIN)/python -m model_training.reproduce --preset demo
 
-test: .venv/distributed lint
+test: .venv/extras lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
@@ -24,8 +25,8 @@ gpu-test: .venv/installed
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
 	touch $@
 
-.venv/distributed: .venv/installed requirements-distributed.txt
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-distributed.txt
+.venv/extras: .venv/installed $(EXTRAS)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(addprefix -r ,$(EXTRAS))
 	touch $@
 
 clean:

@@ -94,6 +94,7 @@ class Settings:
     # --- Optimisation
     label_smoothing: Probability = 0.1  # of the training loss
     eta_min: Rate = 1e-6  # learning rate at the end of the cosine schedule
+    tensorboard: Free[bool] = False  # write scalars and pictures of each training for TensorBoard, beside its results
     checkpoint_every: Free[Number] = 0  # steps; 0: save the state after every epoch, and when a signal asks to stop
 
     # --- Hardware

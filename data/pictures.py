@@ -58,7 +58,7 @@ def read_pictures(
             return decoded(image)
 
     def decoded(image: Image.Image) -> Picture:
-        return Picture(rgb := decode(image), pixel_key(rgb), notes_on(image))
+        return Picture(rgb := decode(image), pixel_key(rgb), notes_on(image), image.format or "")
 
     def perturb(original: Future[Picture], change: Perturbation) -> Picture | UnreadableImage:
         try:

@@ -91,6 +91,7 @@ class Picture:
     image: Image.Image
     key: str
     notes: tuple[str, ...] = ()  # of the file: data.images.TRANSPARENT, TURNED
+    format: str = ""  # of the file, such as JPEG, if there is one
 
     @property
     def height(self) -> int:

@@ -7,7 +7,6 @@ the server's, which the dead do not hold; whatever stopped it at whatever moment
 
 import itertools
 import random
-import shutil
 import threading
 import time
 from collections import defaultdict
@@ -188,7 +187,8 @@ class Worker(Search):
         with self._locked(), self._run_folder(study) as run:
             write_json(run.path / "run.json", run.metadata)
             write_study(run.path / "study.db", name, self.slots.values())
-            shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+            for leftover in (run.path / "checkpoints").glob("*/*.pt"):
+                leftover.unlink(missing_ok=True)
             print_best(open_study(run.path / "study.db", name), name)
 
     # -------------------------------------------------------------------------------------------- a trial

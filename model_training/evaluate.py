@@ -29,6 +29,7 @@ from data.records import CLASSES
 from model_training.inference.scores import SETTINGS, ScoredData, ScoredModel, ScoringOptions, score_data
 from model_training.tables.figures import plot_aucs, plot_reliability, plot_roc, plot_score_histograms
 from model_training.tables.table import Cell, Row, Table, interval_of, show, value_of
+from models.weights import weights_file
 from training.detection_metrics import (
     DETECTION_METRICS,
     bootstrap_intervals,
@@ -74,7 +75,7 @@ def evaluate_weights(preset: Preset, **values: Any) -> None:
 
     `values` are of the fields of `Options`; raises UserError for weights or images that cannot be used.
     """
-    options = Options(**values)
+    options = Options(**values | {"weights": tuple(map(weights_file, values["weights"]))})
     kinds = ["native"] if options.format_matched is None else ["native", f"jpeg_{options.format_matched}"]
     data = score_data(preset, options, kinds, classes=1)
     folder = options.output_folder(preset, "evaluation", *kinds[1:])

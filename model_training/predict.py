@@ -40,8 +40,9 @@ from data.images import IMAGE_ENDINGS, TRANSPARENT, TURNED, UnreadableImage
 from data.lists import check_output, render_table
 from data.pictures import find_images
 from data.samplers import FIXED
-from model_training.inference.detector import SMALL, Outcome, PredictionOptions, load_detector
+from model_training.inference.detector import SMALL, UNLIKE, Outcome, PredictionOptions, load_detector
 from model_training.inference.evidence import write_evidence
+from models.weights import weights_file
 from utils import UserError, read_csv, reading, run_command, sha256_of, stat_of, write_csv
 
 COLUMNS = (
@@ -52,6 +53,7 @@ NOTES = {
     SMALL: "a side smaller than a crop, so that part of what the model sees is padding or enlarged",
     TRANSPARENT: "transparent parts, whose hidden colours count too",
     TURNED: "an EXIF orientation, which is ignored, as in the paper: they are seen as they are stored",
+    UNLIKE: "a format or size that none of its training images has, so that its verdict means little",
 }
 SHOWN = 100  # rows on the terminal; the CSV has them all
 SAVE_EVERY, SAVE_SHARE = 1.0, 0.05  # seconds between two writes of the CSV, more where they take that share of the time
@@ -64,7 +66,7 @@ class Options(PredictionOptions):
 
     # a file, a folder (with all below it), a pattern such as "photos/**/*.jpg", or LIST.csv:COLUMN
     paths: tyro.conf.Positional[Annotated[tuple[str, ...], Field(min_length=1)]]
-    weights: Path  # model.safetensors of a run
+    weights: Path  # model.safetensors of a run, or hf:OWNER/NAME of the Hugging Face hub
     output: Path = Path("predictions.csv")  # the CSV to write
     band: tuple[float, float] | None = None  # inconclusive from LOW up to HIGH, instead of the model's band
     evidence: Path | None = None  # a folder: pictures and a page that explain the predictions
@@ -78,6 +80,7 @@ def predict(preset: Preset, weights: Path, paths: Sequence[str], **others: Any) 
         UserError: no weights, no images, or invalid options.
         SystemExit: with code 1, after everything was written, if a file gets no prediction.
     """
+    weights = weights_file(weights)
     options = Options(weights=weights, paths=tuple(paths), **others)
     output, evidence, draws = options.output, options.evidence, options.draws
     check_output(output, COLUMNS)
@@ -135,6 +138,7 @@ def predict(preset: Preset, weights: Path, paths: Sequence[str], **others: Any) 
         if rows:
             _write(output, rows)
     print(_summary(rows, draws))
+    print(f"\n{detector.name}: {detector.provenance.sentence}")
     for note, meaning in NOTES.items():
         noted = [_one_line(path) for path, row in rows.items() if note in row["note"]]
         if noted:

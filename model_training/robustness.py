@@ -22,6 +22,7 @@ from model_training.evaluate import SHOWN, metric_of, metrics_row
 from model_training.inference.scores import SETTINGS, ScoringOptions, score_data
 from model_training.tables.figures import plot_strengths
 from model_training.tables.table import Table, value_of
+from models.weights import weights_file
 from training.detection_metrics import DETECTION_METRICS
 from utils import run_command
 
@@ -39,7 +40,7 @@ def measure_robustness(preset: Preset, **values: Any) -> None:
 
     `values` are of the fields of `Options`; raises UserError for weights, images or perturbations that cannot be used.
     """
-    options = Options(**values)
+    options = Options(**values | {"weights": tuple(map(weights_file, values["weights"]))})
     kinds = list(dict.fromkeys(["native", *options.perturbations]))
     data = score_data(preset, options, kinds)
     folder, drawn = options.output_folder(preset, "robustness"), DETECTION_METRICS[options.metric]

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from config import Experiment, Preset, Training
 from data.loaders import build_loader
+from model_training.inference.provenance import Provenance, TrainingData
+from model_training.model_card import write_model_card
 from model_training.tables.figures import plot_reliability, plot_training_curve
 from model_training.tables.read_results import is_finished
 from training import processes
@@ -122,6 +124,8 @@ class _SeedRun:
         about = {"experiment": asdict(self.experiment), "settings": resolved(self.session.settings), "seed": self.seed}
         own = {session.index.records[row].identity for part in rows for row in part}
         about["trained_on"] = sorted(own.union(earlier.get("trained_on") or ()))
+        data = (*Provenance.read(earlier).data, TrainingData.of(session.index, (row for part in rows for row in part)))
+        about["provenance"] = Provenance(data).as_json()
 
         def on_epoch(history: list[EpochRecord]) -> None:
             if processes.is_main():
@@ -156,6 +160,10 @@ class _SeedRun:
         test = evaluate(trainer.model, test_loader, trainer.runtime, f"{self.title}, test", after_batch)
         if not processes.is_main():
             return
+        tested = compute_metrics(test.probabilities, test.labels)
+        about["provenance"]["test"] = {
+            "images": len(test.labels), "accuracy": tested["accuracy"], "auc": tested["auc_score"],
+        }  # fmt: skip
         save_model(folder / "model.safetensors", copied(trainer.model.state_dict()), about)
         write_csv(
             folder / "predictions.csv",
@@ -175,8 +183,10 @@ class _SeedRun:
             "valid_accuracy": best.valid_accuracy,
             "test_images": len(test.labels),
             "test_loss": test.loss,
-            "test": compute_metrics(test.probabilities, test.labels),
+            "test": tested,
             "calibration": about["calibration"],
             "test_calibrated": calibration and calibration.metrics(test.scores, test.labels),
         }
+        groups = session.index.groups and [session.index.groups[row] for row in session.splits.test]
+        write_model_card(folder, about, self.experiment, calibration, test, groups or None)
         write_json(folder / "metrics.json", metrics)

@@ -324,6 +324,13 @@ def torchs_switches(lab: Lab, value: tuple[bool, str]) -> tuple[bool, bool, str]
         return *switches, torch.get_float32_matmul_precision()
 
 
+@effect("Settings.tensorboard", {True: 1, False: 0})
+def folders_for_tensorboard(lab: Lab, value: bool) -> int:
+    preset = lab.running(training=Training(epochs=1, seeds=(1,)))
+    train_and_evaluate(replace(preset, settings=replace(preset.settings, tensorboard=value)), STANDARD)
+    return len(list(preset.settings.results_root.rglob("tensorboard")))
+
+
 @effect("Settings.checkpoint_every", {0: 2, 2: 2 + 2 * 4, 7: 2 + 2})  # two epochs of eight steps
 def saves_of_the_state(lab: Lab, every: int) -> int:
     saves: list[int] = []

@@ -12,10 +12,10 @@ from tests.conftest import REPOSITORY, help_of
 README = REPOSITORY / "README.md"
 DOCUMENTS = [README, *sorted((REPOSITORY / "docs").rglob("*.md"))]
 PICTURES = sorted(path for path in (REPOSITORY / "docs").rglob("*") if path.suffix in (".svg", ".png", ".jpg", ".gif"))
-OTHER_PROGRAMS = (  # flags of Slurm, of GNU parallel, of torchrun
+OTHER_PROGRAMS = (  # flags of Slurm, of GNU parallel, of torchrun, of TensorBoard
     "--array --cpus-per-task --gpus --job-name --mem --open-mode --output --requeue --signal --time "
     "--joblog --jobs --retries --termseq "
-    "--max-restarts --nnodes --nproc_per_node --rdzv_backend --rdzv_endpoint --standalone"
+    "--logdir --max-restarts --nnodes --nproc_per_node --rdzv_backend --rdzv_endpoint --standalone"
 )
 PACKAGES = {path.parent.name for path in REPOSITORY.glob("[!.]*/__init__.py")}
 

@@ -18,6 +18,7 @@ from training.evaluation import NonFiniteLoss, Predictions, evaluate
 from training.progress import EpochRecord, Progress, duration
 from training.runtime import MemoryMeter
 from training.stopping import StopRequest
+from training.tensorboard import Watch
 from training.trainer import Trainer
 from utils import Stopped, UserError, first_line
 
@@ -36,6 +37,7 @@ class Job:
     train_loader: DataLoader
     valid_loader: DataLoader
     epochs: int
+    tensorboard: bool = False  # also write for it, beside the checkpoint
 
 
 def fit(
@@ -71,16 +73,22 @@ def fit(
     if progress.epoch < job.epochs and (progress.epoch or progress.steps):
         print(f"{job.label}: resumed at epoch {progress.epoch + 1}, step {progress.steps + 1}", flush=True)
     first = progress.epoch
-    with checkpoint or nullcontext():
+    watched = checkpoint and job.tensorboard and processes.is_main()
+    watch = watched and Watch(
+        checkpoint.path.parent / "tensorboard", job.label, trainer.model, job.valid_loader, trainer.runtime
+    )
+    with checkpoint or nullcontext(), watch or nullcontext():
         while progress.epoch < job.epochs:
             with trainer.runtime.track_memory() as memory:
                 epoch = _Epoch(job, progress, memory, checkpoint, stop)
                 epoch.train()
-                valid = epoch.validate()
+                valid, rates = epoch.validate(), trainer.scheduler.get_last_lr()
                 trainer.scheduler.step()
             progress = progress.after_epoch(valid.loss, valid.accuracy)
             if not sys.stderr.isatty():  # where there is no progress bar
                 print(_line(job, progress.history, first), flush=True)
+            if watch:
+                watch.after_epoch(progress.history[-1], rates, valid, last=progress.epoch == job.epochs)
             on_epoch(progress.history)
             if checkpoint:
                 stopping = stop.agreed()

@@ -111,7 +111,7 @@ def build_job(
     )
     if not processes.is_main():  # the others drop out other features
         torch.manual_seed(seed + 1_000_003 * processes.rank())
-    return Job(label, trainer, train_loader, valid_loader, epochs)
+    return Job(label, trainer, train_loader, valid_loader, epochs, settings.tensorboard)
 
 
 # ---------------------------------------------------------------------------------------------- a run folder

@@ -6,6 +6,7 @@ The same image gives the same prediction on every run, whatever its name and wha
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from data.images import UnreadableImage
 from data.pictures import Picture, Source, read_pictures
 from data.views import ViewSettings
 from data.workers import loading_processes
+from model_training.inference.provenance import Provenance
 from models.build import build_model
 from models.weights import read_state_dict, written_by_torch
 from training.calibration import Calibration, Verdict
@@ -30,7 +32,7 @@ from training.runtime import Runtime, build_runtime
 from utils import UserError, checked
 
 HEADS = {"heads.head.1.weight", "classifier.2.1.weight", "fc.1.weight"}  # of standard vit, convnext and resnet
-SMALL = "smaller than a crop"  # a note
+SMALL, UNLIKE = "smaller than a crop", "unlike its training images"  # notes
 UNCALIBRATED = Calibration(1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.0, 0, 0)
 
 
@@ -82,7 +84,7 @@ class Prediction:
     width: int  # of the image, in pixels
     height: int
     scores: Scores
-    note: str = ""  # what makes it less certain than it looks: SMALL and those of `data.images.notes_on`
+    note: str = ""  # what makes it less certain than it looks: SMALL, those of `data.images.notes_on`, UNLIKE (in what)
 
 
 Outcome = Prediction | UnreadableImage  # of a file
@@ -116,6 +118,11 @@ class Detector:
         """K, or 0 of a model that looks at no crops."""
         return ViewSettings.of(self.settings, self.experiment, 0).num_crops
 
+    @cached_property
+    def provenance(self) -> Provenance:
+        """What it was trained and tested on."""
+        return Provenance.read(self.about)
+
     def depends_on(self) -> list[Any]:
         """What its scores depend on besides weights and images, JSON-ready; rounding by batches is left out."""
         numerics = self.runtime.precision, self.settings.matmul_precision, self.runtime.device.type
@@ -146,12 +153,12 @@ class Detector:
 
     def _score_group(self, pictures: Iterator[Picture | UnreadableImage]) -> Iterator[Outcome]:
         """A batch; an image's pixels are released as soon as its views are made."""
-        seen: list[tuple[int, int, tuple[str, ...]] | UnreadableImage] = []  # width, height, notes
+        seen: list[tuple[int, int, tuple[str, ...], str] | UnreadableImage] = []  # width, height, notes, format
 
         def readable() -> Iterator[Picture]:
             for picture in pictures:
                 broken = isinstance(picture, UnreadableImage)
-                seen.append(picture if broken else (*picture.image.size, picture.notes))
+                seen.append(picture if broken else (*picture.image.size, picture.notes, picture.format))
                 if not broken:
                     yield picture
 
@@ -159,7 +166,7 @@ class Detector:
         for one in seen:
             yield one if isinstance(one, UnreadableImage) else self._prediction(next(scores), *one)
 
-    def _prediction(self, scores: Scores, width: int, height: int, notes: tuple[str, ...]) -> Prediction:
+    def _prediction(self, scores: Scores, width: int, height: int, notes: tuple[str, ...], format: str) -> Prediction:
         if not np.isfinite(scores.values).all():  # which the thresholds would call inconclusive
             raise UserError(
                 f"{self.name} gives outputs that are infinite or not a number: use other weights, or --precision fp32"
@@ -171,7 +178,10 @@ class Detector:
             deviation = float(fake.std(ddof=1))
             flips = float(np.mean([self.calibration.verdict(one) != verdict for one in fake]))
             verdict = verdict if flips < 0.5 else "inconclusive"
-        note = "; ".join([SMALL] * (min(width, height) < self.settings.patch_size) + [*notes])
+        found = [SMALL] * (min(width, height) < self.settings.patch_size) + [*notes]
+        if unlike := self.provenance.unlike(width, height, format):
+            found.append(f"{UNLIKE} ({', '.join(unlike)})")
+        note = "; ".join(found)
         return Prediction(mean, verdict, deviation, flips, raw, width, height, scores, note)
 
     @torch.no_grad()

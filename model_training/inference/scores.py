@@ -56,7 +56,7 @@ Values = tuple[float, float, str]  # calibrated and raw probability of fake, pro
 class ScoringOptions(PredictionOptions):
     """Which models, how they predict, and where the results go: what the commands that score a data set share."""
 
-    weights: Annotated[tuple[Path, ...], Field(min_length=1)]  # model.safetensors files
+    weights: Annotated[tuple[Path, ...], Field(min_length=1)]  # model.safetensors files, or hf:OWNER/NAME
     name: Name | None = None  # of the folder for the results; default one after the data root and the choice of images
     all_images: bool = False  # also those that a model was trained on; they are left out unless --data-list names them
 

@@ -1,0 +1,76 @@
+"""The model card beside each model.safetensors: README.md as the Hugging Face hub reads it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment
+
+from config import Experiment, GlassExperiment
+from model_training.inference.provenance import Provenance
+from training.calibration import Calibration
+from training.detection_metrics import DETECTION_METRICS, bootstrap_intervals, detection_metrics
+from training.evaluation import Predictions
+from utils import write_text
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+SHOWN = ("accuracy", "balanced_accuracy", "auc", "average_precision", "ece")  # of DETECTION_METRICS
+SETTINGS = ("patch_size", "pretrained", "label_smoothing", "group_by", "reencode_jpeg", "main_seed")
+
+
+def write_model_card(
+    folder: Path,
+    about: Mapping[str, Any],
+    experiment: Experiment,
+    calibration: Calibration | None,
+    test: Predictions,
+    groups: Sequence[str] | None,
+) -> None:
+    """Write README.md to a run folder.
+
+    Args:
+        about: the metadata of its model.safetensors.
+        test: on its own test images.
+        groups: of each of them, if images belong together; intervals are over these.
+    """
+    provenance, fake = Provenance.read(about), test.probabilities[:, 0]
+    values = detection_metrics(fake, test.labels)
+    intervals = bootstrap_intervals([fake], test.labels, [0.5], groups)
+    metrics = [
+        (DETECTION_METRICS[name].heading, *(100 * each for each in (values[name], *intervals[name])))
+        for name in SHOWN
+        if name in values and np.isfinite(values[name])
+    ]
+    data = provenance.data[-1]
+    results = [
+        EvalResult("image-classification", data.name, data.name, name, float(values[name]), dataset_split="test")
+        for name in ("accuracy", "auc")
+        if np.isfinite(values[name])
+    ]
+    card_data = ModelCardData(
+        library_name="pytorch",
+        pipeline_tag="image-classification",
+        tags=["ai-generated-image-detection", "glass", experiment.backbone],
+        model_name=f"{experiment.name} seed {about['seed']}",
+        eval_results=results,
+    )
+    glass = "A GLASS model (global view and native-resolution crops)"
+    standard = "A standard transfer-learning model"
+    page = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True).from_string(
+        TEMPLATE.read_text(encoding="utf-8")
+    )
+    settings = dict(about["experiment"]) | {name: about["settings"].get(name) for name in SETTINGS}
+    text = page.render(
+        card_data=card_data.to_yaml(),
+        name=f"{experiment.name}, seed {about['seed']}, epoch {about['epoch']}",
+        what=glass if isinstance(experiment, GlassExperiment) else standard,
+        data=provenance.data,
+        images=len(test.labels),
+        settings=settings,
+        unit="groups of images that belong together" if groups else "images",
+        metrics=metrics,
+        calibration=calibration,
+    )
+    write_text(folder / "README.md", text)

@@ -1,0 +1,132 @@
+"""Whose answer it is: what weights say of their training, images unlike it, the model card, weights from a hub."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from tests.conftest import TOY_FLAGS, copy_index, start_module, succeed, untrained_weights
+from utils import read_csv, read_json
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def run(toy_data: Path, indexed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training of one epoch."""
+    results = copy_index(indexed, tmp_path_factory.mktemp("provenance") / "results")
+    roots, flags = ("--data-root", toy_data, "--results-root", results), ("--epochs", "1", "--seeds", "1")
+    succeed("model_training.standard_resnet_training", *TOY_FLAGS, *roots, *flags)
+    return results / "demo" / "standard_resnet" / "seed_1"
+
+
+def predicted(weights: Path | str, output: Path, *arguments: str | Path) -> str:
+    return succeed("model_training.predict", "--weights", weights, "--device", "cpu", "--output", output, *arguments)
+
+
+def test_a_verdict_says_what_the_model_was_trained_and_tested_on(run: Path, toy_data: Path, tmp_path: Path) -> None:
+    said = predicted(run / "model.safetensors", tmp_path / "p.csv", toy_data, "--evidence", tmp_path / "evidence")
+    metrics = read_json(run / "metrics.json")["test"]
+    for sentence in (
+        f"Trained on 34 images of the data set {toy_data.name} (",
+        f"On 6 other images of that data set: accuracy {metrics['accuracy']:.1%}, AUC {100 * metrics['auc_score']:.1f}",
+        "How it does on images of other origin, only a test on such images can tell.",
+    ):
+        assert sentence in said and sentence in (tmp_path / "evidence" / "index.html").read_text()
+
+
+def test_images_unlike_those_of_the_training_are_named(run: Path, toy_data: Path, tmp_path: Path) -> None:
+    for name, size in (("alike.png", (100, 90)), ("small.jpg", (38, 100)), ("large.webp", (100, 300))):
+        Image.fromarray(np.zeros((*size, 3), np.uint8)).save(tmp_path / name)
+    predicted(run / "model.safetensors", tmp_path / "p.csv", tmp_path)
+    notes = {Path(row["path"]).name: row["note"] for row in read_csv(tmp_path / "p.csv")}
+    assert notes == {
+        "alike.png": "",
+        "small.jpg": "unlike its training images (smaller)",
+        "large.webp": "unlike its training images (WEBP, larger)",
+    }
+    said = predicted(run / "model.safetensors", tmp_path / "own.csv", toy_data)
+    assert not any(row["note"] for row in read_csv(tmp_path / "own.csv")) and "a format or size" not in said
+
+
+def test_weights_that_say_nothing_are_said_to(toy_data: Path, tmp_path: Path) -> None:
+    weights = untrained_weights(tmp_path / "old.safetensors", "standard_resnet")
+    assert "do not say what they were trained on" in predicted(weights, tmp_path / "p.csv", toy_data / "fake")
+
+
+def test_the_model_card_is_one_that_the_hub_reads(run: Path, toy_data: Path) -> None:
+    card, metrics = ModelCard.load(run / "README.md"), read_json(run / "metrics.json")
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert found == {"accuracy": metrics["test"]["accuracy"], "auc": pytest.approx(metrics["test"]["auc_score"])}
+    assert card.data.eval_results[0].dataset_name == toy_data.name
+    fingerprint = read_json(run / "run.json")["dataset_fingerprint"]
+    for part in (f"fingerprint `{fingerprint}`", "| accuracy | ", "## Limits", "predict --weights model.safetensors"):
+        assert part.lower() in card.content.lower()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Of the hub, what one model's download asks for."""
+
+    def __init__(self, weights: Path, *arguments: object) -> None:
+        self.weights = weights.read_bytes()
+        super().__init__(*arguments)
+
+    def do_HEAD(self) -> None:
+        self.answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self.answer(with_body=True)
+
+    def answer(self, with_body: bool) -> None:
+        if self.path.startswith("/api/models/me/detector"):
+            body = json.dumps({"id": "me/detector", "sha": COMMIT, "siblings": []}).encode()
+        elif self.path == f"/me/detector/resolve/{COMMIT}/model.safetensors":
+            body = self.weights
+        else:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", "application/json")
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hub on this machine with the run's weights as me/detector."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, run / "model.safetensors"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield
+    server.shutdown()
+
+
+@pytest.mark.usefixtures("hub")
+def test_weights_of_a_hub_give_the_same_predictions(run: Path, toy_data: Path, tmp_path: Path) -> None:
+    flags = ("--device", "cpu", "--output", tmp_path / "hub.csv", toy_data / "real")
+    command = "model_training.predict", "--weights"
+    process = start_module(*command, "hf:me/detector", *flags)  # which reads HF_ENDPOINT when it imports the library
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 0 and f"weights: hf:me/detector@{COMMIT}" in errors, errors
+    predicted(run / "model.safetensors", tmp_path / "file.csv", toy_data / "real")
+    one, other = (read_csv(tmp_path / name) for name in ("hub.csv", "file.csv"))
+    assert [row["raw_probability_fake"] for row in one] == [row["raw_probability_fake"] for row in other]
+    errors = start_module(*command, "hf:me/other", *flags).communicate(timeout=120)[1]
+    assert "error: model.safetensors of me/other cannot be fetched from the hub" in errors and errors.count("\n") == 1
