@@ -15,7 +15,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-LIBRARIES = "matplotlib.pyplot optuna pandas pydantic scipy.stats sklearn.metrics timm torch torchvision tqdm tyro"
+LIBRARIES = (
+    "huggingface_hub jinja2 matplotlib.pyplot optuna.storages pandas pydantic scipy.stats sklearn.calibration "
+    "sklearn.model_selection sqlalchemy.engine timm torch.utils.data torchvision.transforms.v2 tqdm tyro"
+)
 
 
 class Server:

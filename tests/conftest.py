@@ -35,10 +35,12 @@ REPOSITORY = Path(__file__).parents[1]
 MakePreset = Callable[..., Preset]  # the toy preset with these settings
 FIXTURES = Path(__file__).parent / "fixtures"
 # With a data root and a results root, the toy preset below as a user would ask for it.
-TOY_FLAGS = (
+TOY_SETTINGS = (
     *("--preset", "demo", "--patch-size", "32", "--valid-size", "6", "--test-size", "6"),
     *("--final-valid-fraction", "0.1", "--num-workers", "0", "--device", "cpu"),
 )
+TOY_BACKBONE = "timm:test_resnet"  # half a million parameters, a tenth of the demo's
+TOY_FLAGS = (*TOY_SETTINGS, "--backbone", TOY_BACKBONE)
 PREPROCESS_FLAGS = ("--preset", "demo", "--patch-size", "32", "--num-workers", "0")  # the same, for data_preprocess
 
 
@@ -163,6 +165,7 @@ def toy_preset(toy_data: Path, indexed: Path) -> MakePreset:
         return replace(
             config.DEMO,
             settings=replace(config.DEMO.settings, **(toy | settings)),
+            experiments=tuple(replace(e, backbone=TOY_BACKBONE) for e in config.DEMO.experiments),
             tuning=Tuning(epochs=2, trials=2, min_resource=1, max_resource=2),
             training=Training(epochs=2, seeds=(1,)),
             num_crops=NumCrops(epochs=1, batch_size=8, crop_counts=(1, 3)),

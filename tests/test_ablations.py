@@ -12,14 +12,14 @@ from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 
 from tests.campaigns.kills import state_of
-from tests.conftest import TOY_FLAGS, copy_index, refused, start_module, succeed
+from tests.conftest import TOY_SETTINGS, copy_index, refused, start_module, succeed
 from training.detection_metrics import paired_differences
 from utils import STOPPED, read_csv
 
 COMMAND = "model_training.ablations"
 GRID = ("--samplers", "random", "--poolings", "mean", "--branches", "local", "--learning-rates", "1", "0.01")
 FLAGS = (
-    *(*TOY_FLAGS, "--test-size", "10", "--final-valid-fraction", "0.4", "--group-by", "stem"),
+    *(*TOY_SETTINGS, "--test-size", "10", "--final-valid-fraction", "0.4", "--group-by", "stem"),
     *("--epochs", "1", "--seeds", "1", "2", "--checkpoint-every", "2"),
 )
 VARIANTS = ("stratified_attention", "random_mean", "local", "standard")

@@ -11,18 +11,32 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from tests.benchmarks.handmade import features
-from tests.conftest import PREPROCESS_FLAGS, TOY_FLAGS, copy_index, refused, run_module, succeed, write_toy_images
+from tests.conftest import (
+    PREPROCESS_FLAGS,
+    TOY_SETTINGS,
+    copy_index,
+    refused,
+    run_module,
+    succeed,
+    write_toy_images,
+)
 from utils import read_csv
 
 BACKBONES = ("vit", "convnext", "resnet")
 NAMES = [f"{family}_{backbone}" for family in ("standard", "glass") for backbone in BACKBONES]
 TUNING = "--epochs 2 --trials 2 --min-resource 1 --max-resource 2"
 SWEEP = "--quick --crop-counts 1 2 4 --measured-steps 2 --batch-size 8"
-COMMANDS = {
-    **{f"hyperparameter_tuning.{name}_tuning": TUNING.split() for name in NAMES},
-    **{f"model_training.{name}_training": ["--epochs", "2", "--seeds", "1", "2"] for name in NAMES},
-    **{f"num_crops.num_crops_{backbone}": SWEEP.split() for backbone in BACKBONES},
-    **{f"standard_memory.standard_memory_{backbone}": ["--epochs", "1", "--no-quick"] for backbone in BACKBONES},
+FLAGS_OF_A_COMMAND = {
+    **{f"hyperparameter_tuning.{name}_tuning": TUNING for name in NAMES},
+    **{f"model_training.{name}_training": "--epochs 2 --seeds 1 2" for name in NAMES},
+    **{f"num_crops.num_crops_{backbone}": SWEEP for backbone in BACKBONES},
+    **{f"standard_memory.standard_memory_{backbone}": "--epochs 1 --no-quick" for backbone in BACKBONES},
+}
+COMMANDS = {  # each with timm's smallest model of its kind
+    name: [*TOY_SETTINGS, "--backbone", f"timm:test_{backbone}", *flags.split()]
+    for name, flags in FLAGS_OF_A_COMMAND.items()
+    for backbone in BACKBONES
+    if backbone in name
 }
 
 
@@ -32,7 +46,7 @@ def results(indexed: Path, toy_data: Path, tmp_path_factory: pytest.TempPathFact
     root = copy_index(indexed, tmp_path_factory.mktemp("commands"))
     places = ("--data-root", toy_data, "--results-root", root)
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda command: succeed(command, *TOY_FLAGS, *places, *COMMANDS[command]), COMMANDS))
+        list(pool.map(lambda command: succeed(command, *COMMANDS[command], *places), COMMANDS))
     asked = (*TUNING.split()[2:4], "--seeds", "1", "2", "--crop-counts", "1", "2", "4")
     succeed("model_training.results_tables", "--preset", "demo", "--results-root", root, *asked)
     return root / "demo"
@@ -84,7 +98,7 @@ def test_a_command_run_again_does_nothing_twice(results: Path, toy_data: Path) -
     for path in left_over:
         path.write_bytes(b"")
     for command in list(COMMANDS)[5:18:6] + list(COMMANDS)[12::3]:
-        succeed(command, *TOY_FLAGS, "--data-root", toy_data, "--results-root", results.parent, *COMMANDS[command])
+        succeed(command, *COMMANDS[command], "--data-root", toy_data, "--results-root", results.parent)
     after = {path: path.read_bytes() for path in before}
     changed = [path.name for path in before if before[path] != after[path]]
     assert set(changed) <= {"run.json"}  # which tells of the latest command
@@ -92,7 +106,7 @@ def test_a_command_run_again_does_nothing_twice(results: Path, toy_data: Path) -
 
 
 def test_the_reproduction_runs_its_commands_then_the_tables_and_says_why(toy_data: Path, tmp_path: Path) -> None:
-    arguments = [*TOY_FLAGS, "--data-root", toy_data, "--results-root", tmp_path, "--epochs", "1", "--seeds", "3"]
+    arguments = [*TOY_SETTINGS, "--data-root", toy_data, "--results-root", tmp_path, "--epochs", "1", "--seeds", "3"]
     printed = succeed("model_training.reproduce", *arguments)
     order = [printed.index(f"-m model_training.{name}_training") for name in ("standard_resnet", "glass_resnet")]
     assert order == sorted(order) and printed.index("no evidence about real generators") > order[1]
@@ -101,7 +115,7 @@ def test_the_reproduction_runs_its_commands_then_the_tables_and_says_why(toy_dat
 
 
 def test_the_reproduction_names_the_commands_that_failed(toy_data: Path, tmp_path: Path) -> None:
-    arguments = [*TOY_FLAGS, "--data-root", toy_data, "--results-root", tmp_path, "--epochs", "1"]
+    arguments = [*TOY_SETTINGS, "--data-root", toy_data, "--results-root", tmp_path, "--epochs", "1"]
     arguments += ["--final-valid-fraction", "0.05"]  # 33 images to train: four batches and one image
     done = run_module("model_training.reproduce", *arguments)
     assert done.returncode == 2 and "Traceback" not in done.stderr

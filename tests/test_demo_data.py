@@ -11,10 +11,10 @@ import config
 from config import Preset
 from data.data_download import write_demo
 from data.demo_dataset import draw_scene, render, render_local
-from tests.conftest import TOY_FLAGS, succeed
+from tests.conftest import TOY_SETTINGS, succeed
 from utils import UserError, read_csv
 
-LOCAL_FLAGS = ("--preset", "demo_local", *TOY_FLAGS[2:])  # the toy preset's other values
+LOCAL_FLAGS = ("--preset", "demo_local", *TOY_SETTINGS[2:])  # the toy preset's other values
 
 
 def files_of(root: Path) -> dict[Path, bytes]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ENVIRONMENT, REPOSITORY, TOY_FLAGS, copy_index, refused, run_module, succeed
+from tests.conftest import ENVIRONMENT, REPOSITORY, TOY_SETTINGS, copy_index, refused, run_module, succeed
 from utils import read_csv
 
 REPRODUCE = "model_training.reproduce"
@@ -39,7 +39,7 @@ def test_the_list_is_of_what_is_left_and_its_lines_run_as_they_stand_and_at_once
     indexed: Path, toy_data: Path, tmp_path: Path
 ) -> None:
     results = copy_index(indexed, tmp_path / "the user's results")
-    work = (*TOY_FLAGS, *WORK, "--data-root", toy_data, "--results-root", results)
+    work = (*TOY_SETTINGS, *WORK, "--data-root", toy_data, "--results-root", results)
     settings = f"--data-root={toy_data} {shlex.quote(f'--results-root={results}')} --patch-size=32 --valid-size=6"
     settings += " --test-size=6 --final-valid-fraction=0.1 --device=cpu --num-workers=0"
     parts = {
@@ -104,7 +104,7 @@ def has_gnu_parallel() -> bool:
 def test_the_tables_through_gnu_parallel_are_those_of_the_plain_command(
     indexed: Path, toy_data: Path, tmp_path: Path
 ) -> None:
-    work = (*TOY_FLAGS, *WORK, "--stages", "training", "--experiments", "glass_resnet")
+    work = (*TOY_SETTINGS, *WORK, "--stages", "training", "--experiments", "glass_resnet")
     work = (*work, "--data-root", toy_data, "--results-root")
     plain, at_once = (copy_index(indexed, tmp_path / name) for name in ("plain", "at once"))
     succeed(REPRODUCE, *work, plain)

@@ -21,6 +21,7 @@ from tests.conftest import (
     ENVIRONMENT,
     PREPROCESS_FLAGS,
     REPOSITORY,
+    TOY_BACKBONE,
     TOY_FLAGS,
     copy_index,
     refused,
@@ -216,10 +217,10 @@ def test_a_process_that_another_one_started_ends_although_its_loader_is_still_th
     code = f"""
 import multiprocessing
 def load():
-    from tests.conftest import TOY_FLAGS, load_splits
+    from tests.conftest import TOY_SETTINGS, load_splits
     from data.loaders import build_loader
     from utils import find_experiment, parse_command_line
-    preset, _, _ = parse_command_line("", argv=[*TOY_FLAGS, *{roots}])
+    preset, _, _ = parse_command_line("", argv=[*TOY_SETTINGS, *{roots}])
     index, splits = load_splits(preset)
     global loader
     loader = build_loader(preset.settings, find_experiment(preset, "glass_resnet"), index, splits.train, 1)
@@ -331,12 +332,12 @@ def test_a_training_with_a_damaged_checkpoint_starts_over_without_it(stopped: Ru
 
 def test_outputs_that_are_no_numbers_are_not_believed(run: Run, tmp_path: Path) -> None:
     """What batch normalisation remembers counts in evaluation alone: training goes well, and validation cannot."""
-    weights = timm.create_model("resnet10t").state_dict()
+    weights = timm.create_model(TOY_BACKBONE.removeprefix("timm:")).state_dict()
     for name in weights:
         if name.endswith("running_mean"):
             weights[name].fill_(-3e38)
     save_file(weights, file := tmp_path / "weights.safetensors")
     for _ in range(2):
-        said = refused(*run.command("--weights-files", f"timm:resnet10t={file}"))
+        said = refused(*run.command("--weights-files", f"{TOY_BACKBONE}={file}"))
         assert "outputs are infinite or not a number for 3 of 3 images (fake/" in said
     assert not (run.folder / "history.csv").exists()

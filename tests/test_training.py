@@ -23,7 +23,7 @@ from models.build import build_model
 from standard_memory.profile import profile
 from tests.campaigns import plain_loop
 from tests.campaigns.kills import MEASURED, state_of
-from tests.conftest import TOY_FLAGS, MakePreset, copy_index, edit_index, succeed, toy_job
+from tests.conftest import TOY_BACKBONE, TOY_FLAGS, MakePreset, copy_index, edit_index, succeed, toy_job
 from training.checkpoints import Checkpoint, load_model
 from training.evaluation import evaluate
 from training.loop import Job, fit
@@ -145,7 +145,7 @@ def test_a_run_that_failed_before_its_first_epoch_may_start_over_with_other_sett
     toy_preset: MakePreset, results: Path
 ) -> None:
     with pytest.raises(UserError, match=r"nowhere\.pth does not exist"):
-        train(toy_preset(results_root=results, weights_files=("timm:resnet10t=nowhere.pth",)), "standard_resnet")
+        train(toy_preset(results_root=results, weights_files=(f"{TOY_BACKBONE}=nowhere.pth",)), "standard_resnet")
     folder = train(toy_preset(results_root=results), "standard_resnet")
     assert read_json(folder / "run.json")["settings"]["weights_files"] == []
 

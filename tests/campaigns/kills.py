@@ -29,7 +29,7 @@ from pathlib import Path
 import optuna
 from safetensors.numpy import load_file
 
-from tests.conftest import PREPROCESS_FLAGS, TOY_FLAGS, start_module, succeed, torchrun, write_toy_images
+from tests.conftest import PREPROCESS_FLAGS, TOY_SETTINGS, start_module, succeed, torchrun, write_toy_images
 from tests.postgres import Postgres
 from tests.proc import children_of
 from tests.reference_studies import STUDIES
@@ -124,16 +124,14 @@ class Workers:
 
 def training(experiment: str, processes: int = 1) -> Campaign:
     """Two seeds of four epochs, saved every second step."""
-    flags = ("--epochs", "4", "--seeds", "1", "2", "--batch-size", "4", "--checkpoint-every", "2")
-    return Campaign(
-        f"model_training.{experiment}_training", (*TOY_FLAGS, *flags), "results/demo/*/seed_*/run.json", True, processes
-    )
+    flags = (*TOY_SETTINGS, "--epochs", "4", "--seeds", "1", "2", "--batch-size", "4", "--checkpoint-every", "2")
+    return Campaign(f"model_training.{experiment}_training", flags, "results/demo/*/seed_*/run.json", True, processes)
 
 
 TRIALS = ("--epochs", "3", "--trials", "8", "--min-resource", "1", "--max-resource", "3")
 TUNING = Campaign(
     "hyperparameter_tuning.standard_convnext_tuning",
-    (*TOY_FLAGS, *TRIALS, "--reduction-factor", "2", "--checkpoint-every", "2"),
+    (*TOY_SETTINGS, *TRIALS, "--reduction-factor", "2", "--checkpoint-every", "2"),
     "results/demo/tuning/*/study.db",
 )
 PREPROCESSING = Campaign(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.conftest import PREPROCESS_FLAGS, TOY_FLAGS, copy_index, start_module, succeed, torchrun, write_toy_images
+from tests.conftest import PREPROCESS_FLAGS, TOY_SETTINGS, copy_index, start_module, succeed, torchrun, write_toy_images
 from utils import read_csv
 
 MODELS = ("glass_resnet", "glass_convnext", "glass_vit")
@@ -27,7 +27,7 @@ def command(experiment: str, data: Path, results: Path, *flags: str) -> tuple[st
     """A training of one seed that saves after each step."""
     roots = ("--data-root", data, "--results-root", results)
     saving = ("--seeds", "1", "--batch-size", "8", "--checkpoint-every", "1")
-    return (f"model_training.{experiment}_training", *TOY_FLAGS, *roots, *saving, *RATES, *flags)
+    return (f"model_training.{experiment}_training", *TOY_SETTINGS, *roots, *saving, *RATES, *flags)
 
 
 def numbers(results: Path, experiment: str) -> tuple[np.ndarray, np.ndarray]:
