@@ -20,7 +20,7 @@ COMMAND = "model_training.ablations"
 GRID = ("--samplers", "random", "--poolings", "mean", "--branches", "local", "--learning-rates", "1", "0.01")
 FLAGS = (
     *(*TOY_SETTINGS, "--test-size", "10", "--final-valid-fraction", "0.4", "--group-by", "stem"),
-    *("--epochs", "1", "--seeds", "1", "2", "--checkpoint-every", "2"),
+    *("--epochs", "1", "--seeds", "1", "2"),
 )
 VARIANTS = ("stratified_attention", "random_mean", "local", "standard")
 
@@ -93,7 +93,7 @@ def test_a_grid_that_was_killed_and_stopped_ends_as_if_it_had_not_been_and_grows
         (signal.SIGKILL, "random_mean/seed_1/checkpoint.pt"),
         (signal.SIGTERM, "local/seed_1/run.json"),
     ):
-        process, deadline = start_module(*command), time.monotonic() + 120
+        process, deadline = start_module(*command, "--checkpoint-every", "2"), time.monotonic() + 120
         while not (folder / there).exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         os.killpg(process.pid, killed)
@@ -143,18 +143,8 @@ def test_a_training_that_fails_does_not_stop_the_others(toy_data: Path, results:
         if name.endswith("running_mean"):
             weights[name].fill_(-3e38)  # counts in validation only
     save_file(weights, file := tmp_path / "weights.safetensors")
-    grid = (
-        "--samplers",
-        "random",
-        "--poolings",
-        "mean",
-        "--branches",
-        "both",
-        "--learning-rates",
-        "1",
-        "--no-standard",
-    )
-    flags = (*FLAGS, *grid, "--weights-files", f"timm:resnet10t={file}")
+    grid = "--samplers random --poolings mean --branches both --learning-rates 1 --no-standard"
+    flags = (*FLAGS, *grid.split(), "--weights-files", f"timm:resnet10t={file}")
     said = refused(COMMAND, *flags, "--data-root", toy_data, "--results-root", results)
     assert "2 trainings failed: stratified_attention seed 1 failed: the model's outputs are infinite" in said
     assert [row["missing"] for row in table_of(results).values()] == ["seed 1, 2 not run"] * 2
