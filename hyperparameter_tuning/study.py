@@ -30,7 +30,6 @@ from training.runs import RESTART, SETTINGS, RestartOption, RunFolder, archive, 
 from utils import UserError, preset_folder, run_command
 
 PAPER_OPTUNA = "4.6.0"
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 HYPERPARAMETERS = {  # come from trials, not from the command line
     field.name for kind in (GlassExperiment, StandardExperiment) for field in fields(kind) if field.default is MISSING
 } - {"name", "backbone"}
@@ -129,7 +128,7 @@ class _Study(Search):
 
     def run_trials(self, total: int) -> None:
         """Replay the finished trials, then run the others up to `total`."""
-        finished = [trial for trial in self.stored.trials if trial.state in FINISHED]
+        finished = [trial for trial in self.stored.trials if trial.state.is_finished()]
         for trial in finished:
             self.run.checkpoint(f"trial_{trial.number}").remove()  # a kill may have come between the two
             self._replay(trial)

@@ -173,7 +173,7 @@ def study_file(path: Path, *damages: type[Exception]) -> Iterator[None]:
 
 
 def write_study(path: Path, name: str, trials: Iterable[FrozenTrial] = ()) -> None:
-    """Write an SQLite file with the study `name` of `trials`, numbered anew, whole or not at all."""
+    """Write an SQLite file with the study `name` of `trials`, numbered from 0, whole or not at all."""
     with replacing(path) as temporary:
         storage = _storage(temporary)
         study = optuna.create_study(study_name=name, storage=storage, direction="maximize")

@@ -147,7 +147,7 @@ class Checkpoint:
         free = time.monotonic() >= self._due and not self._is_writing()
         if not (must or self._is_best(progress) or processes.same(free)):
             return
-        others = processes.gathered(_random_states(trainer.runtime.device))[1:]
+        own, *others = processes.gathered(_random_states(trainer.runtime.device))  # of main, and of the others
         if not processes.is_main():
             return
         self.wait()
@@ -156,8 +156,8 @@ class Checkpoint:
             "optimizer": trainer.optimizer.state_dict(),
             "scheduler": trainer.scheduler.state_dict(),
             "scaler": trainer.scaler.state_dict(),
-            "random": _random_states(trainer.runtime.device),
-            "random_of_others": others,  # of the other processes
+            "random": own,
+            "random_of_others": others,
             "progress": asdict(progress),
         }
         self._thread = threading.Thread(target=self._write, args=(copied(state), self._is_best(progress)))

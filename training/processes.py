@@ -133,7 +133,7 @@ def joined(device: str) -> Iterator[None]:
 
 @contextmanager
 def errors_shared() -> Iterator[None]:
-    """What one process raises in the block, all raise, so that none waits for it; they then go on together.
+    """What one process raises in the block, all raise, so that none waits for it; they then continue together.
 
     `Stopped` is raised by all together, as it is.
     """

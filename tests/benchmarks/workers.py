@@ -24,11 +24,11 @@ def measure(scratch: Path, count: int, trials: int, seconds: float) -> float:
     with Postgres() as server:
         preset = workers_preset(scratch / "data", results, server.url, trials, heartbeat=60)
         preset = replace(preset, tuning=replace(preset.tuning, min_resource=EPOCHS))
-        begun = time.perf_counter()
+        before = time.perf_counter()
         workers = [start(preset, seconds / EPOCHS, f"log{n}") for n in range(count)]
         for worker in workers:
             worker.join()
-        taken = time.perf_counter() - begun
+        taken = time.perf_counter() - before
     assert len(trials_of(results)) == trials and not any(worker.exitcode for worker in workers)
     return taken
 
