@@ -1,14 +1,18 @@
 # make demo   environment, demo data, two models, tables and figures
+# make app    a page to drop images on, with the demo's GLASS model: after make demo
 # make test   environment, tests, ruff
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 EXTRAS := $(wildcard requirements-*.txt)
 
-.PHONY: demo test lint gpu-test clean
+.PHONY: demo app test lint gpu-test clean
 
 demo: .venv/installed
 	$(BIN)/python -m model_training.reproduce --preset demo
+
+app: .venv/app
+	$(BIN)/python -m model_training.app --weights results/demo/glass_resnet/seed_100/model.safetensors
 
 test: .venv/extras lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -23,6 +27,10 @@ gpu-test: .venv/installed
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	touch $@
+
+.venv/app: .venv/installed requirements-app.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt -r requirements-app.txt
 	touch $@
 
 .venv/extras: .venv/installed $(EXTRAS)
