@@ -1,14 +1,18 @@
 # make demo   environment, demo data, two models, tables and figures
+# make app    a page to drop images on, with the demo's GLASS model: after make demo
 # make test   environment, tests, ruff
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
-EXTRAS := $(wildcard requirements-*.txt)
+EXTRAS := $(filter-out requirements-app.txt,$(wildcard requirements-*.txt))
 
-.PHONY: demo test lint gpu-test clean
+.PHONY: demo app test lint gpu-test clean
 
 demo: .venv/installed
 	$(BIN)/python -m model_training.reproduce --preset demo
+
+app: .venv/app
+	$(BIN)/python -m model_training.app --weights results/demo/glass_resnet/seed_100/model.safetensors
 
 test: .venv/extras lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -25,7 +29,13 @@ gpu-test: .venv/installed
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
 	touch $@
 
-.venv/extras: .venv/installed $(EXTRAS)
+# gradio asks for an older Pillow than requirements.txt brings: what it brings itself is looked for after all else.
+.venv/app: .venv/installed requirements-app.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade --target .venv/after -r requirements-app.txt
+	$(BIN)/python -c "import sysconfig; print('$(CURDIR)/.venv/after', file=open(sysconfig.get_path('purelib') + '/after.pth', 'w'))"
+	touch $@
+
+.venv/extras: .venv/installed .venv/app $(EXTRAS)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(addprefix -r ,$(EXTRAS))
 	touch $@
 

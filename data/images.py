@@ -282,8 +282,10 @@ def pixels_of(image: Image.Image) -> np.ndarray:
     """The pixels of a decoded RGB image without a copy: uint8 (H, W, 4), read-only, the fourth byte without a meaning.
 
     Raises:
-        ValueError: Pillow keeps pixels in another layout.
+        ValueError: it is not RGB, or Pillow keeps pixels in another layout.
     """
+    if image.mode != "RGB":  # asked for the rows of a grey image, Pillow 12.3 crashes
+        raise ValueError(f"an image of mode {image.mode} is not decoded: its mode must be RGB")
     try:
         array = nanoarrow.c_array(image)
     except ValueError:  # a large image that was loaded before this module was imported lies in several pieces

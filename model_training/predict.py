@@ -39,7 +39,6 @@ from config import Preset
 from data.images import IMAGE_ENDINGS, TRANSPARENT, TURNED, UnreadableImage
 from data.lists import check_output, render_table
 from data.pictures import find_images
-from data.samplers import FIXED
 from model_training.inference.detector import SMALL, UNLIKE, Outcome, PredictionOptions, load_detector
 from model_training.inference.evidence import write_evidence
 from models.weights import weights_file
@@ -95,11 +94,11 @@ def predict(preset: Preset, weights: Path, paths: Sequence[str], **others: Any) 
         shown = ", ".join(sorted(kinds)[:5])
         print(f"Ignored, in folders: {len(ignored):,} files of other kinds ({shown}); name them to try them")
     detector = load_detector(weights, preset.settings.device, preset.settings.max_image_pixels, options)
-    sampler = getattr(detector.experiment, "crop_sampler", None)
     if not detector.num_crops and (draws > 1 or options.crops):
         options_given = f"--draws {draws}" if draws > 1 else " and ".join(options.crops)
         raise UserError(f"{options_given}: {detector.name} looks at the whole image and draws no crops")
-    if draws > 1 and sampler in FIXED:
+    if draws > 1 and not detector.draws_differ:
+        sampler = detector.experiment.crop_sampler
         raise UserError(f"--draws {draws}: {detector.name} has the same crops in every draw, by its sampler {sampler}")
     if options.band:
         real_below, fake_from = options.band

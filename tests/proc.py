@@ -19,11 +19,11 @@ def bytes_read() -> int:
     return _counter("io", "read_bytes")
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has held. Not ru_maxrss: a new process starts with that of its parent."""
-    return 1024 * _counter("status", "VmHWM")
+def peak_bytes(process: int | str = "self") -> int:
+    """The most memory that a process has held. Not ru_maxrss: a new process starts with that of its parent."""
+    return 1024 * _counter("status", "VmHWM", process)
 
 
-def _counter(file: str, name: str) -> int:
-    lines = Path("/proc/self", file).read_text(encoding="ascii").splitlines()
+def _counter(file: str, name: str, process: int | str = "self") -> int:
+    lines = Path("/proc", str(process), file).read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))

@@ -102,7 +102,7 @@ def test_the_pixels_of_an_image_are_looked_at_where_they_are_and_outlive_it() ->
     expected = reference_image("97x151")
     pixels = pixels_of(Image.fromarray(expected))  # whose own memory nothing else holds any more
     assert pixels.shape == (97, 151, 4) and np.array_equal(pixels[:, :, :3], expected)
-    with pytest.raises(ValueError, match="keeps this L image as C"):
+    with pytest.raises(ValueError, match="mode L is not decoded"):
         pixels_of(Image.fromarray(expected[:, :, 0]))
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from config import Count, Crops, CropSampler, Experiment, GlassExperiment, Settings, StandardExperiment
 from data.images import UnreadableImage
 from data.pictures import Picture, Source, read_pictures
+from data.samplers import FIXED
 from data.views import ViewSettings
 from data.workers import loading_processes
 from model_training.inference.provenance import Provenance
@@ -123,6 +124,11 @@ class Detector:
         """What it was trained and tested on."""
         return Provenance.read(self.about)
 
+    @property
+    def draws_differ(self) -> bool:
+        """Whether an image may have other crops in another draw."""
+        return self.num_crops > 0 and getattr(self.experiment, "crop_sampler", None) not in FIXED
+
     def depends_on(self) -> list[Any]:
         """What its scores depend on besides weights and images, JSON-ready; rounding by batches is left out."""
         numerics = self.runtime.precision, self.settings.matmul_precision, self.runtime.device.type
@@ -148,11 +154,11 @@ class Detector:
             workers = loading_processes(cpu_computes=self.runtime.device.type == "cpu")
         settings = self.settings
         pictures = read_pictures(sources, settings.max_image_pixels, workers, perturbations, settings.reencode_jpeg)
-        while group := list(self._score_group(islice(pictures, self.options.batch_size))):
+        while group := list(self.predict_pictures(islice(pictures, self.options.batch_size))):
             yield from group
 
-    def _score_group(self, pictures: Iterator[Picture | UnreadableImage]) -> Iterator[Outcome]:
-        """A batch; an image's pixels are released as soon as its views are made."""
+    def predict_pictures(self, pictures: Iterable[Picture | UnreadableImage]) -> Iterator[Outcome]:
+        """Those of a batch; its images' pixels are not needed once their views are made."""
         seen: list[tuple[int, int, tuple[str, ...], str] | UnreadableImage] = []  # width, height, notes, format
 
         def readable() -> Iterator[Picture]:

@@ -1,12 +1,9 @@
 """Predictions with their evidence: a folder of pictures, and one page that shows them all and needs no network."""
 
-import base64
-import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from jinja2 import Environment
 from PIL import Image
 
 from data.images import UnreadableImage
@@ -14,14 +11,11 @@ from data.pictures import Picture, read_pictures
 from model_training.inference.detector import Detector, Outcome, Prediction
 from model_training.inference.effect_map import effect_map
 from model_training.inference.evidence_pictures import draw_evidence, draw_map
-from model_training.tables.table import show
+from model_training.inference.page_parts import FILE_QUALITY, embedded, jpeg, template
 from utils import UserError, locked_folder, replacing, write_text
 
-TEMPLATE = Path(__file__).with_name("evidence.html")
 MARKER = ".evidence"  # in a folder that this module made
 THUMBNAIL = (192, 128)  # shown at half its size
-FILE_QUALITY = {"quality": 92, "subsampling": "4:4:4"}  # of a file; single pixels of crops can still be told apart
-PAGE_QUALITY = {"quality": 70}  # of the same picture in the page
 
 
 def write_evidence(
@@ -49,10 +43,7 @@ def write_evidence(
                 files.append(_save(folder, number, path, "map of effects", drawn))
             yield path, prediction, _thumbnail(picture), files
 
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["show"] = show
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    page = template.stream(detector=detector, images=images(), unreadable=unreadable)
+    page = template("evidence.html").stream(detector=detector, images=images(), unreadable=unreadable)
     with locked_folder(folder), replacing(folder / "index.html") as temporary:
         write_text(folder / MARKER, "")
         for picture in folder.glob("[0-9][0-9][0-9][0-9]*_*.jpg"):  # of an earlier run
@@ -74,21 +65,11 @@ def _save(folder: Path, number: int, path: str, kind: str, image: Image.Image) -
     harmless = re.sub(r"[^\w.-]+", "_", Path(path).stem)[:40]  # 160 bytes at most, as file systems count
     name = f"{number:04d}_{harmless}{'' if kind == 'evidence' else '_map'}.jpg"
     with replacing(folder / name) as temporary:
-        temporary.write_bytes(_jpeg(image, **FILE_QUALITY))
-    return name, kind, _embedded(image)
+        temporary.write_bytes(jpeg(image, **FILE_QUALITY))
+    return name, kind, embedded(image)
 
 
 def _thumbnail(picture: Picture) -> str:
     small = picture.image.copy() if max(picture.image.size) < 1024 else picture.image.reduce(4)
     small.thumbnail(THUMBNAIL)
-    return _embedded(small)
-
-
-def _embedded(image: Image.Image) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(_jpeg(image, **PAGE_QUALITY)).decode()}"
-
-
-def _jpeg(image: Image.Image, **options: int | str) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", **options)
-    return buffer.getvalue()
+    return embedded(small)

@@ -26,12 +26,8 @@ PLAIN, BOLD = (ImageFont.truetype(FONTS / name, 13) for name in ("DejaVuSans.ttf
 # ---------------------------------------------------------------------------------------------------- pictures
 def draw_evidence(picture: Picture, prediction: Prediction) -> Image.Image:
     """The image with the crops of its first draw outlined, numbered by effect and listed, some at native size."""
-    scores = prediction.scores
-    boxes, attention, alone = scores.boxes[0], scores.attention[0], scores.alone[0]
-    effects = np.where(np.abs(scores.effects[0]) < ROUNDING, 0, scores.effects[0])
-    order = np.lexsort((-attention, -np.abs(effects)))
-    boxes, attention, effects, alone = boxes[order], attention[order], effects[order], alone[order]
-    parts = [_outlined(picture, boxes[:SHOWN_ROWS], effects[:SHOWN_ROWS])]
+    boxes, attention, alone, effects = ranked(prediction)
+    parts = [outlined(picture, boxes[:SHOWN_ROWS], effects[:SHOWN_ROWS])]
     if len(boxes):
         crops = [_native_crop(picture, i + 1, boxes[i], effects[i]) for i in range(min(len(boxes), SHOWN_CROPS))]
         rows = [_joined(crops[i : i + 2]) for i in range(0, len(crops), 2)]
@@ -39,12 +35,25 @@ def draw_evidence(picture: Picture, prediction: Prediction) -> Image.Image:
     return _page(_lines(prediction), parts)
 
 
+def ranked(prediction: Prediction) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of the crops of the first draw, those with the largest effects first: boxes, attention, scores alone, effects."""
+    scores = prediction.scores
+    effects = np.where(np.abs(scores.effects[0]) < ROUNDING, 0, scores.effects[0])
+    order = np.lexsort((-scores.attention[0], -np.abs(effects)))
+    return scores.boxes[0][order], scores.attention[0][order], scores.alone[0][order], effects[order]
+
+
 def draw_map(picture: Picture, found: EffectMap) -> Image.Image:
-    """The image, and the scores of single tiles and the map of effects over it in grey, each with its scale."""
+    """What `map_parts` gives, in one picture."""
+    return _page(*map_parts(picture, found))
+
+
+def map_parts(picture: Picture, found: EffectMap, largest: int = MAP_LARGEST) -> tuple[list[str], list[Image.Image]]:
+    """Lines of text; the image, and the scores of single tiles and the map of effects over it, each with its scale."""
     N, score = len(found.boxes), found.scores.values[0]
-    whole, _ = _shown(picture.image, MAP_LARGEST)
+    whole, _ = _shown(picture.image, largest)
     if N == 1:
-        return _page([f"Map: the image is one tile, with no other to compare it with; score {score:+.2f}"], [whole])
+        return [f"Map: the image is one tile, with no other to compare it with; score {score:+.2f}"], [whole]
     alone = spread(found.scores.alone[0], found.boxes, picture.image.height, picture.image.width)
     lines = [
         f"Map: {N:,} tiles over the whole image; with all of them as crops, the score is {score:+.2f}",
@@ -56,12 +65,12 @@ def draw_map(picture: Picture, found: EffectMap) -> Image.Image:
         ("score of each tile alone", ("fake", "real"), alone),
         (f"N x effect on the score, N = {N:,}", ("to fake", "to real"), found.pixels),
     ):
-        largest = max(float(np.abs(values).max()), ROUNDING)
-        share = np.asarray(Image.fromarray(values).resize(whole.size, Image.Resampling.BOX)) / largest
+        extreme = max(float(np.abs(values).max()), ROUNDING)
+        share = np.asarray(Image.fromarray(values).resize(whole.size, Image.Resampling.BOX)) / extreme
         grey = np.asarray(whole.convert("L"), np.float32)[..., None].repeat(3, 2)
-        parts.append(_titled(title, Image.fromarray(_tinted(grey, share))))
-        parts.append(_titled("", _colour_bar(largest, ends, max(SMALLEST, whole.height))))
-    return _page(lines, parts)
+        tinted = _titled(title, Image.fromarray(_tinted(grey, share)))
+        parts.append(_joined([tinted, _titled("", _colour_bar(extreme, ends, max(SMALLEST, whole.height)))]))
+    return lines, parts
 
 
 # ------------------------------------------------------------------------------------------------------ layout
@@ -125,7 +134,7 @@ def _shown(image: Image.Image, largest: int) -> tuple[Image.Image, float]:
     return image.resize(size, method, reducing_gap=2.0 if scale < 1 else None), scale
 
 
-def _outlined(picture: Picture, boxes: np.ndarray, effects: np.ndarray) -> Image.Image:
+def outlined(picture: Picture, boxes: np.ndarray, effects: np.ndarray) -> Image.Image:
     """The whole image with outlines and their numbers."""
     whole, scale = _shown(picture.image, LARGEST)
     canvas = _blank(max(whole.width, SMALLEST), max(whole.height, SMALLEST))
