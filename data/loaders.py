@@ -76,7 +76,7 @@ class EpochBatches(Sampler[list[tuple[int, int | None]]]):
     @property
     def rounds(self) -> int:
         """The most batches that one process gets."""
-        return len(self.sizes) if self.training else -(-len(self.sizes) // self.share[1])
+        return len(self.sizes if self.training else self.sizes[:: self.share[1]])
 
     def __iter__(self) -> Iterator[list[tuple[int, int | None]]]:
         epoch = self.epoch if self.training else None
@@ -87,7 +87,7 @@ class EpochBatches(Sampler[list[tuple[int, int | None]]]):
 
     def __len__(self) -> int:
         rank, size = self.share
-        return len(self.sizes) if self.training else len(range(rank, len(self.sizes), size))
+        return len(self.sizes if self.training else self.sizes[rank::size])
 
 
 class ImageLoader(DataLoader):

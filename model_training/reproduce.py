@@ -156,10 +156,9 @@ def units_of(preset: Preset) -> Iterator[tuple[str, bool]]:
             units = [({}, name in studies and not studies[name].trials_left(total))]
         elif stage == "training":
             units = [({"seeds": (seed,)}, is_finished(seed_folder(preset, name, seed))) for seed in settings.seeds]
-        elif stage == "num_crops":
-            units = [({"crop_counts": (k,)}, bool(find_cost(preset, stage, name, k)[1])) for k in settings.crop_counts]
         else:
-            units = [({}, bool(find_cost(preset, stage, name, None)[1]))]
+            counts = getattr(settings, "crop_counts", (None,))
+            units = [({"crop_counts": (k,)} if k else {}, bool(find_cost(preset, stage, name, k)[1])) for k in counts]
         for own, finished in units:
             unit = replace(preset, **{stage: replace(settings, **own)})
             yield _line(module, *as_flags(unit, (stage,), settings=SETTINGS)), finished

@@ -66,6 +66,8 @@ class _Job:
             error: of this process; that the connection is lost only says that another has left. If that one does not
                 say why, it was killed.
         """
+        if isinstance(error, OSError):  # as `run_command` has it
+            error = UserError(error).with_traceback(error.__traceback__)
         key = f"error {self.meetings}"
         lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "onnection" in str(error))
         try:
