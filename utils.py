@@ -69,6 +69,8 @@ def run_command(doc: str, action: Callable[..., None], **flags: Any) -> NoReturn
         if find_spec("fcntl") is None:  # nor would signals, worker processes and the pixel cache work there
             raise UserError("this project runs on Linux and macOS, not on Windows: use WSL, the Linux within Windows")
         preset, experiments, options = parse_command_line(doc, **flags)
+        if "restart" not in options and "TORCHELASTIC_RUN_ID" in os.environ:
+            raise UserError(f"torchrun is for commands that train: start python -m {command_name()} by itself")
         if options.get("restart"):
             again = "run the same command without --restart again"
         action(preset, *experiments, **options)

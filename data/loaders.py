@@ -3,11 +3,10 @@
 import math
 import multiprocessing
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from multiprocessing import util
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Sampler, get_worker_info
@@ -26,7 +25,6 @@ from data.workers import (
 )
 from utils import UserError, first_line
 
-T = TypeVar("T")
 SHARED_MEMORY = Path("/dev/shm")  # of Linux, through which batches are handed over; 64 MB in most containers
 BATCHES = 2  # that a process has ready; one more is in use
 FULL = ("No space left on device", "Bus error")  # in torch's sentences, where shared memory is full
@@ -64,7 +62,7 @@ class EpochBatches(Sampler[list[tuple[int, int | None]]]):
             torch.randperm(self.length, generator=generator)
         return order.tolist()
 
-    def slice_of(self, batch: Sequence[T]) -> Sequence[T]:
+    def slice_of(self, batch: list) -> list:
         """This process's part of a training batch."""
         rank, size = self.share
         return batch[len(batch) * rank // size : len(batch) * (rank + 1) // size]
@@ -78,7 +76,7 @@ class EpochBatches(Sampler[list[tuple[int, int | None]]]):
     @property
     def rounds(self) -> int:
         """The most batches that one process gets."""
-        return len(self.sizes) if self.training else -(-len(self.sizes) // self.share[1])
+        return len(self.sizes if self.training else self.sizes[:: self.share[1]])
 
     def __iter__(self) -> Iterator[list[tuple[int, int | None]]]:
         epoch = self.epoch if self.training else None
@@ -89,7 +87,7 @@ class EpochBatches(Sampler[list[tuple[int, int | None]]]):
 
     def __len__(self) -> int:
         rank, size = self.share
-        return len(self.sizes) if self.training else len(range(rank, len(self.sizes), size))
+        return len(self.sizes if self.training else self.sizes[rank::size])
 
 
 class ImageLoader(DataLoader):

@@ -21,7 +21,7 @@ import optuna
 import sqlalchemy
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, fail_stale_trials
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from config import Experiment
 from hyperparameter_tuning.search_spaces import suggest_experiment
@@ -31,21 +31,17 @@ from training.runs import RunFolder, first_difference, open_run
 from utils import UserError, first_line, write_json
 
 GRACE = 5  # heartbeats that a worker may miss, and for which it waits itself for a server that is away
+REPEATS = 3  # of a trial whose worker died each time
 AWAY = (sqlalchemy.exc.SQLAlchemyError, StorageInternalError)  # what a database that is away raises
 LOCK = sqlalchemy.text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
-# Every running trial gets one, so that the server's clock says when it is stale, if its worker died before its first.
-FIRST_HEARTBEATS = sqlalchemy.text(
-    "INSERT INTO trial_heartbeats (trial_id, heartbeat) SELECT trial_id, now() FROM trials JOIN studies USING "
-    "(study_id) WHERE study_name = :name AND state = 'RUNNING' ON CONFLICT DO NOTHING"
-)
 
 
 def attempts_of(study: optuna.Study) -> dict[int, list[FrozenTrial]]:
     """Slot -> its trials, by number."""
     slots = defaultdict(list)
     for trial in study.get_trials(deepcopy=False):
-        slots[trial.user_attrs.get("slot")].append(trial)
-    slots.pop(None, None)  # added by somebody else
+        if "slot" in trial.user_attrs:  # else added by somebody else
+            slots[trial.user_attrs["slot"]].append(trial)
     return slots
 
 
@@ -61,8 +57,6 @@ def reconcile(study: optuna.Study, storage: RDBStorage, total: int) -> dict[int,
     Returns:
         Slot -> that trial, of all slots: an earlier worker may have asked for more.
     """
-    with storage.engine.begin() as connection:
-        connection.execute(FIRST_HEARTBEATS, {"name": study.study_name})
     fail_stale_trials(study)
     slots = attempts_of(study)
     for slot in range(max([total, *(slot + 1 for slot in slots)])):
@@ -73,8 +67,16 @@ def reconcile(study: optuna.Study, storage: RDBStorage, total: int) -> dict[int,
             study.enqueue_trial({}, {"slot": slot})
         elif not counting(slots[slot]):
             last = slots[slot][-1]
-            values = last.system_attrs.get("fixed_params", {}) | last.params
-            study.enqueue_trial(values, {"slot": slot, "repeats": last.number})
+            died = sum("given_back" not in trial.user_attrs for trial in slots[slot])
+            if died <= REPEATS:
+                values = last.system_attrs.get("fixed_params", {}) | last.params
+                study.enqueue_trial(values, {"slot": slot, "repeats": last.number})
+                continue
+            failure = f"its worker died {died} times: see the machines' logs, most often for main memory"
+            print(f"trial {slot} is given up: {failure}", flush=True)
+            own = {"params": last.params, "distributions": last.distributions}
+            about = {"slot": slot, "repeats": last.number, "failure": failure}
+            study.add_trial(create_trial(state=TrialState.FAIL, user_attrs=about, **own))
     return {slot: counting(attempts)[0] for slot, attempts in sorted(attempts_of(study).items())}
 
 
@@ -176,8 +178,8 @@ class Worker(Search):
                 study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
                 # Not `ask`, which may make a new trial. Another has failed this one if the lock was lost.
                 with suppress(UpdateFinishedTrialError):
+                    self.storage.record_heartbeat(number)  # first: without one, it would never be stale
                     if self.storage.set_trial_state_values(number, TrialState.RUNNING):
-                        self.storage.record_heartbeat(number)
                         trial = optuna.Trial(study, number)
                         return trial, slot, suggest_experiment(trial, self.space, self.experiment)
         return None
@@ -221,6 +223,7 @@ class Worker(Search):
             return
         except BaseException:
             with suppress(UpdateFinishedTrialError, *AWAY):
+                trial.set_user_attr("given_back", True)
                 self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             raise
         finally:

@@ -55,8 +55,8 @@ def ablate(preset: Preset, restart: bool = False) -> None:
             archive(preset, [grid.folder(trial, seed) for trials, seed in every for trial in trials.values()])
         grid.train()
         print(processes.on_main(grid.write).markdown())
-    if grid.failed:
-        raise UserError(f"{len(grid.failed)} trainings failed: {'; '.join(grid.failed.values())}")
+        if grid.failed:
+            raise UserError(f"{len(grid.failed)} trainings failed: {'; '.join(grid.failed.values())}")
 
 
 def variants_of(preset: Preset) -> Variants:

@@ -30,7 +30,7 @@ from data.index import PREPROCESS_SETTINGS, index_path, read_index
 from data.layouts import MARKER, read_data_set
 from model_training import results_tables
 from model_training.tables.read_results import is_finished, read_tuning_studies
-from training.cost import is_measured
+from training.cost import find_cost
 from training.runs import SETTINGS, seed_folder
 from training.stopping import StopRequest, stop_signals
 from utils import STOPPED, Stopped, UserError, as_flags, find_experiment, preset_folder, run_command
@@ -159,10 +159,9 @@ def units_of(preset: Preset) -> Iterator[tuple[str, bool]]:
             units = [({}, name in studies and not studies[name].trials_left(total))]
         elif stage == "training":
             units = [({"seeds": (seed,)}, is_finished(seed_folder(preset, name, seed))) for seed in settings.seeds]
-        elif stage == "num_crops":
-            units = [({"crop_counts": (k,)}, is_measured(preset, stage, name, k)) for k in settings.crop_counts]
         else:
-            units = [({}, is_measured(preset, stage, name, None))]
+            counts = getattr(settings, "crop_counts", (None,))
+            units = [({"crop_counts": (k,)} if k else {}, bool(find_cost(preset, stage, name, k)[1])) for k in counts]
         for own, finished in units:
             unit = replace(preset, **{stage: replace(settings, **own)})
             yield _line(module, *as_flags(unit, (stage,), settings=SETTINGS)), finished

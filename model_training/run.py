@@ -4,7 +4,6 @@ from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 
 from config import Experiment, Preset, Training
-from data.loaders import build_loader
 from model_training.inference.provenance import Provenance, TrainingData
 from model_training.model_card import write_model_card
 from model_training.tables.figures import plot_reliability, plot_training_curve
@@ -72,7 +71,7 @@ def hash_of_start(training: Training) -> dict[str, str]:
     initial = training.initial_weights
     if initial and not Path(initial).is_file():
         raise UserError(f"the initial weights {initial} are no file: correct --initial-weights")
-    return {"initial_weights_sha256": sha256_of(Path(initial))} if initial else {}
+    return {"initial_weights_sha256": processes.on_main(lambda: sha256_of(Path(initial)))} if initial else {}
 
 
 def train_seed(
@@ -89,8 +88,7 @@ def train_seed(
             session.stop.raise_if_requested(f"before {experiment.name} seed {seed}")
             _SeedRun(session, run, experiment, seed, training).train()
         run.checkpoint().remove()
-        if processes.is_main():
-            _report(run, experiment, seed, " (finished before)" if finished else "")
+        processes.on_main(lambda: _report(run, experiment, seed, " (finished before)" if finished else ""))
 
 
 def _report(run: RunFolder, experiment: Experiment, seed: int, note: str) -> None:
@@ -154,9 +152,7 @@ class _SeedRun:
         valid = evaluate(trainer.model, job.valid_loader, trainer.runtime, f"{self.title}, calibration", after_batch)
         calibration = calibrate(valid.scores, valid.labels, self.training.band_error)
         about["calibration"] = calibration and calibration.as_json()
-        test_loader = build_loader(
-            session.settings, self.experiment, session.index, session.splits.test, share=processes.share()
-        )
+        test_loader = session.loader(self.experiment, session.splits.test)
         test = evaluate(trainer.model, test_loader, trainer.runtime, f"{self.title}, test", after_batch)
         if not processes.is_main():
             return

@@ -1,11 +1,14 @@
 """Several processes of one training, under torchrun: the same numbers, errors of all, signals."""
 
+import re
 import shutil
+import socket
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 import optuna
+import pytest
 
 from config import DEMO
 from data.loaders import EpochBatches
@@ -13,7 +16,7 @@ from hyperparameter_tuning.search_spaces import suggest_experiment
 from hyperparameter_tuning.study import build_live_study
 from hyperparameter_tuning.trials import author_study_name
 from tests.campaigns.processes import RATES, command, differences, stop_after
-from tests.conftest import PREPROCESS_FLAGS, TOY_FLAGS, copy_index, run_module, succeed, torchrun
+from tests.conftest import PREPROCESS_FLAGS, TOY_FLAGS, copy_index, refused, run_module, start_module, succeed, torchrun
 from utils import find_experiment, read_json
 
 EPOCHS = ("--epochs", "3")
@@ -67,14 +70,53 @@ def test_what_one_process_cannot_do_ends_all_with_one_sentence(toy_data: Path, t
     data, results = shutil.copytree(toy_data, tmp_path / "data"), tmp_path / "results"
     succeed("data.data_preprocess", *PREPROCESS_FLAGS, "--data-root", data, "--results-root", results)
     arguments = command("standard_resnet", data, results)[: -len(RATES)]
+    (late := results / "demo" / "standard_resnet" / "seed_2" / "predictions.csv").mkdir(parents=True)
+    unwritable = run_module(*torchrun(2, *arguments, "--seeds", "2"))  # by the first, when the other has no more to do
+    late.rmdir()
+    (results / "demo" / "archive").touch()
+    not_archived = run_module(*torchrun(2, *arguments, "--seeds", "2", "--restart"))
     for path in list(data.glob("*/*"))[::7]:
         path.write_bytes(bytes(path.stat().st_size))
     unreadable, too_small = (run_module(*torchrun(2, *arguments, *more)) for more in ((), ("--batch-size", "10")))
     for done, sentence in (
+        (unwritable, f"{late} cannot be written"),
+        (not_archived, "Not a directory: "),
         (unreadable, "is not what it was when the index was made"),
         (too_small, "in batches of 10 leave a batch of 1 for 2 processes: start fewer"),
     ):
         assert done.returncode == 1 and sentence in done.stderr and done.stderr.count("error: ") == 1, done.stderr
+
+
+def test_two_processes_measure_costs_that_one_prints(toy_data: Path, results: Path) -> None:
+    flags = ("--data-root", toy_data, "--results-root", results, "--epochs", "1", "--batch-size", "8")
+    sweep = torchrun(2, "num_crops.num_crops_resnet", *TOY_FLAGS, *flags, "--crop-counts", "1", "3")
+    for printed in (succeed(*sweep), succeed(*sweep)):  # the second reads what the first has measured
+        for line in ("K = 1: ", "K = 3: ", "peak_memory_mb = ", "epoch_seconds = "):
+            assert printed.count(line) == 1
+
+
+def test_machines_that_are_not_started_alike_are_refused(toy_data: Path, results: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        at = f"127.0.0.1:{free.getsockname()[1]}"
+    launcher = ("--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", at, "-m")
+    arguments = command("standard_resnet", toy_data, results)[: -len(RATES)]
+    machines = [
+        start_module("torch.distributed.run", *launcher, *arguments, "--lr", rate) for rate in ("0.001", "0.002")
+    ]
+    errors = "".join(machine.communicate(timeout=200)[1] for machine in machines)
+    assert [machine.returncode for machine in machines] == [1, 1], errors
+    assert re.findall(
+        r"error: process 1 of this command has standard_resnet\.lr = 0.00\d, and process 0 has 0.00\d: start", errors
+    )
+    assert errors.count("error: ") == 1 and not list(results.glob("*/standard_resnet"))
+
+
+def test_what_does_not_train_is_refused_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert "torchrun is for commands that train: start python -m model_training.reproduce by itself" in refused(
+        "model_training.reproduce", "--preset", "demo"
+    )
 
 
 def test_two_processes_run_a_study(toy_data: Path, results: Path) -> None:

@@ -99,7 +99,8 @@ def test_what_a_kill_leaves_between_two_steps_is_completed(url: str, server: Pos
     study = optuna.create_study(study_name="s", storage=storage, direction="maximize")
     assert [*reconcile(study, storage, 3)] == [0, 1, 2]
     first, second, third = study.get_trials(deepcopy=False)
-    storage.set_trial_state_values(first._trial_id, TrialState.RUNNING)  # killed before its first heartbeat
+    storage.record_heartbeat(first._trial_id)  # killed right after
+    storage.set_trial_state_values(first._trial_id, TrialState.RUNNING)
     storage.set_trial_state_values(second._trial_id, TrialState.RUNNING)
     storage.set_trial_param(second._trial_id, "x", 0.25, optuna.distributions.FloatDistribution(0, 1))
     storage.set_trial_state_values(second._trial_id, TrialState.FAIL)  # killed before it was enqueued again
@@ -118,6 +119,17 @@ def test_what_a_kill_leaves_between_two_steps_is_completed(url: str, server: Pos
     assert {slot: trial.number for slot, trial in slots.items()} == {0: 6, 1: 5, 2: 2, 3: 7}
     assert slots[0].user_attrs == {"slot": 0, "repeats": 3}
     assert len(reconcile(study, storage, 2)) == 4
+
+    for death in range(4):  # a trial that its worker does not survive: three repeats, beside those of a stopped one
+        for kind in ("given_back", "killed"):
+            trial = reconcile(study, storage, 4)[3]
+            assert trial.state == TrialState.WAITING, (death, kind)
+            storage.set_trial_user_attr(trial._trial_id, kind, True)
+            storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+    last = reconcile(study, storage, 4)[3]
+    assert (last.state, last.user_attrs["repeats"]) == (TrialState.FAIL, trial.number)
+    assert last.user_attrs["failure"].startswith("its worker died 4 times: see the machines' logs")
+    assert reconcile(study, storage, 4)[3].number == last.number
 
 
 def test_slots_are_in_the_brackets_of_the_authors_trials() -> None:

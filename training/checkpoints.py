@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import random
 import shutil
 import sys
@@ -189,10 +188,10 @@ class Checkpoint:
         Raises:
             UserError: the file is not what was saved there, or is of another model.
         """
+        state = self._read()
+        if state is None:
+            return Progress()
         with self._usable():
-            state = self._read()
-            if state is None:
-                return Progress()
             trainer.model.load_state_dict(state["model"])
             trainer.optimizer.load_state_dict(state["optimizer"])
             trainer.scheduler.load_state_dict(state["scheduler"])
@@ -211,8 +210,8 @@ class Checkpoint:
         Raises:
             UserError: the file is not what was saved there.
         """
+        state = self._read()
         with self._usable():
-            state = self._read()
             return _progress(state).history if state else []
 
     def remove(self) -> None:
@@ -258,15 +257,19 @@ class Checkpoint:
             ) from None
 
     def _read(self) -> dict[str, Any] | None:
-        if not processes.same(self.path.exists()):
+        data = processes.on_main(self._bytes)
+        with self._usable():
+            return data and torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)  # ignores the digest
+
+    def _bytes(self) -> bytes | None:
+        if not self.path.exists():
             return None
-        if processes.is_main():
-            with open(self.path, "rb") as file:
-                size = max(0, os.fstat(file.fileno()).st_size - hashlib.sha256().digest_size)
-                if _digest(file, size) != file.read():
-                    raise ValueError("it is damaged, edited, or of an earlier version")
-        file = self.path if processes.size() == 1 else io.BytesIO(processes.same_bytes(self.path))
-        return torch.load(file, map_location="cpu", weights_only=True)  # which ignores the digest
+        with self._usable():
+            data = self.path.read_bytes()
+            size = max(0, len(data) - hashlib.sha256().digest_size)
+            if hashlib.sha256(memoryview(data)[:size]).digest() != data[size:]:
+                raise ValueError("it is damaged, edited, or of an earlier version")
+            return data
 
 
 class _Digested:
@@ -290,15 +293,6 @@ def copied(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: copied(item) for key, item in value.items()}
     return [copied(item) for item in value] if isinstance(value, list) else value
-
-
-def _digest(file: BinaryIO, size: int) -> bytes:
-    """SHA-256 of the first `size` bytes of a file; leaves it there."""
-    digest = hashlib.sha256()
-    while chunk := file.read(min(size, 2**22)):
-        digest.update(chunk)
-        size -= len(chunk)
-    return digest.digest()
 
 
 def _progress(state: Mapping[str, Any]) -> Progress:

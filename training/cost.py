@@ -61,25 +61,25 @@ def read_costs(path: Path) -> dict[int | None, Cost]:
         }
 
 
-def cost_folder(preset: Preset, package: str, experiment: str, num_crops: int | None) -> Path:
-    """results/<preset>/<package>/<experiment>/<full or quick>; in it k_<K> for each K, so that they can run at once.
+def find_cost(preset: Preset, package: str, experiment: str, num_crops: int | None) -> tuple[Path, Cost | None]:
+    """The folder of one number of crops, and its cost; None if it is not measured.
 
-    What an earlier version measured is in the former for every K.
+    results/<preset>/<package>/<experiment>/<full or quick>, in it k_<K> for each K, so that they can run at once. What
+    an earlier version measured is in the former for every K.
     """
     mode = "quick" if getattr(preset, package).quick else "full"
     folder = preset_folder(preset) / package / experiment / mode
-    return folder if num_crops in (None, *read_costs(folder / "costs.csv")) else folder / f"k_{num_crops}"
-
-
-def is_measured(preset: Preset, package: str, experiment: str, num_crops: int | None) -> bool:
-    """Whether the cost with this number of crops is measured, and so not measured again."""
-    return num_crops in read_costs(cost_folder(preset, package, experiment, num_crops) / "costs.csv")
+    costs = read_costs(folder / "costs.csv")
+    if num_crops not in (None, *costs):
+        folder /= f"k_{num_crops}"
+        costs = read_costs(folder / "costs.csv")
+    return folder, costs.get(num_crops)
 
 
 def run_cost_study(preset: Preset, experiment: Experiment, package: str, restart: bool) -> dict[int | None, Cost]:
     """Train with each number of crops of the study, in a folder of its own; finished ones are skipped.
 
-    Writes costs.csv, of one line, and run.json to each `cost_folder`, and prints each cost.
+    Writes costs.csv, of one line, and run.json to each folder, and prints each cost.
 
     Args:
         package: of the experiment, which names its settings too: num_crops, or standard_memory, without crops.
@@ -94,26 +94,27 @@ def run_cost_study(preset: Preset, experiment: Experiment, package: str, restart
     costs: dict[int | None, Cost] = {}
     with open_session(preset) as session:
         if restart:
-            archive(preset, [cost_folder(preset, package, experiment.name, num_crops) for num_crops in counts])
+            archive(preset, [find_cost(preset, package, experiment.name, num_crops)[0] for num_crops in counts])
         values, rows = _settings_of(session, study, experiment), (session.splits.train, session.splits.valid)
         for num_crops in counts:
-            folder = cost_folder(preset, package, experiment.name, num_crops)
+            folder, _ = find_cost(preset, package, experiment.name, num_crops)
             with open_run(session, folder, values, results=("costs.csv", "checkpoint.pt")) as run:
                 checkpoint = run.checkpoint(background=False)  # what is written meanwhile would cost time
                 label = experiment.name if num_crops is None else f"{experiment.name} K = {num_crops}"
-                if not processes.same(is_measured(preset, package, experiment.name, num_crops)):
+                cost = processes.on_main(lambda k=num_crops: find_cost(preset, package, experiment.name, k)[1])
+                if not cost:
                     session.stop.raise_if_requested(f"before {label}")
                     chosen = experiment if num_crops is None else replace(experiment, num_crops=num_crops)
                     cost = _measure(  # without a name for the job, which would outlive it into the next K
                         build_job(session, chosen, preset.settings.main_seed, study.epochs, rows, label),
                         study, run, checkpoint, session.stop,
                     )  # fmt: skip
+                    line = ("" if num_crops is None else num_crops, *astuple(cost))
                     if processes.is_main():
-                        line = ("" if num_crops is None else num_crops, *astuple(cost))
                         write_csv(folder / "costs.csv", COLUMNS, [line])
                 checkpoint.remove()  # also where a kill came between the two
-                costs[num_crops] = processes.on_main(lambda path=folder / "costs.csv": read_costs(path))[num_crops]
-                print(f"{label}: {_in_words(costs[num_crops], session.runtime.memory_kind, study.quick)}", flush=True)
+                costs[num_crops] = cost
+                print(f"{label}: {_in_words(cost, session.runtime.memory_kind, study.quick)}", flush=True)
     return costs
 
 

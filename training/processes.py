@@ -12,16 +12,14 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.distributed import distributed_c10d
@@ -68,6 +66,8 @@ class _Job:
             error: of this process; that the connection is lost only says that another has left. If that one does not
                 say why, it was killed.
         """
+        if isinstance(error, OSError):  # as `run_command` has it
+            error = UserError(error).with_traceback(error.__traceback__)
         key = f"error {self.meetings}"
         lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "onnection" in str(error))
         try:
@@ -119,9 +119,12 @@ def joined(device: str) -> Iterator[None]:
         _job.meet()
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes that torchrun started did not meet ({first_line(error)})") from None
+    if not is_main():  # for good: commands print after the block too
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if is_main() else nowhere), errors_shared():
+        with errors_shared():
             yield
+            same(None)  # or the others would be gone where main alone has something left to do, and cannot
     except (UserError, Stopped) as error:
         if not is_main() and (isinstance(error, Stopped) or hasattr(error, "of_all")):
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (main says it)
@@ -153,11 +156,6 @@ def rank() -> int:
 def size() -> int:
     """The number of processes."""
     return _job.size if _job else 1
-
-
-def share() -> tuple[int, int]:
-    """This process's share of the batches, as `build_loader` takes it."""
-    return rank(), size()
 
 
 def is_main() -> bool:
@@ -214,6 +212,18 @@ def on_main(action: Callable[[], T]) -> T:
     return result
 
 
+def check_alike(values: Mapping[str, object]) -> None:
+    """Raise UserError if these values differ between processes."""
+    first, *others = gathered(values)
+    for number, other in enumerate(others, 1):
+        for name, value in first.items():
+            if other[name] != value:
+                raise UserError(
+                    f"process {number} of this command has {name} = {other[name]}, and process 0 has {value}: start "
+                    f"all alike, with the same flags, code, libraries and data set on each machine"
+                )
+
+
 def any_of(flag: bool) -> bool:
     """Whether the flag is set in one of them."""
     return flag if size() == 1 else bool(total(torch.tensor(int(flag))) > 0)
@@ -233,15 +243,6 @@ def gathered(value: T) -> list[T]:
     if size() > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def same_bytes(path: Path) -> bytes:
-    """What main reads from a file, everywhere."""
-    data = bytearray(path.read_bytes()) if is_main() else None
-    length = same(data and len(data))
-    buffer = torch.frombuffer(data or bytearray(length), dtype=torch.uint8)
-    dist.broadcast(buffer, src=0)
-    return buffer.numpy().tobytes()
 
 
 # ---------------------------------------------------------------------------------------------------- models

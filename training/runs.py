@@ -14,8 +14,8 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import MISSING, asdict, dataclass, fields
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
 from importlib import metadata as installed
 from pathlib import Path
@@ -28,7 +28,7 @@ import config
 from config import NO_EFFECT, Experiment, Preset, Settings
 from data.datasets import load_splits
 from data.index import Index
-from data.loaders import build_loader
+from data.loaders import ImageLoader, build_loader
 from data.splits import Splits
 from data.workers import available_cores
 from models.build import build_model
@@ -46,6 +46,9 @@ SETTINGS = [  # that the commands of experiments read
     for kind in (Settings, *STUDIES)
     for field in fields(kind)
     if field.name not in ("kaggle_dataset", "cache_limit_gb")
+]
+OF_A_MACHINE = [  # settings that may differ between machines
+    f"settings.{name}" for name in ("data_root", "results_root", "cache_root", "weights_files", "num_workers")
 ]
 RESTART = "pass --restart to archive that folder and start over, or choose another --name or --results-root"
 
@@ -68,16 +71,27 @@ class Session:
     runtime: Runtime
     stop: StopRequest
 
+    def loader(self, experiment: Experiment, rows: list[int], training_seed: int | None = None) -> ImageLoader:
+        """`build_loader`, of this process's share."""
+        share = (processes.rank(), processes.size())
+        return build_loader(self.settings, experiment, self.index, rows, training_seed, share)
+
 
 @contextmanager
 def open_session(preset: Preset) -> Iterator[Session]:
     """The preset's data set and splits, the device, and one stop request for the whole command.
 
     Raises:
-        UserError: no index, a data set that is not as indexed, or a device that is unavailable.
+        UserError: no index, a data set that is not as indexed, a device that is unavailable, or processes that were
+            not started alike.
     """
     with processes.joined(preset.settings.device), stop_signals() as stop:
         index, splits = load_splits(preset)
+        owners = {e.name: e for e in preset.experiments} | {k: v for k, v in vars(preset).items() if is_dataclass(v)}
+        values = {f"{k}.{name}": value for k, owner in owners.items() for name, value in vars(owner).items()}
+        alike = {name: value for name, value in values.items() if name not in OF_A_MACHINE}
+        data_and_code = {"dataset_fingerprint": index.fingerprint, "commit": git_commit(), **library_versions()}
+        processes.check_alike(alike | data_and_code)
         runtime = build_runtime(preset.settings)
         with runtime.switched():
             yield Session(preset.settings, index, splits, runtime, stop)
@@ -105,10 +119,7 @@ def build_job(
     seed_everything(seed)
     model = build_model(experiment, settings)
     trainer = build_trainer(model, experiment, settings, session.runtime, epochs)
-    train_loader, valid_loader = (
-        build_loader(settings, experiment, session.index, part, training_seed, share=processes.share())
-        for part, training_seed in ((train, seed), (valid, None))
-    )
+    train_loader, valid_loader = session.loader(experiment, train, seed), session.loader(experiment, valid)
     if not processes.is_main():  # the others drop out other features
         torch.manual_seed(seed + 1_000_003 * processes.rank())
     return Job(label, trainer, train_loader, valid_loader, epochs, settings.tensorboard)
@@ -171,14 +182,15 @@ def open_run(
     Raises:
         UserError: it was started with other settings or data, does not say with which, or is in use.
     """
-    with locked_folder(folder, wait) if processes.is_main() else nullcontext():
+    if not processes.is_main():  # which looks and writes for all
+        yield RunFolder(folder, {}, session.settings.checkpoint_every)
+        return
+    with locked_folder(folder, wait):
         metadata = run_metadata({**values, **session.runtime.resolved()}, session.index.fingerprint)
         metadata["memory_kind"] = session.runtime.memory_kind
-        started = any(path for pattern in results for path in folder.glob(pattern))
-        if started and processes.is_main():
+        if any(path for pattern in results for path in folder.glob(pattern)):
             before = read_metadata(folder / "run.json")
-            difference = first_difference(before, metadata)
-            if difference:
+            if difference := first_difference(before, metadata):
                 raise UserError(f"{folder} was started with {difference}: {remedy}")
             metadata["environments"] = before["environments"]
         yield RunFolder(folder, metadata, session.settings.checkpoint_every)

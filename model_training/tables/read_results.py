@@ -185,15 +185,14 @@ def read_cost_studies(folder: Path) -> list[CostStudy]:
         for home in folder.glob(f"*/{mode}"):
             paths = (home / "costs.csv", *home.glob("k_*/costs.csv"))  # the first: standard, or of an earlier version
             parts = [(read_costs(path), path.parent) for path in paths if path.exists()]
-            parts = [(costs, folder, read_metadata(folder / "run.json")) for costs, folder in parts]
             parts.sort(key=lambda part: [k or 0 for k in part[0]])
-            _check_alike([part[1:] for part in parts], "a line through both")
+            found = [(folder, read_metadata(folder / "run.json")) for _, folder in parts]
+            _check_alike(found, "a line through both")
             if parts:
-                costs = sorted(
-                    ((k, cost) for part in parts for k, cost in part[0].items()), key=lambda each: each[0] or 0
-                )
-                metadata = parts[0][2] | {"environments": [each for part in parts for each in part[2]["environments"]]}
-                studies.append(CostStudy(home.parent.name, mode, metadata, dict(costs)))
+                costs = {k: cost for part, _ in parts for k, cost in part.items()}
+                environments = [each for _, metadata in found for each in metadata["environments"]]
+                costs = dict(sorted(costs.items(), key=lambda item: item[0] or 0))
+                studies.append(CostStudy(home.parent.name, mode, found[0][1] | {"environments": environments}, costs))
     return studies
 
 
