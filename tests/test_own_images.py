@@ -540,7 +540,9 @@ def test_robustness_has_a_row_for_each_perturbation(results: Path, toy_data: Pat
 
 
 def test_the_commands_for_own_images_do_what_their_document_says(results: Path, toy_data: Path, tmp_path: Path) -> None:
-    """All before its section on training, as it stands there, in a folder that looks like the one after `make demo`."""
+    """All before its section on training, as it stands there, in a folder that looks like the one after `make demo`.
+
+    Blocks marked sh need a network or a browser, and have tests of their own."""
     section = (REPOSITORY / "docs" / "own_images.md").read_text().partition("\n## Train ")[0]
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
     commands, programs = ([text for kind, text in blocks if kind == wanted] for wanted in ("", "python"))
