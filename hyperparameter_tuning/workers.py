@@ -189,8 +189,12 @@ class Worker(Search):
         with self._locked(), self._run_folder(study) as run:
             write_json(run.path / "run.json", run.metadata)
             write_study(run.path / "study.db", name, self.slots.values())
-            for leftover in (run.path / "checkpoints").glob("*/*.pt"):
+            checkpoints = run.path / "checkpoints"
+            for leftover in checkpoints.glob("*/*.pt"):
                 leftover.unlink(missing_ok=True)
+            for folder in (*checkpoints.glob("*"), checkpoints):
+                with suppress(OSError):  # it holds what was written for TensorBoard, or is not there
+                    folder.rmdir()
             print_best(open_study(run.path / "study.db", name), name)
 
     # -------------------------------------------------------------------------------------------- a trial

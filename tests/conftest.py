@@ -165,7 +165,9 @@ def toy_preset(toy_data: Path, indexed: Path) -> MakePreset:
         return replace(
             config.DEMO,
             settings=replace(config.DEMO.settings, **(toy | settings)),
-            experiments=tuple(replace(e, backbone=TOY_BACKBONE) for e in config.DEMO.experiments),
+            experiments=tuple(
+                replace(e, backbone=f"timm:test_{e.name.partition('_')[2]}") for e in config.DEMO.experiments
+            ),
             tuning=Tuning(epochs=2, trials=2, min_resource=1, max_resource=2),
             training=Training(epochs=2, seeds=(1,)),
             num_crops=NumCrops(epochs=1, batch_size=8, crop_counts=(1, 3)),

@@ -64,7 +64,7 @@ def finished(indexed: Path, toy_preset: MakePreset, tmp_path_factory: pytest.Tem
 def test_a_run_folder_holds_what_was_promised(finished: tuple[Preset, Path]) -> None:
     preset, folder = finished
     assert sorted(file.name for file in folder.iterdir()) == [
-        ".lock", "history.csv", "metrics.json", "model.safetensors", "predictions.csv", "run.json",
+        ".lock", "README.md", "history.csv", "metrics.json", "model.safetensors", "predictions.csv", "run.json",
         "training_curve.png",
     ]  # fmt: skip
     rows = [{name: float(text) for name, text in row.items()} for row in read_csv(folder / "history.csv")]
@@ -316,7 +316,7 @@ def test_each_epoch_steps_the_schedule_once(toy_preset: MakePreset) -> None:
 
 
 def test_bytes_become_normalised_floats(toy_preset: MakePreset) -> None:
-    trainer = toy_job(toy_preset()).trainer
+    trainer = toy_job(toy_preset(), backbone="timm:resnet10t").trainer
     (view,) = trainer.runtime.to_device(
         trainer.model, [torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1)]
     )

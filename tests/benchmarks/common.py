@@ -133,11 +133,11 @@ def forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def write_images(root: Path) -> None:
-    """12 photographs of 6 to 24 megapixels."""
+def write_images(root: Path, side: int = 2000) -> None:
+    """12 photographs, from a shorter side of `side` pixels to one of twice that: of 6 to 24 megapixels."""
     random = np.random.default_rng(0)
     for i in tqdm(range(12), desc="writing images", disable=None):
-        short = 2000 + 2000 * i // 11
+        short = side + side * i // 11
         width, height = (short, short * 3 // 2) if i % 3 == 2 else (short * 3 // 2, short)
         image = photograph(random, height, width)
         path = root / CLASSES[i % 2] / f"{i:02d}.{'png' if i % 4 == 3 else 'jpg'}"

@@ -301,7 +301,7 @@ def main() -> None:
     }  # fmt: skip
     found["ceilings"] = child(["--case", "null"], 120).get("rows", [])
     with tempfile.TemporaryDirectory() as scratch:
-        write_images(Path(scratch, "images"))
+        write_images(Path(scratch, "images"), 2000 if ON_CUDA else 200)
         with quiet():
             preprocess(preset_in(Path(scratch)), (PIXELS,))
         text = report(found, arguments)
