@@ -102,6 +102,8 @@ class Settings:
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"  # of the forward pass on CUDA; the CPU computes in fp32
     compile: bool = True  # torch.compile, on CUDA
     channels_last: Literal["auto", "on", "off"] = "auto"  # layout of convolutional backbones; auto: where it is safe
+    # compute the activations of the crops' backbone again in backward: less memory, more time; auto: if they do not fit
+    activation_checkpointing: Free[Literal["off", "on", "auto"]] = "off"
     deterministic: bool = True  # the same numbers on every run on the same machine
     matmul_precision: Literal["highest", "high", "medium"] = "high"  # of float32 products; high is TF32
     num_workers: Free[Number | Literal["auto"]] = "auto"  # processes that load images; auto: by the number of cores

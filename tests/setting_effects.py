@@ -303,6 +303,15 @@ def layout_of_activations(lab: Lab, chosen: str) -> set[str]:
     return layouts(toy_job(lab.preset(channels_last=chosen, exact_resize=True))) | of_glass
 
 
+@effect("Settings.activation_checkpointing", {"off": 1, "on": 2, "auto": 1})
+def passes_of_a_block_in_a_step(lab: Lab, chosen: str) -> int:
+    job, passes = toy_job(lab.preset(activation_checkpointing=chosen), "glass_resnet"), []
+    job.trainer.model.local_model.layer1[0].conv1.register_forward_hook(lambda *_: passes.append(1))
+    *views, labels = next(iter(job.train_loader))
+    job.trainer.train_step(views, labels)
+    return len(passes)
+
+
 @effect(
     "Settings.author_runtime",
     {True: (True, False, True, {"contiguous"}), False: (False, True, False, {"channels_last"})},

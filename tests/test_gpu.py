@@ -77,6 +77,16 @@ def test_losses_agree_with_fp32_on_the_cpu(
     assert history[0].train_loss == pytest.approx(expected[0].train_loss, rel=tolerance)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_activation_checkpointing_changes_no_loss(compiled: bool, toy_preset: MakePreset) -> None:
+    off, on = (
+        train(toy_preset(device="cuda", compile=compiled, activation_checkpointing=chosen), "glass_resnet", epochs=1)
+        for chosen in ("off", "on")
+    )
+    assert on[1][0].train_loss == pytest.approx(off[1][0].train_loss, rel=1e-3 if compiled else 1e-5)
+    assert on[1][0].valid_loss == pytest.approx(off[1][0].valid_loss, rel=1e-2 if compiled else 1e-4)
+
+
 def test_convolutional_weights_are_channels_last_and_others_are_not(toy_preset: MakePreset) -> None:
     for backbone, expected in (("timm:resnet10t", True), ("timm:test_vit", False)):
         trainer, _ = train(toy_preset(device="cuda", compile=False), "glass_vit", epochs=1, backbone=backbone)

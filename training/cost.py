@@ -125,6 +125,8 @@ def _settings_of(session: Session, study: CostSettings, experiment: Experiment) 
     values["compilation"] = "before them"  # of the epochs that are measured
     if processes.size() > 1:
         values["processes"] = processes.size()
+    if session.settings.activation_checkpointing != "off":  # which changes no accuracy, but memory and time
+        values["recomputation"] = session.settings.activation_checkpointing
     values.pop("num_crops", None)  # each K in turn
     return values
 

@@ -91,9 +91,7 @@ class Runtime:
         with self.memory_for("the model"):
             model.to(self.device)
         model.channels_last = self._suits_channels_last(model)
-        if model.channels_last and sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 2:
-            model.to(memory_format=torch.channels_last)  # not for ViTs, whose one convolution cuts patches
-        return model
+        return lay_out(model)
 
     def _suits_channels_last(self, model: nn.Module) -> bool:
         """On the CPU, where it is up to twice as fast, not for every model.
@@ -140,7 +138,7 @@ class Runtime:
                 raise
             raise OutOfMemory(
                 f"{self.device} has no memory left for {what} in {self.precision}: lower --batch-size or, for GLASS, "
-                f"the number of crops"
+                f"the number of crops, or train with --activation-checkpointing on"
             ) from None
 
     def batches(self, loader: Iterable[Sequence[torch.Tensor]]) -> Iterator[Sequence[torch.Tensor]]:
@@ -182,6 +180,13 @@ class Runtime:
         """Return when the device has done all it was given; before reading a clock."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def lay_out(model: nn.Module) -> nn.Module:
+    """The model in the memory layout that its `channels_last` says; a ViT's one convolution only cuts patches."""
+    if model.channels_last and sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 2:
+        model.to(memory_format=torch.channels_last)
+    return model
 
 
 def build_runtime(settings: Settings) -> Runtime:

@@ -9,8 +9,10 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 
 from config import Experiment, Settings
+from models.checkpointing import checkpoint_blocks
 from training import processes
 from training.evaluation import sizes_of
+from training.memory import recomputes
 from training.optimizer import build_optimizer
 from training.runtime import Runtime
 
@@ -92,7 +94,13 @@ class Trainer:
 def build_trainer(
     model: nn.Module, experiment: Experiment, settings: Settings, runtime: Runtime, epochs: int
 ) -> Trainer:
-    """Place the model on the device and give it its optimizer and schedule over `epochs` epochs."""
+    """Place the model on the device and give it its optimizer and schedule over `epochs` epochs.
+
+    Raises:
+        UserError: its activations are to be computed again, and it has no blocks that can be.
+    """
+    if recomputes(experiment, settings, runtime):
+        checkpoint_blocks(model)
     model = processes.synchronised(model)
     runtime.place(model)
     optimizer, scheduler = build_optimizer(model, experiment, epochs, settings.eta_min, settings.author_runtime)
