@@ -83,7 +83,7 @@ def another(value: Any) -> Any:
 @pytest.mark.parametrize("group", ["settings", *GROUPS])
 def test_overrides_survive_being_passed_on_as_flags(group: str) -> None:
     choices = {"precision": "bf16", "channels_last": "on", "matmul_precision": "medium", "device": "cuda:1"}
-    choices |= {"demo_data": "local", "data_layout": "ai_nature"}
+    choices |= {"demo_data": "local", "data_layout": "ai_nature", "activation_checkpointing": "auto"}
     for preset in config.PRESETS.values():
         owner = getattr(preset, group)
         changed = {field.name: another(getattr(owner, field.name)) for field in fields(owner)}
