@@ -203,7 +203,7 @@ def peak_of(device: torch.device) -> float | None:
 def ceilings() -> list[tuple[str, float, str]]:
     """What the machine can at most: products in half precision, copies on the device, copies to it."""
     device = "cuda" if ON_CUDA else "cpu"
-    side, rows = (8192, 64 * 11 * 197) if ON_CUDA else (256, 128)
+    side, rows = (8192, 64 * 11 * 197) if ON_CUDA else (64, 8)
     found = []
     for dtype in (torch.float16, torch.bfloat16):
         name = "fp16" if dtype is torch.float16 else "bf16"
