@@ -16,22 +16,37 @@ from hyperparameter_tuning.search_spaces import suggest_experiment
 from hyperparameter_tuning.study import build_live_study
 from hyperparameter_tuning.trials import author_study_name
 from tests.campaigns.processes import RATES, command, differences, stop_after
-from tests.conftest import PREPROCESS_FLAGS, TOY_FLAGS, copy_index, refused, run_module, start_module, succeed, torchrun
+from tests.conftest import (
+    PREPROCESS_FLAGS,
+    TOY_BACKBONE,
+    TOY_FLAGS,
+    copy_index,
+    refused,
+    run_module,
+    start_module,
+    succeed,
+    torchrun,
+)
 from utils import find_experiment, read_json
 
 EPOCHS = ("--epochs", "3")
 
 
+def toy(experiment: str, *places: Path) -> tuple[str | Path, ...]:
+    """`command` with timm's smallest model of the kind, since each step is saved."""
+    return (*command(experiment, *places), *EPOCHS, "--backbone", f"timm:test_{experiment.partition('_')[2]}")
+
+
 def assert_as_by_one(experiment: str, results: Path, data: Path, indexed: Path, folder: Path) -> None:
     one = copy_index(indexed, folder / "by one")
-    succeed(*command(experiment, data, one, *EPOCHS))
+    succeed(*toy(experiment, data, one))
     loss, prediction = differences(one, results, experiment)
     assert loss <= 1e-5 and prediction <= 1e-4
 
 
 def test_two_processes_train_and_test_as_one(toy_data: Path, indexed: Path, results: Path, tmp_path: Path) -> None:
     again = ("--activation-checkpointing", "on")  # sums over processes are then computed again, in backward
-    done = succeed(*torchrun(2, *command("glass_vit", toy_data, results, *EPOCHS, *again)))
+    done = succeed(*torchrun(2, *toy("glass_vit", toy_data, results), *again))
     assert done.count("epoch 1/3") == 1  # main alone prints
     assert_as_by_one("glass_vit", results, toy_data, indexed, tmp_path)
     run = read_json(results / "demo" / "glass_vit" / "seed_1" / "run.json")
@@ -41,7 +56,7 @@ def test_two_processes_train_and_test_as_one(toy_data: Path, indexed: Path, resu
 def test_a_training_resumes_with_another_number_of_processes(
     toy_data: Path, indexed: Path, results: Path, tmp_path: Path
 ) -> None:
-    arguments = command("glass_resnet", toy_data, results, *EPOCHS)
+    arguments = toy("glass_resnet", toy_data, results)
     for epoch, processes, expected in ((1, 1, 75), (2, 2, 1)):  # torchrun's own code, whatever those of its processes
         code, errors = stop_after(epoch, processes, *arguments)
         assert code == expected and errors.count("stopped: saved") == 1, errors
@@ -70,7 +85,7 @@ def test_processes_share_every_batch() -> None:
 def test_what_one_process_cannot_do_ends_all_with_one_sentence(toy_data: Path, tmp_path: Path) -> None:
     data, results = shutil.copytree(toy_data, tmp_path / "data"), tmp_path / "results"
     succeed("data.data_preprocess", *PREPROCESS_FLAGS, "--data-root", data, "--results-root", results)
-    arguments = command("standard_resnet", data, results)[: -len(RATES)]
+    arguments = (*command("standard_resnet", data, results)[: -len(RATES)], "--backbone", TOY_BACKBONE)
     (late := results / "demo" / "standard_resnet" / "seed_2" / "predictions.csv").mkdir(parents=True)
     unwritable = run_module(*torchrun(2, *arguments, "--seeds", "2"))  # by the first, when the other has no more to do
     late.rmdir()
@@ -101,7 +116,7 @@ def test_machines_that_are_not_started_alike_are_refused(toy_data: Path, results
         free.bind(("127.0.0.1", 0))
         at = f"127.0.0.1:{free.getsockname()[1]}"
     launcher = ("--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", at, "-m")
-    arguments = command("standard_resnet", toy_data, results)[: -len(RATES)]
+    arguments = (*command("standard_resnet", toy_data, results)[: -len(RATES)], "--backbone", TOY_BACKBONE)
     machines = [
         start_module("torch.distributed.run", *launcher, *arguments, "--lr", rate) for rate in ("0.001", "0.002")
     ]

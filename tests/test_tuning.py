@@ -86,7 +86,7 @@ def test_an_uninterrupted_study_suggests_and_prunes_as_plain_optuna(
         return max(study.trials[trial.number].intermediate_values.values())
 
     plain = optuna.create_study(
-        study_name="transfer_timm:mobilevit_xxs_hyperparameters_optimization",
+        study_name="transfer_timm:test_vit_hyperparameters_optimization",
         direction="maximize",
         sampler=optuna.samplers.TPESampler(seed=606),
         pruner=optuna.pruners.HyperbandPruner(min_resource=1, max_resource=3, reduction_factor=2),
