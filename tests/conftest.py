@@ -33,6 +33,7 @@ from utils import find_experiment, read_json, sha256_of, write_json
 
 REPOSITORY = Path(__file__).parents[1]
 MakePreset = Callable[..., Preset]  # the toy preset with these settings
+LONG = ("reliability", "processes", "commands", "own_images", "list", "config", "ablations", "samplers", "layouts")
 FIXTURES = Path(__file__).parent / "fixtures"
 # With a data root and a results root, the toy preset below as a user would ask for it.
 TOY_SETTINGS = (
@@ -193,6 +194,12 @@ def toy_job(preset: Preset, name: str = "standard_resnet", epochs: int = 2, **ch
     index, splits = load_splits(preset)
     session = Session(preset.settings, index, splits, build_runtime(preset.settings), StopRequest())
     return build_job(session, experiment, 1, epochs, (splits.train, splits.valid), name)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no process is left with one while the others have nothing to do."""
+    order = {f"test_{name}.py": place for place, name in enumerate(reversed(LONG))}
+    items.sort(key=lambda item: -order.get(item.path.name, -1))
 
 
 @pytest.fixture(autouse=True)

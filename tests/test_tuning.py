@@ -21,7 +21,7 @@ from hyperparameter_tuning.search_spaces import search_space, suggest_experiment
 from hyperparameter_tuning.study import tune
 from hyperparameter_tuning.trials import OnEpoch
 from model_training.results_tables import write_tables
-from tests.conftest import REPOSITORY, TOY_FLAGS, MakePreset, copy_index, refused, start_module, succeed
+from tests.conftest import REPOSITORY, TOY_SETTINGS, MakePreset, copy_index, refused, start_module, succeed
 from tests.reference_studies import STUDIES, as_recorded, given, toy_paper
 from training.checkpoints import Checkpoint
 from training.loop import fit
@@ -151,22 +151,9 @@ def test_a_study_that_was_stopped_resumes_as_if_it_had_not_been(
 
 
 def test_a_killed_trial_is_run_again_with_the_same_values(uninterrupted: Path, results: Path, toy_data: Path) -> None:
-    command = [
-        *(f"hyperparameter_tuning.{NAME}_tuning", *TOY_FLAGS, "--epochs", "3"),
-        *(
-            "--trials",
-            "4",
-            "--valid-size",
-            str(VALID),
-            "--min-resource",
-            "1",
-            "--max-resource",
-            "3",
-            "--reduction-factor",
-            "2",
-        ),
-        *("--data-root", str(toy_data), "--results-root", str(results)),
-    ]
+    flags = f"--epochs 3 --trials 4 --valid-size {VALID} --min-resource 1 --max-resource 3 --reduction-factor 2"
+    places = ("--data-root", str(toy_data), "--results-root", str(results), "--backbone", "timm:test_vit")
+    command = [f"hyperparameter_tuning.{NAME}_tuning", *TOY_SETTINGS, *flags.split(), *places]
 
     def kill_when(there: Callable[[list[FrozenTrial]], bool]) -> None:
         before = shutil.copytree(results, results.with_name("before"))
