@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import field, fields, make_dataclass, replace
 from functools import cache
@@ -279,16 +279,6 @@ def preset_folder(preset: Preset) -> Path:
     return preset.settings.results_root / preset.name
 
 
-def name_of_root(root: Path, *choices: str) -> str:
-    """What no other results are called: the folder's own name, and 8 digits of the hash of its path and of `choices`.
-
-    These are what else the results are of, such as a list of some of the images; "" is none.
-    """
-    root = root.resolve()
-    whole = os.fsencode(root) + (repr(choices).encode() if any(choices) else b"")
-    return f"{root.name}-{hashlib.sha256(whole).hexdigest()[:8]}"
-
-
 @contextmanager
 def locked_folder(folder: Path, wait: float = 0) -> Iterator[None]:
     """Hold `folder`, made if need be, so that no other process works in it; one that has died holds nothing.
@@ -395,36 +385,6 @@ def read_json(path: Path, remedy: str = REBUILD) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError(f"it holds {type(value).__name__}, not an object")
         return value
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a CSV file, whole or not at all; floats keep all their digits."""
-    write_text(path, "".join(f"{csv_line(row)}\n" for row in (columns, *rows)))
-
-
-def csv_line(row: Sequence[Any]) -> str:
-    """A line of a CSV file, without its end."""
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\r\n").writerow(row)  # this terminator makes it quote "\r" in names
-    return buffer.getvalue().removesuffix("\r\n")
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file that this project wrote, as column -> text."""
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def database_problem(path: Path, error: Exception) -> str:
-    """What SQLite, or Optuna of it, says of the file `path`, in a line.
-
-    Raises:
-        UserError: another program holds the file, which is no fault of it.
-    """
-    reason = first_line(error.__cause__ or error)
-    if "database is locked" in reason:
-        raise UserError(f"{path} is in use by another program: wait, or close it") from None
-    return reason
 
 
 def stat_of(path: Path) -> os.stat_result | None:

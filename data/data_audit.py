@@ -34,10 +34,10 @@ from data.audit.header_classifier import HeaderAudit, auc, audit_headers, header
 from data.audit.matching import CALIPER, match_pairs
 from data.index import Index, dataset_folder, used_images
 from data.layouts import LABELS, Listed
-from data.lists import check_output, render_table
+from data.lists import check_output, name_of_root, render_table, write_csv
 from data.preparation.report import report_left_out
 from data.records import CLASSES, ImageRecord
-from utils import UserError, locked_folder, name_of_root, run_command, write_csv, write_json, write_text
+from utils import UserError, locked_folder, run_command, write_json, write_text
 
 MATCHED_PAIRS = 15  # to train a classifier on; with fewer it learns the opposite of what it is tested on
 MATCH_COLUMNS = ("path", "label")

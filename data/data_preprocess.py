@@ -28,11 +28,11 @@ from data.cache.builder import building
 from data.cache.pixel_cache import PIXELS, VIEWS, Kind
 from data.index import PREPROCESS_SETTINGS, dataset_folder, index_path, write_index
 from data.layouts import read_data_set
-from data.lists import render_table
+from data.lists import render_table, write_csv
 from data.preparation.checks import check_images
 from data.preparation.report import draw_sizes_and_formats, measure, report_left_out, tables
 from data.records import CLASSES
-from utils import UserError, locked_folder, run_command, sha256_of, write_csv, write_json, write_text
+from utils import UserError, locked_folder, run_command, sha256_of, write_json, write_text
 
 
 @dataclass(frozen=True)

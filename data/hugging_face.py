@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from data.images import format_of
 from data.layouts import LIST, PARTS
-from utils import UserError, csv_line, first_line, locked_folder, replacing, write_csv, write_text
+from data.lists import csv_line, write_csv
+from utils import UserError, first_line, locked_folder, replacing, write_text
 
 COLUMNS = {  # of the list -> of data sets: the first that is there
     "label": ("label", "labels"),

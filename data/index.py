@@ -10,9 +10,9 @@ from pathlib import Path
 from config import Preset, Settings
 from data.cache.pixel_cache import PixelCache
 from data.layouts import PLAIN, Listed, read_data_set
-from data.lists import comparable, read_columns
+from data.lists import comparable, read_columns, read_csv, write_csv
 from data.records import CLASSES, ImageRecord
-from utils import UserError, as_flags, preset_folder, read_csv, read_json, reading, sha256_of, write_csv
+from utils import UserError, as_flags, preset_folder, read_json, reading, sha256_of
 
 PREPROCESS_SETTINGS = (  # that data.data_preprocess reads
     "data_root", "results_root", "max_image_pixels", "num_workers", "cache_root", "cache_limit_gb", "patch_size",

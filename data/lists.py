@@ -1,14 +1,17 @@
-"""CSV files of the user's: read by column; overwritten only if a command of ours wrote them. And tables as text."""
+"""CSV files, the user's and ours: read, written; overwritten only if a command of ours wrote them. Tables as text."""
 
 import csv
+import hashlib
+import io
+import os
 import posixpath
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from utils import UserError, check_replaceable, csv_line, first_line
+from utils import UserError, check_replaceable, first_line, write_text
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
@@ -69,3 +72,31 @@ def render_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], markdown
         table.append([cell.ljust(width) if is_text else cell.rjust(width) for cell in cells])
     lines = zip(*table, strict=True)
     return "\n".join(f"| {' | '.join(line)} |" if markdown else "  ".join(line).rstrip() for line in lines)
+
+
+def name_of_root(root: Path, *choices: str) -> str:
+    """What no other results are called: the folder's own name, and 8 digits of the hash of its path and of `choices`.
+
+    These are what else the results are of, such as a list of some of the images; "" is none.
+    """
+    root = root.resolve()
+    whole = os.fsencode(root) + (repr(choices).encode() if any(choices) else b"")
+    return f"{root.name}-{hashlib.sha256(whole).hexdigest()[:8]}"
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV file, whole or not at all; floats keep all their digits."""
+    write_text(path, "".join(f"{csv_line(row)}\n" for row in (columns, *rows)))
+
+
+def csv_line(row: Sequence[Any]) -> str:
+    """A line of a CSV file, without its end."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\r\n").writerow(row)  # this terminator makes it quote "\r" in names
+    return buffer.getvalue().removesuffix("\r\n")
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file that this project wrote, as column -> text."""
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return list(csv.DictReader(file))

@@ -21,9 +21,9 @@ from training.checkpoints import Checkpoint
 from training.evaluation import NonFiniteLoss
 from training.loop import fit
 from training.progress import EpochRecord
-from training.runs import Session, build_job
+from training.runs import Session, build_job, database_problem
 from training.runtime import OutOfMemory
-from utils import UserError, database_problem, replacing
+from utils import UserError, replacing
 
 OnEpoch = Callable[[list[EpochRecord]], None]
 # Trains a trial: called with the search, the trial's number and experiment, where it is resumed from, and what to call

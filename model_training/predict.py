@@ -37,12 +37,12 @@ from tqdm import tqdm
 
 from config import Preset
 from data.images import IMAGE_ENDINGS, TRANSPARENT, TURNED, UnreadableImage
-from data.lists import check_output, render_table
+from data.lists import check_output, read_csv, render_table, write_csv
 from data.pictures import find_images
 from model_training.inference.detector import SMALL, UNLIKE, Outcome, PredictionOptions, load_detector
 from model_training.inference.evidence import write_evidence
 from models.weights import weights_file
-from utils import UserError, read_csv, reading, run_command, sha256_of, stat_of, write_csv
+from utils import UserError, reading, run_command, sha256_of, stat_of
 
 COLUMNS = (
     "path", "probability_fake", "verdict", "standard_deviation", "flips", "raw_probability_fake", "width", "height",

@@ -4,6 +4,7 @@ from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 
 from config import Experiment, Preset, Training
+from data.lists import write_csv
 from model_training.inference.provenance import Provenance, TrainingData
 from model_training.model_card import write_model_card
 from model_training.tables.figures import plot_reliability, plot_training_curve
@@ -27,7 +28,7 @@ from training.runs import (
     resolved,
     seed_folder,
 )
-from utils import UserError, read_json, reading, run_command, sha256_of, write_csv, write_json
+from utils import UserError, read_json, reading, run_command, sha256_of, write_json
 
 
 def main(name: str, doc: str) -> None:

@@ -11,10 +11,11 @@ import timm
 from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 
+from data.lists import read_csv
 from tests.campaigns.kills import state_of
 from tests.conftest import TOY_SETTINGS, copy_index, refused, start_module, succeed
 from training.detection_metrics import paired_differences
-from utils import STOPPED, read_csv
+from utils import STOPPED
 
 COMMAND = "model_training.ablations"
 GRID = ("--samplers", "random", "--poolings", "mean", "--branches", "local", "--learning-rates", "1", "0.01")

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from data.lists import read_csv
 from tests.conftest import refused, run_module, untrained_weights
 from tests.odd_images import write_odd_images
 from tests.pages import Card, Server, agree, asked, browsed, cards_of, missing_browser, served
-from utils import read_csv
 
 gradio_client = pytest.importorskip("gradio_client", reason="the page needs gradio (requirements-app.txt)")
 

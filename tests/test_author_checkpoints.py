@@ -10,12 +10,13 @@ from torch import nn
 
 import config
 from data.images import pixel_key, read_image
+from data.lists import read_csv
 from data.views import Picture, ViewSettings
 from model_training.inference.detector import PredictionOptions, load_detector
 from models.build import build_model
 from tests.conftest import Bomb, refused, run_module, succeed
 from tests.test_models import RANDOM, fill_by_formula
-from utils import UserError, find_experiment, read_csv
+from utils import UserError, find_experiment
 
 K = 3
 

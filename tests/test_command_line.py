@@ -13,9 +13,10 @@ import pytest
 import config
 from config import Experiment, Preset
 from data.crops import derived_seed
+from data.lists import read_csv, write_csv
 from tests.conftest import REPOSITORY, help_of, refused
 from training.runs import first_difference, run_metadata
-from utils import UserError, as_flags, parse_command_line, read_csv, replacing, run_command, write_csv, write_text
+from utils import UserError, as_flags, parse_command_line, replacing, run_command, write_text
 
 GROUPS = ("tuning", "training", "num_crops", "standard_memory", "reproduce")
 PACKAGES = ("data", "hyperparameter_tuning", "model_training", "num_crops", "standard_memory")

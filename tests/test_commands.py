@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from data.lists import read_csv
 from tests.benchmarks.handmade import features
 from tests.conftest import (
     PREPROCESS_FLAGS,
@@ -20,7 +21,6 @@ from tests.conftest import (
     succeed,
     write_toy_images,
 )
-from utils import read_csv
 
 BACKBONES = ("vit", "convnext", "resnet")
 NAMES = [f"{family}_{backbone}" for family in ("standard", "glass") for backbone in BACKBONES]

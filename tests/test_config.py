@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import config
 from config import CostSettings, LogUniform, NumCrops, Preset, Reproduce, StandardMemory, Training, Tuning
+from data.lists import read_csv
 from data.views import ViewSettings
 from hyperparameter_tuning.search_spaces import suggest_experiment
 from hyperparameter_tuning.study import build_live_study, tune
@@ -31,7 +32,7 @@ from tests.conftest import FIXTURES, MakePreset
 from tests.setting_effects import EFFECTS, GLASS, STANDARD, Lab, Observe, batch, effect, refusal
 from training.optimizer import parameter_groups
 from training.runs import seed_folder
-from utils import preset_folder, read_csv, read_json
+from utils import preset_folder, read_json
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ from data.audit.matching import match_pairs
 from data.data_audit import connected_groups
 from data.images import open_image
 from data.index import read_list
+from data.lists import name_of_root, read_csv
 from tests.conftest import refused, succeed
 from tests.odd_images import saved
-from utils import UserError, name_of_root, read_csv
+from utils import UserError
 
 RNG = np.random.default_rng(606)
 

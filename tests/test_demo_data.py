@@ -11,8 +11,9 @@ import config
 from config import Preset
 from data.data_download import write_demo
 from data.demo_dataset import draw_scene, render, render_local
+from data.lists import read_csv
 from tests.conftest import TOY_SETTINGS, succeed
-from utils import UserError, read_csv
+from utils import UserError
 
 LOCAL_FLAGS = ("--preset", "demo_local", *TOY_SETTINGS[2:])  # the toy preset's other values
 

@@ -14,11 +14,11 @@ from PIL import ExifTags, Image
 
 from data.formats import HEIF
 from data.images import read_image
+from data.lists import name_of_root, read_csv
 from model_training.inference.detector import load_detector
 from tests.campaigns.mutated_images import POSTSCRIPT
 from tests.conftest import PREPROCESS_FLAGS, TOY_FLAGS, refused, run_module, start_module, succeed, untrained_weights
 from tests.odd_images import noise, saved
-from utils import name_of_root, read_csv
 
 PHOTO = noise(120, 90).resize((240, 180), Image.Resampling.BICUBIC)
 PNG, JPEG, AVIF = (saved(PHOTO, kind, quality=90) for kind in ("PNG", "JPEG", "AVIF"))

@@ -12,13 +12,14 @@ import pytest
 
 import config
 from data.layouts import read_data_set
+from data.lists import read_csv
 from data.pictures import find_images
 from model_training.inference.detector import load_detector
 from models.build import build_model
 from tests.conftest import refused, succeed, write_toy_images
 from training.calibration import Calibration
 from training.checkpoints import save_model
-from utils import UserError, find_experiment, read_csv
+from utils import UserError, find_experiment
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,11 @@ from PIL import Image
 from config import Settings
 from data.index import Index
 from data.layouts import read_data_set
+from data.lists import read_csv
 from data.records import ImageRecord
 from data.splits import split_index
 from tests.conftest import PREPROCESS_FLAGS, REPOSITORY, TOY_FLAGS, refused, succeed, untrained_weights
-from utils import UserError, read_csv, read_json
+from utils import UserError, read_json
 
 RNG = np.random.default_rng(606)
 TRAIN, TEST = 12, 4  # images of each class, of each of two generators

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from data.lists import read_csv
 from tests.conftest import ENVIRONMENT, REPOSITORY, TOY_SETTINGS, copy_index, refused, run_module, succeed
-from utils import read_csv
 
 REPRODUCE = "model_training.reproduce"
 WORK = (

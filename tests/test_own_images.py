@@ -19,6 +19,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from data.images import pixel_key, read_image
+from data.lists import name_of_root, read_csv, write_csv
 from data.perturbations import perturbation
 from data.pictures import Picture, find_images, read_pictures
 from model_training.inference.detector import Detector, PredictionOptions, load_detector
@@ -36,7 +37,7 @@ from tests.conftest import (
 )
 from training.checkpoints import save_model
 from training.detection_metrics import bootstrap_intervals, paired_differences
-from utils import UserError, load_preset, name_of_root, read_csv, read_json, write_csv
+from utils import UserError, load_preset, read_json
 
 SAME = 1e-5  # logits; what the order of sums may change
 

@@ -21,12 +21,13 @@ import config
 from data.images import pixel_key, read_image
 from data.index import read_index
 from data.layouts import read_data_set
+from data.lists import read_csv
 from data.preparation.report import moments
 from data.records import ImageRecord
 from tests.conftest import REPOSITORY, MakePreset, copy_index, edit_index, refused, start_module, succeed
 from tests.odd_images import PROBLEMS, noise, saved, write_odd_images
 from tests.proc import workers_of
-from utils import UserError, read_csv, write_text
+from utils import UserError, write_text
 
 
 def state(root: Path) -> dict[str, tuple[bytes, int]]:

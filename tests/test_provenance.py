@@ -13,8 +13,9 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from data.lists import read_csv
 from tests.conftest import TOY_FLAGS, copy_index, start_module, succeed, untrained_weights
-from utils import read_csv, read_json
+from utils import read_json
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -13,12 +13,13 @@ import pytest
 
 import config
 from config import Preset
+from data.lists import read_csv, write_csv
 from model_training.results_tables import write_tables
 from tests.conftest import run_module, start_module, succeed
 from training.metrics import METRICS
 from training.runs import resolved
 from training.runtime import CPU_MEMORY, CUDA_MEMORY
-from utils import UserError, find_experiment, read_csv, read_json, write_csv, write_json
+from utils import UserError, find_experiment, read_json, write_json
 
 PNG = b"\x89PNG\r\n\x1a\n"
 GLASS = {100: 0.90, 200: 0.92, 300: 0.97}  # test accuracy of each seed

@@ -12,6 +12,7 @@ import torch
 
 import config
 from data.datasets import load_splits
+from data.lists import read_csv
 from data.loaders import build_loader
 from data.samplers import CANDIDATES, MAP_SIDE, SAMPLERS, frequency_grades
 from models.build import build_model
@@ -19,7 +20,7 @@ from models.glass_models import places_of_interest
 from models.pooling import build_pool
 from tests.conftest import PREPROCESS_FLAGS, TOY_FLAGS, MakePreset, refused, succeed, untrained_weights
 from training.optimizer import parameter_groups
-from utils import find_experiment, read_csv
+from utils import find_experiment
 
 SIZES = ((1, 1), (20, 50), (33, 70), (64, 64), (100, 150), (211, 97), (400, 300))  # pixels, height and width
 

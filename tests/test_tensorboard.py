@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.lists import read_csv
 from tests.conftest import TOY_FLAGS, start_module, succeed
-from utils import read_csv
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import config
 from config import Preset, Training
 from data.datasets import load_splits
+from data.lists import read_csv
 from data.loaders import build_loader
 from model_training.inference.detector import load_detector
 from model_training.run import train_and_evaluate
@@ -32,7 +33,7 @@ from training.optimizer import build_optimizer
 from training.runs import seed_folder
 from training.runtime import MEGABYTE, OutOfMemory, build_runtime
 from training.stopping import StopRequest
-from utils import Stopped, UserError, find_experiment, read_csv, read_json
+from utils import Stopped, UserError, find_experiment, read_json
 
 
 def train(preset: Preset, name: str) -> Path:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import CostSettings, Experiment, Preset
+from data.lists import read_csv, write_csv
 from training import processes
 from training.checkpoints import Checkpoint
 from training.evaluation import predict_batch
@@ -20,7 +21,7 @@ from training.progress import Progress
 from training.runs import RunFolder, Session, archive, build_job, hardware, open_run, open_session, resolved
 from training.stopping import StopRequest
 from training.trainer import Trainer
-from utils import preset_folder, read_csv, reading, write_csv
+from utils import preset_folder, reading
 
 Step = Callable[[Sequence[torch.Tensor], torch.Tensor, int], object]
 

@@ -38,7 +38,7 @@ from training.loop import Job
 from training.runtime import Runtime, build_runtime
 from training.stopping import StopRequest, stop_signals
 from training.trainer import build_trainer
-from utils import UserError, command_name, locked_folder, preset_folder, read_json, sha256_of, write_json
+from utils import UserError, command_name, first_line, locked_folder, preset_folder, read_json, sha256_of, write_json
 
 STUDIES = (config.Tuning, config.Training, config.NumCrops, config.StandardMemory)
 SETTINGS = [  # that the commands of experiments read
@@ -329,3 +329,15 @@ def hardware() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         found |= {"gpu": properties.name, "gpu_memory_mb": round(properties.total_memory / 2**20)}
     return found
+
+
+def database_problem(path: Path, error: Exception) -> str:
+    """What SQLite, or Optuna of it, says of the file `path`, in a line.
+
+    Raises:
+        UserError: another program holds the file, which is no fault of it.
+    """
+    reason = first_line(error.__cause__ or error)
+    if "database is locked" in reason:
+        raise UserError(f"{path} is in use by another program: wait, or close it") from None
+    return reason

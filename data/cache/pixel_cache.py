@@ -26,8 +26,9 @@ import numpy as np
 from PIL import Image, features
 
 from config import Settings
+from data.lists import name_of_root
 from data.records import ImageRecord
-from utils import name_of_root, stat_of
+from utils import stat_of
 
 FORMAT = 1  # of the files; files of another are not read
 STRIP_WIDTH = 112  # columns; by measurement, see docs/performance.md

@@ -10,10 +10,9 @@ import pandas as pd
 
 from data.index import Index
 from data.layouts import DataSet
-from data.lists import render_table
+from data.lists import render_table, write_csv
 from data.preparation.charts import draw_categories, draw_histogram, draw_sizes, new_figure, save_figure
 from data.records import CLASSES, ImageRecord
-from utils import write_csv
 
 CHANNELS = ("red", "green", "blue")
 QUANTILES = {"min": 0.0, "p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}

@@ -22,7 +22,7 @@ from config import Name, Preset, Settings
 from data.images import UnreadableImage
 from data.index import used_images
 from data.layouts import Listed, read_data_set
-from data.lists import comparable
+from data.lists import comparable, csv_line, name_of_root, read_csv, write_csv
 from data.perturbations import perturbation
 from data.records import CLASSES, identity
 from data.splits import groups_of
@@ -31,18 +31,7 @@ from models.weights import written_by_torch
 from training.calibration import Calibration
 from training.checkpoints import read_about
 from training.runs import git_commit
-from utils import (
-    UserError,
-    csv_line,
-    locked_folder,
-    name_of_root,
-    preset_folder,
-    read_csv,
-    reading,
-    sha256_of,
-    stat_of,
-    write_csv,
-)
+from utils import UserError, locked_folder, preset_folder, reading, sha256_of, stat_of
 
 SETTINGS = (  # that are read
     "data_root", "results_root", "data_layout", "data_list", "group_by", "device", "max_image_pixels", "num_workers",

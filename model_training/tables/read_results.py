@@ -15,13 +15,14 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from data.lists import read_csv
 from training.cost import Cost, read_costs
 from training.detection_metrics import CALIBRATED_METRICS
 from training.metrics import METRICS, NAN, Metric
 from training.progress import EpochRecord
-from training.runs import first_difference, read_metadata
+from training.runs import database_problem, first_difference, read_metadata
 from training.runtime import CPU_MEMORY, CUDA_MEMORY
-from utils import UserError, database_problem, read_csv, read_json, reading
+from utils import UserError, read_json, reading
 
 MEMORY_KINDS = {CUDA_MEMORY: "peak GPU memory", CPU_MEMORY: "memory kept for the backward pass, CPU"}
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from utils import write_csv, write_text
+from data.lists import write_csv
+from utils import write_text
 
 MISSING = "missing"  # how None is shown: a value that is still to come
 UNDEFINED = "n/a"  # how NaN is shown: a value that there cannot be

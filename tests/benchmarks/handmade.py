@@ -23,13 +23,13 @@ from config import Preset, Seeds, Settings
 from data.images import UnreadableImage, read_image, reencoded
 from data.index import read_index, used_images
 from data.layouts import read_data_set
-from data.lists import check_output
+from data.lists import check_output, read_csv, write_csv
 from data.splits import split_index
 from model_training.evaluate import differences, metric_of, metrics_row
 from model_training.inference.detector import UNCALIBRATED
 from model_training.inference.scores import ScoredData, ScoredModel, sources_and_groups
 from model_training.tables.table import Table, value_of
-from utils import UserError, read_csv, reading, run_command, write_csv
+from utils import UserError, reading, run_command
 
 SETTINGS = (  # that decide the split, and what is decoded
     "data_root", "results_root", "max_image_pixels", "main_seed", "valid_size", "test_size", "final_valid_fraction",

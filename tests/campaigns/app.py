@@ -22,12 +22,12 @@ import numpy as np
 from PIL import Image
 
 from config import Settings
+from data.lists import read_csv
 from tests.campaigns.mutated_images import originals
 from tests.conftest import run_module, untrained_weights
 from tests.odd_images import noise, saved
 from tests.pages import agree, asked, served
 from tests.proc import peak_bytes
-from utils import read_csv
 
 FILES, MEGABYTES = 50, 3000
 MAX_PIXELS = Settings.max_image_pixels

@@ -29,12 +29,12 @@ from pathlib import Path
 import optuna
 from safetensors.numpy import load_file
 
+from data.lists import read_csv
 from tests.conftest import PREPROCESS_FLAGS, TOY_SETTINGS, start_module, succeed, torchrun, write_toy_images
 from tests.postgres import Postgres
 from tests.proc import children_of
 from tests.reference_studies import STUDIES
 from tests.toy_workers import shake
-from utils import read_csv
 
 MEASURED = ("epoch_seconds", "images_per_second", "data_wait_share")  # of the history; differ from run to run
 State = dict[str, object]  # what must come out the same, by name

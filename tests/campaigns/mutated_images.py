@@ -34,10 +34,10 @@ from tqdm import tqdm
 
 from config import PAPER
 from data.images import UnreadableImage, read_image
+from data.lists import read_csv
 from data.records import CLASSES
 from tests.odd_images import saved
 from tests.proc import peak_bytes
-from utils import read_csv
 
 SECONDS, MEGABYTES = 30.0, 2000  # a progressive JPEG of 150 megapixels takes 1,540 MB, and 10 s on a busy machine
 BATCH, COMMAND_SECONDS = 2500, 900

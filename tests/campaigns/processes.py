@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.lists import read_csv
 from tests.conftest import PREPROCESS_FLAGS, TOY_SETTINGS, copy_index, start_module, succeed, torchrun, write_toy_images
-from utils import read_csv
 
 MODELS = ("glass_resnet", "glass_convnext", "glass_vit")
 RATES = ("--dropout-rate", "0", "--lr-global", "2e-7", "--lr-local", "5e-7", "--lr-atten-class", "1e-5")
