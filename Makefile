@@ -1,12 +1,14 @@
 # make demo   environment, demo data, two models, tables and figures
 # make app    a page to drop images on, with the demo's GLASS model: after make demo
 # make test   environment, tests, ruff
+# make test-all   also the slow tests
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 EXTRAS := $(filter-out requirements-app.txt,$(wildcard requirements-*.txt))
 
-.PHONY: demo app test lint gpu-test clean
+.PHONY: demo app test test-all lint gpu-test clean
 
 demo: .venv/installed
 	$(BIN)/python -m model_training.reproduce --preset demo
@@ -15,7 +17,10 @@ app: .venv/app
 	$(BIN)/python -m model_training.app --weights results/demo/glass_resnet/seed_100/model.safetensors
 
 test: .venv/extras lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest $(PARALLEL)
+
+test-all: .venv/extras lint
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -85,6 +85,7 @@ def test_the_table_is_what_histories_and_predictions_say(finished: Path) -> None
     assert (folder / "ablations.tex").exists() and (folder / "ablations.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_a_grid_that_was_killed_and_stopped_ends_as_if_it_had_not_been_and_grows(
     finished: Path, toy_data: Path, results: Path
 ) -> None:

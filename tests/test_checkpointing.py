@@ -131,6 +131,7 @@ def test_the_planner_is_within_a_tenth_of_what_was_measured(name: str, peaks: di
     assert training.flops(1) == pytest.approx(3 * 2 * forward, rel=0.03)
 
 
+@pytest.mark.slow
 def test_the_planner_as_a_command(tmp_path: Path) -> None:
     arguments = ("--backbone", "timm:test_resnet", "--batch-size", "8", "--num-crops", "4", "--patch-size", "64")
     figure = tmp_path / "plan.png"

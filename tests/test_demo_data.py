@@ -68,6 +68,7 @@ def test_demo_data_are_written_and_the_next_command_printed(
             write_demo(folder, replace(preset, reproduce=replace(preset.reproduce, **change)))
 
 
+@pytest.mark.slow
 def test_local_traces_are_reproduced_and_their_masks_are_no_images(tmp_path: Path) -> None:
     root, results, predictions = (tmp_path / name for name in ("images/data", "results", "predictions.csv"))
     command = (

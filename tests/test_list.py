@@ -100,6 +100,7 @@ def has_gnu_parallel() -> bool:
     return bool(found) and b"GNU" in subprocess.run([found, "--version"], capture_output=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_gnu_parallel(), reason="GNU parallel is not installed")
 def test_the_tables_through_gnu_parallel_are_those_of_the_plain_command(
     indexed: Path, toy_data: Path, tmp_path: Path

@@ -53,6 +53,7 @@ def test_two_processes_train_and_test_as_one(toy_data: Path, indexed: Path, resu
     assert run["environments"][0]["processes"] == 2
 
 
+@pytest.mark.slow
 def test_a_training_resumes_with_another_number_of_processes(
     toy_data: Path, indexed: Path, results: Path, tmp_path: Path
 ) -> None:
@@ -100,6 +101,7 @@ def test_what_one_process_cannot_do_ends_all_with_one_sentence(toy_data: Path, t
         assert done.returncode == 1 and sentence in done.stderr and done.stderr.count("error: ") == 1, done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_measure_costs_that_one_prints(toy_data: Path, results: Path) -> None:
     flags = ("--data-root", toy_data, "--results-root", results, "--epochs", "1", "--batch-size", "8")
     sweep = torchrun(2, "num_crops.num_crops_resnet", *TOY_FLAGS, *flags, "--crop-counts", "1", "3")

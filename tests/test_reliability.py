@@ -103,7 +103,9 @@ def stopped(run: Run, stopped_once: Path, tmp_path: Path) -> Run:
     return replace(run, results=shutil.copytree(stopped_once, tmp_path / "stopped"))
 
 
-@pytest.mark.parametrize(("campaign", "times"), [(kills.training("glass_resnet"), 1), (kills.TUNING, 1)])
+@pytest.mark.parametrize(
+    ("campaign", "times"), [(kills.training("glass_resnet"), 1), pytest.param(kills.TUNING, 1, marks=pytest.mark.slow)]
+)
 def test_killed_commands_end_as_if_they_had_not_been(
     campaign: kills.Campaign, times: int, toy_data: Path, tmp_path: Path
 ) -> None:
@@ -111,6 +113,7 @@ def test_killed_commands_end_as_if_they_had_not_been(
     assert small.run(times, 1, toy_data, tmp_path) == []
 
 
+@pytest.mark.slow
 def test_damaged_files_start_no_program_and_end_no_command(tmp_path: Path) -> None:
     outcomes, wrong = mutated_images.run_commands(87, 3, tmp_path)
     assert wrong == [] and sum(outcomes.values()) == 87
@@ -125,7 +128,12 @@ def test_damaged_files_give_an_image_or_a_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "workers"), [("SIGTERM", 0), *(pytest.param(name, 1, marks=linux) for name in ("SIGTERM", "SIGINT"))]
+    ("name", "workers"),
+    [
+        pytest.param("SIGTERM", 0, marks=pytest.mark.slow),
+        pytest.param("SIGTERM", 1, marks=linux),
+        pytest.param("SIGINT", 1, marks=[linux, pytest.mark.slow]),
+    ],
 )
 def test_a_signal_to_all_of_a_jobs_processes_saves_and_leaves_with_its_own_code(
     name: str, workers: int, run: Run
