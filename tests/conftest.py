@@ -33,7 +33,21 @@ from utils import find_experiment, read_json, sha256_of, write_json
 
 REPOSITORY = Path(__file__).parents[1]
 MakePreset = Callable[..., Preset]  # the toy preset with these settings
-LONG = ("reliability", "processes", "commands", "own_images", "list", "config", "ablations", "samplers", "layouts")
+LONG = [
+    "reliability",
+    "processes",
+    "commands",
+    "own_images",
+    "workers",
+    "list",
+    "layouts",
+    "tuning",
+    "samplers",
+    "config",
+    "ablations",
+    "training",
+    "checkpointing",
+]
 FIXTURES = Path(__file__).parent / "fixtures"
 # With a data root and a results root, the toy preset below as a user would ask for it.
 TOY_SETTINGS = (

@@ -123,6 +123,7 @@ def test_the_reproduction_names_the_commands_that_failed(toy_data: Path, tmp_pat
     assert "2 of 2 commands failed" in done.stderr and "glass_resnet_training" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_training_leaves_a_table(tmp_path: Path) -> None:
     report, data = tmp_path / "report.md", tmp_path / "report.json"
     succeed("tests.benchmarks.training", "--cases", "1", "--minutes", "4", "--json", data, "--markdown", report)
