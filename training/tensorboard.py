@@ -82,7 +82,6 @@ class Watch:
             order = effects.abs().argsort(descending=True)[:CROPS].tolist()
             tiles = [_framed(whole[0], (255, 255, 255))]
             tiles += [_framed(crops[0, k], FAKE if effects[k] > 0 else REAL) for k in order]
-            tiles += [np.full_like(tiles[0], 255)] * (CROPS + 1 - len(tiles))
             rows.append(np.concatenate(tiles, axis=1))
         return np.concatenate(rows)
 
