@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from data.lists import read_csv
+from model_training.inference.provenance import Provenance, TrainingData
 from tests.conftest import TOY_FLAGS, copy_index, start_module, succeed, untrained_weights
 from utils import read_json
 
@@ -131,3 +132,10 @@ def test_weights_of_a_hub_give_the_same_predictions(run: Path, toy_data: Path, t
     assert [row["raw_probability_fake"] for row in one] == [row["raw_probability_fake"] for row in other]
     errors = start_module(*command, "hf:me/other", *flags).communicate(timeout=120)[1]
     assert "error: model.safetensors of me/other cannot be fetched from the hub" in errors and errors.count("\n") == 1
+
+
+def test_a_model_of_drawn_images_says_so() -> None:
+    demo, own = (TrainingData("demo", "f", 1, 1, ("PNG",), 8, 9, drawn=drawn) for drawn in (True, False))
+    said = "a program drew: it knows nothing of real generators, nor of photographs"
+    assert [said in Provenance((data,)).sentence for data in (demo, own)] == [True, False]
+    assert Provenance.read({"provenance": Provenance((demo,)).as_json()}).data == (demo,)

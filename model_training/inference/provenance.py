@@ -5,7 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from data.index import Index
+from data.layouts import MARKER
 from data.records import CLASSES
+
+DRAWN = "These are images that a program drew: it knows nothing of real generators, nor of photographs. "
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class TrainingData:
     formats: tuple[str, ...]  # of the files
     shortest: int  # side of an image, in pixels
     longest: int
+    drawn: bool = False  # by this project's program, as demo data are
 
     @staticmethod
     def of(index: Index, rows: Iterable[int]) -> "TrainingData":
@@ -27,7 +31,8 @@ class TrainingData:
         counts = [sum(record.label == label for record in records) for label in range(len(CLASSES))]
         sides = [side for record in records for side in (record.width, record.height)]
         formats = tuple(sorted({record.format for record in records}))
-        return TrainingData(index.root.name, index.fingerprint, *counts, formats, min(sides), max(sides))
+        drawn = (index.root / MARKER).exists()
+        return TrainingData(index.root.name, index.fingerprint, *counts, formats, min(sides), max(sides), drawn)
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Provenance:
         return (
             f"Trained on {own.fake + own.real:,} images of the data set {own.name}{before} ({own.fake:,} fake, "
             f"{own.real:,} real; {', '.join(own.formats)}; sides of {own.shortest:,} to {own.longest:,} pixels). "
-            f"{tested} How it does on images of other origin, only a test on such images can tell."
+            f"{tested} {DRAWN * own.drawn}How it does on images of other origin, only a test on such images can tell."
         )
 
     def unlike(self, width: int, height: int, format: str) -> list[str]:
