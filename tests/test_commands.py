@@ -114,6 +114,7 @@ def test_the_reproduction_runs_its_commands_then_the_tables_and_says_why(toy_dat
     assert (tmp_path / "demo" / "glass_resnet" / "seed_3" / "metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_the_reproduction_names_the_commands_that_failed(toy_data: Path, tmp_path: Path) -> None:
     arguments = [*TOY_SETTINGS, "--data-root", toy_data, "--results-root", tmp_path, "--epochs", "1"]
     arguments += ["--final-valid-fraction", "0.05"]  # 33 images to train: four batches and one image

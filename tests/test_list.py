@@ -35,6 +35,7 @@ def run_lines(lines: list[str]) -> None:
     assert [process.wait(300) for process in running] == [0] * len(lines)
 
 
+@pytest.mark.slow
 def test_the_list_is_of_what_is_left_and_its_lines_run_as_they_stand_and_at_once(
     indexed: Path, toy_data: Path, tmp_path: Path
 ) -> None:

@@ -540,6 +540,7 @@ def test_robustness_has_a_row_for_each_perturbation(results: Path, toy_data: Pat
     assert (folder / "robustness.png").stat().st_size > 500
 
 
+@pytest.mark.slow
 def test_the_commands_for_own_images_do_what_their_document_says(results: Path, toy_data: Path, tmp_path: Path) -> None:
     """All before its section on training, as it stands there, in a folder that looks like the one after `make demo`.
 

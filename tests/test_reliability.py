@@ -103,9 +103,8 @@ def stopped(run: Run, stopped_once: Path, tmp_path: Path) -> Run:
     return replace(run, results=shutil.copytree(stopped_once, tmp_path / "stopped"))
 
 
-@pytest.mark.parametrize(
-    ("campaign", "times"), [(kills.training("glass_resnet"), 1), pytest.param(kills.TUNING, 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("campaign", "times"), [(kills.training("glass_resnet"), 1), (kills.TUNING, 1)])
 def test_killed_commands_end_as_if_they_had_not_been(
     campaign: kills.Campaign, times: int, toy_data: Path, tmp_path: Path
 ) -> None:

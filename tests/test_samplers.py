@@ -256,6 +256,7 @@ def test_views_of_every_sampler_are_the_same_from_files_and_from_the_cache(
                 assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.slow
 def test_prediction_may_place_other_crops_than_the_training(results: Path, toy_data: Path, tmp_path: Path) -> None:
     roots = ("--data-root", toy_data, "--results-root", results)
     succeed("model_training.glass_resnet_training", *TOY_FLAGS, *roots, "--epochs", "1", "--seeds", "1")
