@@ -33,6 +33,7 @@ Decay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, lt=1)]  # of dropout
 GigaBytes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Quality = Annotated[int, Field(ge=0, le=100)]  # of a JPEG
+Switch = Literal["auto", "on", "off"]
 
 
 def must_be(test: Callable[[Any], bool], what: str) -> AfterValidator:
@@ -101,9 +102,8 @@ class Settings:
     device: Free[str] = "auto"  # auto: CUDA where there is one; or cpu, cuda, cuda:1
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"  # of the forward pass on CUDA; the CPU computes in fp32
     compile: bool = True  # torch.compile, on CUDA
-    channels_last: Literal["auto", "on", "off"] = "auto"  # layout of convolutional backbones; auto: where it is safe
-    # compute the activations of the crops' backbone again in backward: less memory, more time; auto: if they do not fit
-    activation_checkpointing: Free[Literal["off", "on", "auto"]] = "off"
+    channels_last: Switch = "auto"  # layout of convolutional backbones; auto: where it is safe
+    activation_checkpointing: Free[Switch] = "off"  # compute activations twice to save memory; auto: if they do not fit
     deterministic: bool = True  # the same numbers on every run on the same machine
     matmul_precision: Literal["highest", "high", "medium"] = "high"  # of float32 products; high is TF32
     num_workers: Free[Number | Literal["auto"]] = "auto"  # processes that load images; auto: by the number of cores
@@ -169,8 +169,7 @@ class Reproduce:
     experiments: tuple[str, ...] = (  # whose commands each stage runs
         "standard_vit", "standard_convnext", "standard_resnet", "glass_vit", "glass_convnext", "glass_resnet",
     )  # fmt: skip
-    # first write procedural demo images to data_root, if that does not exist; local: fakes of which a region is fake
-    demo_data: Literal["", "whole", "local"] = ""
+    demo_data: Literal["", "whole", "local"] = ""  # write demo images to data_root first; local: fake in a region only
     demo_images: Count = 200  # of each class
     closing_words: str = ""  # printed after the tables
 
@@ -290,7 +289,7 @@ class Ablations:
 
     experiment: str = "glass_resnet"  # that is varied
     samplers: tuple[CropSampler, ...] = ("stratified", "random", "grid", "texture_high")  # each with each pooling
-    poolings: tuple[Pooling, ...] = ("attention", "mean", "max")
+    poolings: tuple[Pooling, ...] = ("attention", "mean", "max")  # each with each sampler
     branches: tuple[Branches, ...] = ("global", "local", "shared")  # each with the paper's sampler and pooling
     crop_counts: tuple[Crops, ...] = ()  # values of K, each with the paper's sampler and pooling
     learning_rates: Factors = (0.5, 1.0, 2.0)  # factors of them all, of which each variant gets its best in validation

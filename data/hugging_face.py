@@ -1,6 +1,5 @@
 """A Hugging Face data set -> image files with the bytes that it holds, and a list of them, which is a data set here."""
 
-import csv
 import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -11,7 +10,7 @@ from tqdm import tqdm
 
 from data.images import format_of
 from data.layouts import LIST, PARTS
-from data.lists import csv_line, write_csv
+from data.lists import csv_line, read_csv, write_csv
 from utils import UserError, first_line, locked_folder, replacing, write_text
 
 COLUMNS = {  # of the list -> of data sets: the first that is there
@@ -47,8 +46,7 @@ def stream(names: Sequence[str], folder: Path, limit: int | None = None) -> list
         with locked_folder(folder):
             text = progress.read_text("utf-8") if progress.exists() else csv_line(("path", *COLUMNS)) + "\n"
             write_text(progress, text[: text.rfind("\n") + 1])  # without a line that a kill cut short
-            with open(progress, encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file))
+            rows = read_csv(progress)
             for name, split in data.items() if isinstance(data, dict) else [(str(data.split or "all"), data)]:
                 features = split.features or {}
                 for column in [column for column, feature in features.items() if isinstance(feature, Image)]:

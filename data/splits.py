@@ -76,7 +76,7 @@ def given_split(index: Index, settings: Settings) -> tuple[list[int], ...]:
     given, valid, test = ([row for row, part in enumerate(parts) if part == of] for of in ("train", "valid", "test"))
     train, final, drawn = given, (given, valid), "" if valid else f" (of the {len(given):,} of train)"
     if drawn:
-        train, valid = _draw_groups(given, labels, groups, _counts([settings.valid_size], len(given))[0], seed)
+        train, valid = _draw_groups(given, labels, groups, counts_of([settings.valid_size], len(given))[0], seed)
     for name, rows in (("train", train), ("validate", valid), ("test", test)):
         if len({labels[row] for row in rows}) < 2:
             raise UserError(
@@ -98,7 +98,7 @@ def split_indices(
     UserError for too few images.
     """
     total = len(labels)
-    valid, test = _counts((valid_size, test_size), total)
+    valid, test = counts_of((valid_size, test_size), total)
     smallest = min(list(labels).count(label) for label in (0, 1))
     if smallest < 3 or valid < 2 or test < 2 or total - valid - test < 2:
         raise UserError(
@@ -114,7 +114,8 @@ def split_indices(
     return train_rows, valid_rows, test_rows
 
 
-def _counts(sizes: Sequence[int | float], total: int) -> list[int]:
+def counts_of(sizes: Sequence[int | float], total: int) -> list[int]:
+    """Numbers of images as they are, shares of `total` images as numbers."""
     return [size if isinstance(size, int) else round(size * total) for size in sizes]
 
 
@@ -142,7 +143,7 @@ def group_split_indices(
 
     `test_groups` go to the test split besides its size, which may then be 0. Raises UserError for too few groups.
     """
-    valid, test = _counts(sizes, len(labels))
+    valid, test = counts_of(sizes, len(labels))
     chosen = {row for row, group in enumerate(groups) if group in test_groups}
     rest, test_rows = _draw_groups(sorted(set(range(len(labels))) - chosen), labels, groups, test, seed)
     train_rows, valid_rows = _draw_groups(rest, labels, groups, valid, seed)

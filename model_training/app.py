@@ -170,10 +170,16 @@ def build_page(detector: Detector, busy: threading.Lock, ended: threading.Event)
     return page
 
 
-def examined(detector: Detector, key: int, name: str, path: str) -> tuple[str, str]:
-    """The card of a file, and its verdict."""
+def read(detector: Detector, path: str) -> Picture | UnreadableImage:
+    """An image as `predict` reads it."""
     settings = detector.settings
     (picture,) = read_pictures([path], settings.max_image_pixels, reencode_jpeg=settings.reencode_jpeg)
+    return picture
+
+
+def examined(detector: Detector, key: int, name: str, path: str) -> tuple[str, str]:
+    """The card of a file, and its verdict."""
+    picture = read(detector, path)
     try:
         (found,) = detector.predict_pictures([picture])
     except UserError as error:
@@ -183,8 +189,7 @@ def examined(detector: Detector, key: int, name: str, path: str) -> tuple[str, s
 
 def mapped(detector: Detector, path: str, report: Callable[[float], None]) -> str:
     """The map of an image, or why there is none; `report` is told the share that is done."""
-    settings = detector.settings
-    (picture,) = read_pictures([path], settings.max_image_pixels, reencode_jpeg=settings.reencode_jpeg)
+    picture = read(detector, path)
     parts = template("card.html").module
     if isinstance(picture, UnreadableImage):
         return parts.no_map(f"{picture}: images are kept for an hour, drop it again")

@@ -121,9 +121,10 @@ class _SeedRun:
         earlier = load_model(Path(initial), job.trainer.model) if initial else {}
         model, weights = job.trainer.model, folder / "model.safetensors"
         about = {"experiment": asdict(self.experiment), "settings": resolved(self.session.settings), "seed": self.seed}
-        own = {session.index.records[row].identity for part in rows for row in part}
+        seen = [row for part in rows for row in part]
+        own = {session.index.records[row].identity for row in seen}
         about["trained_on"] = sorted(own.union(earlier.get("trained_on") or ()))
-        data = (*Provenance.read(earlier).data, TrainingData.of(session.index, (row for part in rows for row in part)))
+        data = (*Provenance.read(earlier).data, TrainingData.of(session.index, seen))
         about["provenance"] = Provenance(data).as_json()
 
         def on_epoch(history: list[EpochRecord]) -> None:

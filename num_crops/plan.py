@@ -23,6 +23,7 @@ from pydantic import Field
 from config import Count, GigaBytes, GlassExperiment, Preset, StandardExperiment
 from data.lists import render_table
 from data.preparation.charts import new_figure, save_figure
+from data.splits import counts_of
 from training.memory import USABLE, PlannedTraining, largest
 from utils import UserError, run_command
 
@@ -94,7 +95,7 @@ def _hours(preset: Preset, glass: GlassExperiment, options: Options, flops: Mapp
     `flops` are of a training step for an image, GLASS's and the standard model's, and for each crop more.
     """
     settings, total = preset.settings, options.images
-    valid, test = (n if isinstance(n, int) else round(n * total) for n in (settings.valid_size, settings.test_size))
+    valid, test = counts_of((settings.valid_size, settings.test_size), total)
     final_valid = int((total - test) * settings.final_valid_fraction)
     split, final = (total - test - valid, valid), (total - test - final_valid, final_valid)
     tuning, training, K = preset.tuning, preset.training, glass.num_crops

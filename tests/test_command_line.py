@@ -16,7 +16,7 @@ from data.crops import derived_seed
 from data.lists import read_csv, write_csv
 from tests.conftest import REPOSITORY, help_of, refused
 from training.runs import first_difference, run_metadata
-from utils import UserError, as_flags, parse_command_line, replacing, run_command, write_text
+from utils import UserError, _comments_of, as_flags, parse_command_line, replacing, run_command, write_text
 
 GROUPS = ("tuning", "training", "num_crops", "standard_memory", "reproduce")
 PACKAGES = ("data", "hyperparameter_tuning", "model_training", "num_crops", "standard_memory")
@@ -258,3 +258,10 @@ def test_a_system_without_what_unix_has_is_one_sentence(module: str) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1 and "WSL" in done.stderr
     assert done.stderr.startswith("error: this project runs on Linux and macOS, not on Windows")
+
+
+def test_each_setting_has_a_line_of_help_beside_it() -> None:
+    owners = [getattr(config.PAPER, group) for group in ("settings", *GROUPS, "ablations")]
+    for owner in (*owners, *config.PAPER.experiments):
+        missing = {field.name for field in fields(owner)} - _comments_of(type(owner)).keys()
+        assert not missing, type(owner)

@@ -18,7 +18,6 @@ from training.evaluation import NonFiniteLoss, Predictions, evaluate
 from training.progress import EpochRecord, Progress, duration
 from training.runtime import MemoryMeter
 from training.stopping import StopRequest
-from training.tensorboard import Watch
 from training.trainer import Trainer
 from utils import Stopped, UserError, first_line
 
@@ -73,10 +72,12 @@ def fit(
     if progress.epoch < job.epochs and (progress.epoch or progress.steps):
         print(f"{job.label}: resumed at epoch {progress.epoch + 1}, step {progress.steps + 1}", flush=True)
     first = progress.epoch
-    watched = checkpoint and job.tensorboard and processes.is_main()
-    watch = watched and Watch(
-        checkpoint.path.parent / "tensorboard", job.label, trainer.model, job.valid_loader, trainer.runtime
-    )
+    watch = None
+    if checkpoint and job.tensorboard and processes.is_main():
+        from training.tensorboard import Watch  # here: its figures take two seconds to import
+
+        folder = checkpoint.path.parent / "tensorboard"
+        watch = Watch(folder, job.label, trainer.model, job.valid_loader, trainer.runtime)
     with checkpoint or nullcontext(), watch or nullcontext():
         while progress.epoch < job.epochs:
             with trainer.runtime.track_memory() as memory:

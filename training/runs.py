@@ -87,14 +87,19 @@ def open_session(preset: Preset) -> Iterator[Session]:
     """
     with processes.joined(preset.settings.device), stop_signals() as stop:
         index, splits = load_splits(preset)
-        owners = {e.name: e for e in preset.experiments} | {k: v for k, v in vars(preset).items() if is_dataclass(v)}
-        values = {f"{k}.{name}": value for k, owner in owners.items() for name, value in vars(owner).items()}
-        alike = {name: value for name, value in values.items() if name not in OF_A_MACHINE}
-        data_and_code = {"dataset_fingerprint": index.fingerprint, "commit": git_commit(), **library_versions()}
-        processes.check_alike(alike | data_and_code)
+        if processes.size() > 1:
+            processes.check_alike(_what_all_share(preset, index))
         runtime = build_runtime(preset.settings)
         with runtime.switched():
             yield Session(preset.settings, index, splits, runtime, stop)
+
+
+def _what_all_share(preset: Preset, index: Index) -> dict[str, Any]:
+    """What has to be the same in all processes of a training: settings, data, code and libraries."""
+    owners = {e.name: e for e in preset.experiments} | {k: v for k, v in vars(preset).items() if is_dataclass(v)}
+    values = {f"{k}.{name}": value for k, owner in owners.items() for name, value in vars(owner).items()}
+    alike = {name: value for name, value in values.items() if name not in OF_A_MACHINE}
+    return alike | {"dataset_fingerprint": index.fingerprint, "commit": git_commit(), **library_versions()}
 
 
 def seed_everything(seed: int) -> None:

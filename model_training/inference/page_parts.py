@@ -2,6 +2,7 @@
 
 import base64
 import io
+from functools import cache
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, Template
@@ -9,7 +10,7 @@ from PIL import Image
 
 from data.images import UnreadableImage
 from data.pictures import Picture
-from model_training.inference.detector import Detector, Outcome
+from model_training.inference.detector import UNLIKE, Detector, Outcome
 from model_training.inference.effect_map import effect_map
 from model_training.inference.evidence_pictures import SHOWN_CROPS, SHOWN_ROWS, map_parts, outlined, ranked
 from model_training.tables.table import show
@@ -19,12 +20,13 @@ MAP_SIDE = 380  # pixels
 PAGE_QUALITY = {"quality": 70}  # of larger pictures in a page
 
 
+@cache
 def template(name: str) -> Template:
     """One of the templates beside this file."""
     environment = Environment(
         loader=PackageLoader(__package__, ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["show"] = show
+    environment.filters["show"], environment.globals["UNLIKE"] = show, UNLIKE
     return environment.get_template(name)
 
 
