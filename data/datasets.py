@@ -105,7 +105,9 @@ class ImageDataset(Dataset):
                     crops = _batch((B, len(boxes), P, P, 3), torch.uint8)
                 image.write_crops(boxes, crops[place])
         views = [view.movedim(-1, -3) for view in (resized, crops) if view is not None]
-        return *views, self.labels[[position for position, _ in items]]
+        labels = _batch((B,), torch.int64)  # too: what is put there later, by torch's own thread, waits where it is full
+        labels[:] = self.labels[[position for position, _ in items]]
+        return *views, labels
 
     def read(self, record: ImageRecord) -> Image.Image:
         """The whole image, from its file."""
