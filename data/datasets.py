@@ -105,7 +105,7 @@ class ImageDataset(Dataset):
                     crops = _batch((B, len(boxes), P, P, 3), torch.uint8)
                 image.write_crops(boxes, crops[place])
         views = [view.movedim(-1, -3) for view in (resized, crops) if view is not None]
-        labels = _batch((B,), torch.int64)  # too: what is put there later, by torch's own thread, waits where it is full
+        labels = _batch((B,), torch.int64)  # too: where it is full, torch's own thread would drop the batch in silence
         labels[:] = self.labels[[position for position, _ in items]]
         return *views, labels
 

@@ -178,7 +178,7 @@ def build_loader(
         prefetch_factor=BATCHES if workers else None,
         pin_memory=settings.device != "cpu" and torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, so that loading leaves the global generator alone
-        multiprocessing_context=worker_context() if workers else None,
+        multiprocessing_context=worker_context(__name__) if workers else None,
         worker_init_fn=_start_worker,
     )
     loader.batch_bytes = batch_bytes

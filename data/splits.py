@@ -9,7 +9,6 @@ from unicodedata import normalize
 
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
 from torch.utils.data import random_split
 
 from config import Settings
@@ -97,6 +96,8 @@ def split_indices(
     Sizes are numbers of images (int) or shares of the data set (float below 1); the paper's seed is 606. Raises
     UserError for too few images.
     """
+    from sklearn.model_selection import train_test_split  # a second, which processes that load images do without
+
     total = len(labels)
     valid, test = counts_of((valid_size, test_size), total)
     smallest = min(list(labels).count(label) for label in (0, 1))

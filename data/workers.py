@@ -3,6 +3,7 @@
 import ctypes
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -36,12 +37,12 @@ def loading_processes(cpu_computes: bool) -> int:
 def worker_context(*modules: str) -> BaseContext:
     """How worker processes start: forked from a server process that holds no GPU and no threads.
 
-    What this process has imported of ours, and `modules`, is imported there, once for all workers.
+    There `modules` are imported, and what the command's file imports at its top, as each worker would by itself.
     """
     context = multiprocessing.get_context("forkserver")
-    packages = {file.parent.name for file in Path(__file__).parents[1].glob("*/__init__.py")}
-    ours = [name for name in sys.modules if name.partition(".")[0] in packages]
-    context.set_forkserver_preload([*ours, *modules])
+    command = getattr(sys.modules["__main__"], "__file__", None)
+    at_its_top = re.findall(r"^(?:from|import) ([\w.]+)", Path(command).read_text("utf-8"), re.M) if command else []
+    context.set_forkserver_preload([*at_its_top, *modules])
     return context
 
 

@@ -6,7 +6,7 @@ Hardware: one CUDA GPU and many CPU cores (hours: docs/hours.md); with --preset 
 Output: results/<preset>/tuning/standard_vit/study.db, and the best values printed, to be copied to config.py.
 """
 
-from hyperparameter_tuning.study import main
-
 if __name__ == "__main__":
+    from hyperparameter_tuning.study import main
+
     main("standard_vit", __doc__)

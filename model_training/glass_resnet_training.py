@@ -6,7 +6,7 @@ Hardware: one CUDA GPU and many CPU cores (hours: docs/hours.md); with --preset 
 Output: results/<preset>/glass_resnet/seed_<seed>/ with weights, history, predictions and test metrics.
 """
 
-from model_training.run import main
-
 if __name__ == "__main__":
+    from model_training.run import main
+
     main("glass_resnet", __doc__)

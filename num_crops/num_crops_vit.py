@@ -6,7 +6,7 @@ Hardware: one CUDA GPU and many CPU cores (hours: docs/hours.md); with --preset 
 Output: results/<preset>/num_crops/glass_vit/<full or quick>/k_<K>/costs.csv; fitted lines printed.
 """
 
-from num_crops.sweep import main
-
 if __name__ == "__main__":
+    from num_crops.sweep import main
+
     main("glass_vit", __doc__)

@@ -6,7 +6,7 @@ Hardware: one CUDA GPU and many CPU cores (hours: docs/hours.md); with --preset 
 Output: results/<preset>/standard_memory/standard_resnet/<full or quick>/costs.csv.
 """
 
-from standard_memory.profile import main
-
 if __name__ == "__main__":
+    from standard_memory.profile import main
+
     main("standard_resnet", __doc__)

@@ -6,7 +6,6 @@ import os
 import re
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -23,7 +22,7 @@ import config
 from config import NumCrops, Preset, StandardMemory, Training, Tuning
 from data.datasets import load_splits
 from models.build import build_model
-from tests.command_server import Server
+from tests.command_server import Process, Server
 from training.checkpoints import save_model
 from training.loop import Job
 from training.runs import Session, build_job, resolved
@@ -77,20 +76,20 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # of command
 _servers = threading.local()  # one for each thread
 
 
+def _server() -> Server:
+    if not hasattr(_servers, "server"):
+        _servers.server = Server(REPOSITORY, os.environ | ENVIRONMENT)
+    return _servers.server
+
+
 def run_module(module: str, *arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess:
     """`python -m module arguments` in the repository, without a terminal, but for the import of the libraries."""
-    environment = os.environ | ENVIRONMENT
-    if not hasattr(_servers, "server"):
-        _servers.server = Server(REPOSITORY, environment)
-    return _servers.server.run([module, *map(str, arguments)], environment, timeout)
+    return _server().run([module, *map(str, arguments)], os.environ | ENVIRONMENT, timeout)
 
 
-def start_module(module: str, *arguments: str | Path) -> subprocess.Popen:
-    """`python -m module arguments` in the repository, in a process group of its own, not waited for."""
-    command, environment = [sys.executable, "-m", module, *map(str, arguments)], os.environ | ENVIRONMENT
-    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it, and so do their commands
-    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, **options)
+def start_module(module: str, *arguments: str | Path) -> Process:
+    """The same, not waited for: in a process group of its own, its output in pipes."""
+    return _server().start([module, *map(str, arguments)], os.environ | ENVIRONMENT)
 
 
 def torchrun(processes: int, module: str, *arguments: str | Path) -> list[str | Path]:

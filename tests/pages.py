@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
-from subprocess import Popen
 from typing import Any
 
 from PIL import Image
 
+from tests.command_server import Process
 from tests.conftest import start_module
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -30,7 +30,7 @@ Card = dict[str, str]  # what a card's data attributes say: name, and problem or
 class Server:
     """A page that is served, and what its process prints."""
 
-    def __init__(self, process: Popen, url: str) -> None:
+    def __init__(self, process: Process, url: str) -> None:
         self.process, self.url, self.errors = process, url, ""
         self._reader = threading.Thread(target=self._read)
         self._reader.start()

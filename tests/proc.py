@@ -1,7 +1,8 @@
 """What Linux says of processes in /proc. Imports next to nothing: new processes are measured with it."""
 
-import subprocess
 from pathlib import Path
+
+from tests.command_server import Process
 
 
 def children_of(parent: int) -> list[int]:
@@ -9,7 +10,7 @@ def children_of(parent: int) -> list[int]:
     return [int(n) for file in Path(f"/proc/{parent}/task").glob("*/children") for n in file.read_text().split()]
 
 
-def workers_of(process: subprocess.Popen) -> list[int]:
+def workers_of(process: Process) -> list[int]:
     """Process numbers of a command's workers: the children of its child that forks them."""
     return [worker for child in children_of(process.pid) for worker in children_of(child)]
 

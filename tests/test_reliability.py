@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.campaigns import kills, mutated_images
+from tests.command_server import Process
 from tests.conftest import (
     ENVIRONMENT,
     PREPROCESS_FLAGS,
@@ -36,13 +37,13 @@ TRAINING = "model_training.standard_resnet_training"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="finds child processes in /proc")
 
 
-def wait_for(there: Callable[[], bool], process: subprocess.Popen) -> None:
+def wait_for(there: Callable[[], bool], process: Process) -> None:
     deadline = time.monotonic() + 120
     while not there() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
 
 
-def stop(process: subprocess.Popen, there: Callable[[], bool]) -> tuple[str, str]:
+def stop(process: Process, there: Callable[[], bool]) -> tuple[str, str]:
     """Ask the command to stop once something is there; returns what it printed."""
     wait_for(there, process)
     process.terminate()

@@ -5,7 +5,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ import config
 from hyperparameter_tuning.study import build_live_study, tune
 from hyperparameter_tuning.trials import SlotPruner, author_study_name
 from hyperparameter_tuning.workers import reconcile
+from tests.command_server import Process
 from tests.conftest import TOY_FLAGS, MakePreset, copy_index, refused, start_module, succeed
 from tests.postgres import MISSING, Postgres
 from tests.toy_workers import NAME, shake, start, trials_of, workers_preset
@@ -63,7 +63,7 @@ def wait_for(there: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
-def ended(process: subprocess.Popen) -> tuple[int, str]:
+def ended(process: Process) -> tuple[int, str]:
     out, errors = process.communicate(timeout=120)
     return process.returncode, out + errors
 

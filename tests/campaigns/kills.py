@@ -30,6 +30,7 @@ import optuna
 from safetensors.numpy import load_file
 
 from data.lists import read_csv
+from tests.command_server import Process
 from tests.conftest import PREPROCESS_FLAGS, TOY_SETTINGS, start_module, succeed, torchrun, write_toy_images
 from tests.postgres import Postgres
 from tests.proc import children_of
@@ -60,7 +61,7 @@ class Campaign:
         places = ("--results-root", folder / "results", "--cache-root", folder / "cache")
         return torchrun(self.processes, self.module, *self.flags, "--data-root", data, *places)
 
-    def kill(self, process: subprocess.Popen, random_: random.Random) -> int:
+    def kill(self, process: Process, random_: random.Random) -> int:
         """The command with all its processes, or, under torchrun, which ends the others, one; returns how many kills.
 
         That is none where they are at their end.
