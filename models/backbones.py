@@ -15,6 +15,7 @@ from torch import nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights
 
 from config import Settings
+from models.attention import pack_self_attention
 from models.weights import read_state_dict, state_dict_mismatch
 from utils import UserError, first_line
 
@@ -72,6 +73,26 @@ class Backbone:
         """Give `model` the buffers `input_mean` and `input_std` (3, 1, 1), which normalise views in [0, 1]."""
         for name, values in (("input_mean", self.mean), ("input_std", self.std)):
             model.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1), persistent=False)
+
+
+def normalised(model: nn.Module, view: torch.Tensor) -> torch.Tensor:
+    """A view (..., 3, P, P) of 0 to 255 as the model takes it: float32, with its mean and standard deviation."""
+    if not getattr(model, "channels_last", True):  # as which views arrive, and whose layout convolutions follow
+        view = view.contiguous()
+    # In place, since the tiles of a large image fill gigabytes.
+    return torch.div(view, 255).to(model.input_mean.dtype).sub_(model.input_mean).div_(model.input_std)
+
+
+class NormalisedInput(nn.Module):
+    """A model that takes views of 0 to 255: compiled, they become half precision in one pass over their bytes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *views: torch.Tensor) -> torch.Tensor:
+        """Views (..., 3, P, P) -> logits (B, 2)."""
+        return self.model(*(normalised(self.model, view) for view in views))
 
 
 def features_and_map(network: nn.Module, last_map: str | None, view: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,6 +162,8 @@ def _load_torchvision(name: str, settings: Settings, file: Path | None) -> Backb
     network = get_model(entry.model, weights=None, **({"image_size": P} if entry.vit_patch else {}))
     if trained:
         _load_weights(network, name, file or _imagenet_file(name, get_model_weights(entry.model).IMAGENET1K_V1))
+    if not settings.author_runtime:
+        pack_self_attention(network)
     last, layer = [*network.named_modules()][-1]  # of the paper's: heads.head, classifier.2, fc
     if not isinstance(layer, nn.Linear):
         raise UserError(f"backbone {name} does not end in a linear layer, which the models replace: choose another")

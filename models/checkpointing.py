@@ -27,7 +27,7 @@ def checkpoint_blocks(model: nn.Module) -> None:
         UserError: no block is found.
     """
     network = getattr(model, "local_model", model)
-    blocks = [block for part in network.children() for block in _blocks_of(part)]
+    blocks = [block for part in network.children() for block in blocks_of(part)]
     if not blocks:
         raise UserError(
             "the backbone has no repeated blocks whose activations could be computed again: set "
@@ -37,10 +37,10 @@ def checkpoint_blocks(model: nn.Module) -> None:
         block.__class__ = _checkpointed(type(block))
 
 
-def _blocks_of(module: nn.Module) -> Iterator[nn.Module]:
+def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
     """The innermost modules that are items of a sequence and have several layers, in timm and torchvision alike."""
     for child in module.children():
-        inner = [*_blocks_of(child)]
+        inner = [*blocks_of(child)]
         item = isinstance(module, SEQUENCES) and not isinstance(child, SEQUENCES)
         if item and not inner and sum(any(True for _ in m.parameters(False)) for m in child.modules()) >= LAYERS:
             yield child

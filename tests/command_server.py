@@ -134,6 +134,7 @@ def become(command: list[str], environment: dict[str, str], files: list[str]) ->
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY), number)
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # as the environment says
     sys.argv = command
     runpy.run_module(command[0], run_name="__main__", alter_sys=True)
 

@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -90,6 +91,14 @@ def run_module(module: str, *arguments: str | Path, timeout: float = 300) -> sub
 def start_module(module: str, *arguments: str | Path) -> Process:
     """The same, not waited for: in a process group of its own, its output in pipes."""
     return _server().start([module, *map(str, arguments)], os.environ | ENVIRONMENT)
+
+
+def start_afresh(module: str, *arguments: str | Path) -> subprocess.Popen:
+    """The same in an interpreter of its own, for what one reads of its environment when it and libraries start."""
+    command, environment = [sys.executable, "-m", module, *map(str, arguments)], os.environ | ENVIRONMENT
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it, and so do their commands
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, **options)
 
 
 def torchrun(processes: int, module: str, *arguments: str | Path) -> list[str | Path]:

@@ -24,6 +24,7 @@ from hyperparameter_tuning.trials import fit_trial
 from hyperparameter_tuning.workers import Worker
 from model_training.run import train_and_evaluate
 from models.build import build_model
+from models.checkpointing import blocks_of
 from tests.conftest import MakePreset, copy_index, run_module, toy_job, write_toy_images
 from training.checkpoints import Checkpoint, save_model
 from training.loop import Job
@@ -281,8 +282,17 @@ def dtype_of_a_forward_pass(lab: Lab, precision: str) -> torch.dtype:
 @effect("Settings.compile", {True: True, False: False})
 def the_model_is_compiled(lab: Lab, chosen: bool) -> bool:
     trainer = trainer_of(lab.preset(compile=chosen))
-    assert trainer.compiled_model is trainer.model  # as above
+    assert trainer.compiled_model is trainer.parallel_model  # as above
     return replace(trainer.runtime, compile=chosen).compiled(trainer.model) is not trainer.model
+
+
+@effect("Settings.compile_blocks", {False: 0, True: 1})
+def blocks_that_are_compiled(lab: Lab, chosen: bool) -> int:
+    trainer = trainer_of(lab.preset(compile_blocks=chosen))
+    whole = replace(trainer.runtime, compile=True).compiled(trainer.model)
+    compiled = [module for module in trainer.model.modules() if type(module).__name__.startswith("Compiled")]
+    assert (whole is trainer.model) == chosen and len(compiled) == len([*blocks_of(trainer.model)]) * chosen
+    return bool(compiled)
 
 
 def layouts(job: Job) -> set[str]:

@@ -66,6 +66,7 @@ class Block(nn.Module):
         return x + self.second(nn.functional.dropout(self.norm(self.first(x)).relu(), 0.5, self.training))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("gcc"), reason="torch.compile needs a C compiler")
 def test_training_is_the_same_compiled() -> None:
     ways, runtime = [], replace(build_runtime(PAPER), compile=True)

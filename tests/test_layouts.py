@@ -81,7 +81,16 @@ def prepared(make: object, tmp_path: Path) -> tuple[list[str | Path], str, dict[
     return flags, succeed("data.data_preprocess", *PREPROCESS_FLAGS, *flags), sources
 
 
-@pytest.mark.parametrize("make", [cnndetection, genimage, listed, nested], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make",
+    [
+        cnndetection,
+        pytest.param(genimage, marks=pytest.mark.slow),
+        listed,
+        pytest.param(nested, marks=pytest.mark.slow),
+    ],
+    ids=lambda make: make.__name__,
+)
 def test_each_layout_is_indexed_and_evaluated_by_generator(make: object, tmp_path: Path) -> None:
     flags, said, sources = prepared(make, tmp_path)
     assert "here 0 is fake and 1 is real" in said and ("becomes 1" in said) == (make in (cnndetection, listed))

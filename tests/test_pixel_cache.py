@@ -87,7 +87,10 @@ def assert_same(given: list[torch.Tensor], expected: list[torch.Tensor]) -> None
     assert len(given) == len(expected) and all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
 
 
-@pytest.mark.parametrize(("patch_size", "reencode_jpeg"), [(32, 0), (32, 60), (224, 0)])
+@pytest.mark.parametrize(
+    ("patch_size", "reencode_jpeg"),
+    [pytest.param(32, 0, marks=pytest.mark.slow), (32, 60), pytest.param(224, 0, marks=pytest.mark.slow)],
+)
 def test_views_and_statistics_of_odd_images_are_the_same_with_and_without_a_cache(
     odd_data: Path, tmp_path: Path, toy_preset: MakePreset, patch_size: int, reencode_jpeg: int
 ) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from data.lists import read_csv
 from model_training.inference.provenance import Provenance, TrainingData
-from tests.conftest import TOY_FLAGS, copy_index, start_module, succeed, untrained_weights
+from tests.conftest import TOY_FLAGS, copy_index, start_afresh, succeed, untrained_weights
 from utils import read_json
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -124,13 +124,13 @@ def hub(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 def test_weights_of_a_hub_give_the_same_predictions(run: Path, toy_data: Path, tmp_path: Path) -> None:
     flags = ("--device", "cpu", "--output", tmp_path / "hub.csv", toy_data / "real")
     command = "model_training.predict", "--weights"
-    process = start_module(*command, "hf:me/detector", *flags)  # which reads HF_ENDPOINT when it imports the library
+    process = start_afresh(*command, "hf:me/detector", *flags)  # which reads HF_ENDPOINT when it imports the library
     errors = process.communicate(timeout=120)[1]
     assert process.returncode == 0 and f"weights: hf:me/detector@{COMMIT}" in errors, errors
     predicted(run / "model.safetensors", tmp_path / "file.csv", toy_data / "real")
     one, other = (read_csv(tmp_path / name) for name in ("hub.csv", "file.csv"))
     assert [row["raw_probability_fake"] for row in one] == [row["raw_probability_fake"] for row in other]
-    errors = start_module(*command, "hf:me/other", *flags).communicate(timeout=120)[1]
+    errors = start_afresh(*command, "hf:me/other", *flags).communicate(timeout=120)[1]
     assert "error: model.safetensors of me/other cannot be fetched from the hub" in errors and errors.count("\n") == 1
 
 

@@ -15,7 +15,7 @@ import config
 from config import Preset
 from data.lists import read_csv, write_csv
 from model_training.results_tables import write_tables
-from tests.conftest import run_module, start_module, succeed
+from tests.conftest import run_module, start_afresh, succeed
 from training.metrics import METRICS
 from training.runs import resolved
 from training.runtime import CPU_MEMORY, CUDA_MEMORY
@@ -324,7 +324,7 @@ def test_tables_can_be_printed_where_only_ascii_can(preset: Preset, monkeypatch:
     monkeypatch.setenv("LC_ALL", "C")
     monkeypatch.setenv("PYTHONUTF8", "0")
     flags = ("--preset", "demo", "--seeds", "100", "200", "300", "--results-root", home(preset).parent)
-    assert r"93.00 \xb1 3.61" in start_module("model_training.results_tables", *flags).communicate(timeout=100)[0]
+    assert r"93.00 \xb1 3.61" in start_afresh("model_training.results_tables", *flags).communicate(timeout=100)[0]
 
 
 def test_without_any_result_the_command_says_what_to_run(tmp_path: Path) -> None:

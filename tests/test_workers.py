@@ -68,6 +68,7 @@ def ended(process: Process) -> tuple[int, str]:
     return process.returncode, out + errors
 
 
+@pytest.mark.slow
 @of_a_server
 def test_kills_and_a_restart_of_the_server_lose_and_double_nothing(toy_data: Path, results: Path) -> None:
     with Postgres() as server:

@@ -12,6 +12,8 @@ from torch import nn
 
 from config import Settings
 from data.workers import available_cores, loading_processes
+from models.backbones import normalised
+from models.compilation import compile_blocks
 from training import processes
 from utils import UserError
 
@@ -47,6 +49,7 @@ class Runtime:
     deterministic: bool
     matmul_precision: str
     compile_all: bool = False
+    compile_blocks: bool = False
 
     @property
     def memory_kind(self) -> str:
@@ -105,19 +108,21 @@ class Runtime:
         return not any(c.kernel_size == (1, 1) and max(c.stride) > 1 and c.in_channels < 64 for c in convolutions)
 
     def compiled(self, model: nn.Module) -> nn.Module:
-        """The model's forward pass, compiled where the settings say so, for one shape of views unless `compile_all`."""
+        """The model's forward pass, compiled where the settings say so, for one shape of views unless `compile_all`.
+
+        With `compile_blocks` it is the model itself, whose repeated blocks are compiled from here on, in evaluation
+        too: once for all blocks that are alike.
+        """
         if not self.compile:
+            return model
+        if self.compile_blocks:
+            compile_blocks(model)
             return model
         return torch.compile(model, dynamic=None if self.compile_all else False)  # None: torch's default
 
     def to_device(self, model: nn.Module, views: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Views (..., 3, P, P) of 0 to 255 on the device, as float32 normalised with the model's mean and std."""
-        on_device = [view.to(self.device, non_blocking=True) for view in views]
-        if not getattr(model, "channels_last", True):  # as which they arrive, and whose layout convolutions follow
-            on_device = [view.contiguous() for view in on_device]
-        # In place, since the tiles of a large image fill gigabytes.
-        mean, std = model.input_mean, model.input_std
-        return [torch.div(view, 255).to(mean.dtype).sub_(mean).div_(std) for view in on_device]
+        """Views (..., 3, P, P) of 0 to 255 on the device, normalised for the model."""
+        return [normalised(model, view.to(self.device, non_blocking=True)) for view in views]
 
     @contextmanager
     def memory_for(self, what: str) -> Iterator[None]:
@@ -224,6 +229,7 @@ def build_runtime(settings: Settings) -> Runtime:
         deterministic=settings.deterministic,
         matmul_precision=settings.matmul_precision,
         compile_all=settings.author_runtime,
+        compile_blocks=settings.compile_blocks and not settings.author_runtime,
     )
 
 

@@ -9,8 +9,10 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 
 from config import Experiment, Settings
+from models.backbones import NormalisedInput
 from models.checkpointing import checkpoint_blocks
 from training import processes
+from training.copies import Copies
 from training.evaluation import sizes_of
 from training.memory import recomputes
 from training.optimizer import build_optimizer
@@ -35,13 +37,11 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.scaler = self.runtime.grad_scaler()
-        self.parallel_model = processes.parallel(self.model)
+        self.to_device = Copies(self.runtime.device)
+        self.parallel_model = processes.parallel(NormalisedInput(self.model))
         self.compiled_model = self.runtime.compiled(self.parallel_model)
-
-    @property
-    def valid_model(self) -> nn.Module:
-        """The model as it is called in validation."""
-        return self.compiled_model if self.runtime.compile_all and processes.size() == 1 else self.model
+        alike = self.runtime.compile_all and processes.size() == 1
+        self.valid_model = self.runtime.compiled(self.model) if alike else self.model  # as it is called in validation
 
     def train_step(
         self, views: Sequence[torch.Tensor], labels: torch.Tensor, images: int | None = None
@@ -63,8 +63,8 @@ class Trainer:
         with self.runtime.memory_for(f"a training step on {sizes_of(views)}"):
             self.optimizer.zero_grad(set_to_none=True)
             with self.runtime.autocast():
-                logits = forward(*self.runtime.to_device(self.model, views))
-                labels = labels.to(self.runtime.device, non_blocking=True)
+                *views, labels = self.to_device([*views, labels])
+                logits = forward(*views)
                 loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing) / images
             self.scaler.scale(loss * processes.size()).backward()  # gradients become means over processes
             self.scaler.step(self.optimizer)
@@ -80,7 +80,7 @@ class Trainer:
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         with torch.random.fork_rng(), self.runtime.memory_for("a first backward pass"):
             for _ in range(3):
-                self.parallel_model(*self.runtime.to_device(self.model.train(), views)).sum().backward()
+                self.parallel_model.train()(*self.to_device(views)).sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
 from config import DEMO, GlassExperiment, Preset, Settings
@@ -28,8 +27,8 @@ from tests.benchmarks import common
 from tests.benchmarks.common import Measured, Repeat, Table, Way, measured, median
 from tests.benchmarks.views import plain_process, plain_views
 from training.runs import seed_everything
-from training.runtime import Runtime, build_runtime
-from training.trainer import build_trainer
+from training.runtime import build_runtime
+from training.trainer import Trainer, build_trainer
 from utils import find_experiment
 
 
@@ -54,11 +53,9 @@ def straightforward_loader(
     )
 
 
-class NormalisedViews(Runtime):
-    """For views that are normalised already."""
-
-    def to_device(self, model: nn.Module, views: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [view.to(self.device) for view in views]
+def take_normalised_views(trainer: Trainer) -> None:
+    """Let it train on views that are normalised already."""
+    trainer.parallel_model, trainer.compiled_model = trainer.model, trainer.runtime.compiled(trainer.model)
 
 
 def epochs(way: str, preset: Preset, experiment: GlassExperiment, index: Index, rows: list[int]) -> Repeat:
@@ -69,7 +66,7 @@ def epochs(way: str, preset: Preset, experiment: GlassExperiment, index: Index, 
     trainer.model.train()
     loader: Iterable[Sequence[torch.Tensor]]
     if way == "plain":
-        trainer.runtime = NormalisedViews(**vars(trainer.runtime))
+        take_normalised_views(trainer)
         loader = straightforward_loader(settings, experiment, index, rows, settings.num_workers)
     else:
         loader = build_loader(preset.settings, experiment, index, rows, training_seed=0)

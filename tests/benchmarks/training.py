@@ -36,7 +36,7 @@ from data.loaders import build_loader
 from data.workers import loading_processes
 from models.build import build_model
 from tests.benchmarks.common import Table, make_preset, quiet, repeated, write_images
-from tests.benchmarks.epoch import NormalisedViews, straightforward_loader
+from tests.benchmarks.epoch import straightforward_loader, take_normalised_views
 from training.checkpoints import Checkpoint
 from training.progress import Progress
 from training.runs import git_commit, hardware, library_versions, seed_everything
@@ -72,20 +72,25 @@ class Case:
 def cases() -> list[Case]:
     """All of them, the most important first."""
     models = [experiment.name for experiment in PAPER.experiments]
-    eager, fast = (("compile", False),), (("deterministic", False),)
+    eager, blocks, fast = (("compile", False),), (("compile_blocks", True),), (("deterministic", False),)
     of_vit = [
         Case("glass_vit", save=True),
         Case("glass_vit", "eager", settings=eager),
+        Case("glass_vit", "blocks compiled", settings=blocks),
         Case("glass_vit", "bf16", settings=(("precision", "bf16"),)),
         Case("glass_vit", "not deterministic", settings=fast),
         Case("glass_vit", "bf16, not deterministic", settings=(*fast, ("precision", "bf16"))),
         Case("glass_vit", "eager, new memory filled with NaN", settings=eager, fill_memory=True),
     ]
+    again = [Case("glass_vit", "activations again", settings=(("activation_checkpointing", "on"),))]
     loading = [Case("glass_vit", source, source) for source in ("cache", "files", "straightforward")]
     others = [Case(name) for name in models if name != "glass_vit"]
-    of_memory = [Case("glass_vit", "eager", num_crops=K, settings=eager) for K in (1, 4, 16)]
+    twice = (*eager, ("activation_checkpointing", "on"))
+    ways = (("eager", eager), ("eager, activations again", twice))
+    of_memory = [Case("glass_vit", mode, num_crops=K, settings=way) for mode, way in ways for K in (1, 4, 16)]
     eager_others = [Case(name, "eager", settings=eager) for name in models if name != "glass_vit"]
-    return [*of_vit[:2], *loading, *others, *of_vit[2:], *of_memory, *eager_others]
+    others += [Case("glass_convnext", "blocks compiled", settings=blocks)]
+    return [*of_vit[:3], *again, *loading, *others, *of_vit[3:], *of_memory, *eager_others]
 
 
 def experiment_of(case: Case) -> Experiment:
@@ -116,7 +121,7 @@ def _measure(case: Case, preset: Preset, experiment: Experiment, runtime: Runtim
     trainer.model.train()
     batches = batches_of(case, preset, experiment, trainer)
     if case.source == "straightforward":
-        trainer.runtime = NormalisedViews(**vars(runtime))
+        take_normalised_views(trainer)
     flop = flop_an_image(trainer, next(batches))
     start = time.perf_counter()
     trainer.train_step(*next(batches))
