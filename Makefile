@@ -1,11 +1,12 @@
 # make demo   environment, demo data, two models, tables and figures
-# make app    a page to drop images on, with the demo's GLASS model: after make demo
+# make app    a page to drop images on, with the demo's GLASS model, which is trained if there is none yet
 # make test   environment, tests, ruff
 # make test-all   also the slow tests
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+DEMO_WEIGHTS := results/demo/glass_resnet/seed_100/model.safetensors
 EXTRAS := $(filter-out requirements-app.txt,$(wildcard requirements-*.txt))
 
 .PHONY: demo app test test-all lint gpu-test clean
@@ -13,8 +14,12 @@ EXTRAS := $(filter-out requirements-app.txt,$(wildcard requirements-*.txt))
 demo: .venv/installed
 	$(BIN)/python -m model_training.reproduce --preset demo
 
-app: .venv/app
-	$(BIN)/python -m model_training.app --weights results/demo/glass_resnet/seed_100/model.safetensors
+app: .venv/app $(DEMO_WEIGHTS)
+	$(BIN)/python -m model_training.app --weights $(DEMO_WEIGHTS)
+
+$(DEMO_WEIGHTS): | .venv/installed
+	$(BIN)/python -m model_training.reproduce --preset demo --prepare
+	$(BIN)/python -m model_training.glass_resnet_training --preset demo --seeds 100
 
 test: .venv/extras lint
 	$(BIN)/python -m pytest $(PARALLEL)

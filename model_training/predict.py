@@ -205,7 +205,7 @@ def _summary(rows: Mapping[str, Row], draws: int) -> str:
     more = f"\n... and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
     verdicts = [row["verdict"] for row in rows.values() if row["verdict"]]
     counts = ", ".join(f"{verdicts.count(name):,} {name}" for name in ("fake", "real", "inconclusive"))
-    return f"{render_table(columns, table)}{more}\n\n{len(verdicts):,} images: {counts}"
+    return f"{render_table(columns, table)}{more}\n\n{len(verdicts):,} image{'s' * (len(verdicts) != 1)}: {counts}"
 
 
 def _one_line(path: str) -> str:

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
+from tqdm import tqdm
 
 from config import Count, GigaBytes, GlassExperiment, Preset, StandardExperiment
 from data.lists import render_table
@@ -56,7 +57,8 @@ def plan(preset: Preset, glass: GlassExperiment, standard: StandardExperiment, *
         raise UserError(f"the figure is written as PNG, and {options.figure} does not end in .png: name another file")
     memory = options.memory or torch.cuda.get_device_properties(0).total_memory / 2**30
     rows, lines, flops = [], {}, {}
-    for experiment, (precision, label), again in product((glass, standard), PRECISIONS.items(), ("off", "on")):
+    ways = [*product((glass, standard), PRECISIONS.items(), ("off", "on"))]
+    for experiment, (precision, label), again in tqdm(ways, desc="planning", leave=False, disable=None):
         settings = replace(preset.settings, precision=precision, activation_checkpointing=again)
         try:
             training = PlannedTraining(experiment, settings)

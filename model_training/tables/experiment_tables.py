@@ -95,7 +95,7 @@ def table_of_differences(runs: Mapping[str, Sequence[Run]]) -> Table:
         [],
         [
             "Over the seeds that both models have, on the same test images; Student's t interval of the paired "
-            "differences: of other seeds, not of other images."
+            "differences: of other seeds, not of other images; of two or three, it may reach beyond what is possible."
         ],
     )
     for glass in runs:

@@ -216,7 +216,7 @@ def plot_test_metrics(path: Path, title: str, scores: Mapping[str, Mapping[str, 
                     seeds = {"alpha": 0.6, "markersize": 2.5, "mew": 0, "clip_on": False}
                     axis.plot(values, [y + 0.28] * len(values), "o", color=colour, **seeds)
             axis.set_xlabel(metric)
-            axis.set_xlim(right=min(axis.get_xlim()[1], 100))
+            axis.set_xlim(right=min(axis.get_xlim()[1], 101.5))  # a mark at 100 is seen whole
             axis.xaxis.set_major_locator(MaxNLocator(nbins=6))
         n = {name: max(map(len, of_name.values())) for name, of_name in scores.items()}
         axes[0].set_yticks(list(at.values()), [f"{name} (n = {n[name]})" for name in at])
