@@ -4,6 +4,7 @@ Nothing of the project itself is imported there. A `Server` starts one such proc
 """
 
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -113,6 +114,8 @@ class Process:
 
 def serve() -> None:
     """For each line of standard input: fork, or look whether a fork has ended; answer with its number or exit code."""
+    gc.collect()
+    gc.freeze()  # or each fork copies what it looks through for garbage, above all at its end: a second and more
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it, and so would their commands
     for line in sys.stdin:
         kind, *request = json.loads(line)
