@@ -134,7 +134,9 @@ def parse_command_line(
         SystemExit: 0 after `--help`, 2 for an argument that is unknown or of the wrong type.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    preset = load_preset(_preset_name(argv))
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--preset", nargs="?", default="paper")  # whose values are the defaults of all other flags
+    preset = load_preset(first.parse_known_args(argv)[0].preset or "paper")
     owners = {group: getattr(preset, group) for group in ("settings", *groups)}
     owners |= {name: find_experiment(preset, name) for name in experiments}
     hidden = dict.fromkeys(experiments, without)
@@ -165,13 +167,6 @@ def parse_command_line(
     every = tuple(owners.get(experiment.name, experiment) for experiment in preset.experiments)
     preset = replace(preset, **{group: owners[group] for group in ("settings", *groups)}, experiments=every)
     return preset, [owners[name] for name in experiments], vars(checked(given.command)) if options else {}
-
-
-def _preset_name(argv: Sequence[str]) -> str:
-    """What --preset says, whose values are the defaults of all other flags."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--preset", nargs="?", default="paper")
-    return parser.parse_known_args(argv)[0].preset or "paper"
 
 
 def _flags_of(owners: Mapping[str, Any], hidden: Mapping[str, Collection[str]]) -> dict[str, tuple[str, Any, Any]]:
