@@ -9,6 +9,7 @@ like, also between experiments.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -44,6 +45,9 @@ def write_tables(preset: Preset) -> None:
             f"{results} holds no results yet: run python -m model_training.reproduce {flags} first, or one experiment, "
             f"such as python -m model_training.{name}_training {flags}"
         )
+    found = {*runs, *studies, *(study.experiment for study in (*crop_costs, *standard_costs))}
+    if found.isdisjoint(preset.reproduce.experiments):  # of other names: those of the preset are not missed
+        preset = replace(preset, reproduce=replace(preset.reproduce, experiments=()))
     # What the preset reproduces and has no results is listed too, so that the tables say what is missing.
     runs = {name: runs.get(name, []) for name in _names(preset, "training", runs)}
     studies = {name: studies.get(name) for name in _names(preset, "tuning", studies)}

@@ -231,26 +231,32 @@ def test_other_seeds_leave_the_tables_of_the_preset_as_they_are(preset: Preset) 
     write_runs(preset, {"glass_vit": GLASS, "standard_vit": STANDARD})
     write_tables(preset)
     before = {path: path.read_bytes() for path in (home(preset) / "tables").iterdir()}
-    write_run(preset, "glass_mine", 1, 0.7)
+    write_run(preset, "glass_resnet", 1, 0.7)
     flags = ("--preset", "demo", "--results-root", home(preset).parent, "--seeds", "1")
     printed = succeed("model_training.results_tables", *flags)
     assert {path: path.read_bytes() for path in (home(preset) / "tables").iterdir()} == before
     rows = read_csv(home(preset) / "tables_seeds_1" / "test_metrics.csv")
-    assert {row["model"]: row["n"] for row in rows if row["n"] != "0"} == {"glass_mine": "1"}
+    assert {row["model"]: row["n"] for row in rows if row["n"] != "0"} == {"glass_resnet": "1"}
     assert "standard_resnet: seed 1 not run" in printed and "glass_vit seed_100" in printed.split("Ignored")[1]
     done = run_module("model_training.results_tables", *flags, "--epochs", "1")  # which it does not read
     assert done.returncode == 2 and "--epochs" in done.stderr
 
 
-def test_an_experiment_of_the_users_own_has_its_row_and_its_pair(preset: Preset) -> None:
+def test_an_experiment_of_the_users_own_has_its_row_and_its_pair(
+    preset: Preset, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_runs(preset, {"glass_mine": GLASS, "standard_mine": STANDARD})
+    write_tables(preset)
+    assert list(csv_rows(preset, "test_metrics")) == ["standard_mine", "glass_mine"]
+    assert csv_rows(preset, "differences")["glass_mine"]["n"] == "3"
+    assert (home(preset) / "tables" / "training_curves_glass_mine.png").read_bytes().startswith(PNG)
+    assert "vit" not in capsys.readouterr().out  # nothing of the preset's own is missed
+    write_run(preset, "glass_vit", 100, 0.9)
     write_tables(preset)
     assert list(csv_rows(preset, "test_metrics")) == [
         "standard_vit", "standard_convnext", "standard_resnet", "standard_mine",
         "glass_vit", "glass_convnext", "glass_resnet", "glass_mine",
     ]  # fmt: skip
-    assert csv_rows(preset, "differences")["glass_mine"]["n"] == "3"
-    assert (home(preset) / "tables" / "training_curves_glass_mine.png").read_bytes().startswith(PNG)
 
 
 def test_the_best_trial_is_given_as_a_line_of_config(preset: Preset) -> None:
