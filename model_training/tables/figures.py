@@ -212,11 +212,12 @@ def plot_test_metrics(path: Path, title: str, scores: Mapping[str, Mapping[str, 
                 values, colour = scores[name][metric], FAMILY_COLOURS.get(family[name], GREEN)
                 if len(values):
                     spread = np.std(values, ddof=1) if len(values) > 1 else None
-                    axis.errorbar(np.mean(values), y, xerr=spread, fmt="D", color=colour, capsize=2.5)
+                    axis.errorbar(np.mean(values), y, xerr=spread, fmt="none", ecolor=colour, capsize=2.5)
+                    axis.plot(np.mean(values), y, "D", color=colour, clip_on=False)
                     seeds = {"alpha": 0.6, "markersize": 2.5, "mew": 0, "clip_on": False}
                     axis.plot(values, [y + 0.28] * len(values), "o", color=colour, **seeds)
             axis.set_xlabel(metric)
-            axis.set_xlim(right=min(axis.get_xlim()[1], 101.5))  # a mark at 100 is seen whole
+            axis.set_xlim(right=min(axis.get_xlim()[1], 100))
             axis.xaxis.set_major_locator(MaxNLocator(nbins=6))
         n = {name: max(map(len, of_name.values())) for name, of_name in scores.items()}
         axes[0].set_yticks(list(at.values()), [f"{name} (n = {n[name]})" for name in at])
