@@ -50,6 +50,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
+def one_line(text: str) -> str:
+    """Text as a terminal can show it: line ends, tabs and escape codes spelt out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 # --------------------------------------------------------------------------------------------- command line
 def run_command(doc: str, action: Callable[..., None], **flags: Any) -> NoReturn:
     """Read the command line, run `action` on the resolved preset, and exit with a code that tells the truth.
@@ -91,7 +96,7 @@ def run_command(doc: str, action: Callable[..., None], **flags: Any) -> NoReturn
 
 def _exit(code: int, message: str = "") -> NoReturn:
     """Exit with `code`, `message` on stderr, even if nobody reads any more: Ctrl-C in `... | tee` ends both."""
-    for stream, text in ((sys.stdout, ""), (sys.stderr, message and f"{message}\n")):
+    for stream, text in ((sys.stdout, ""), (sys.stderr, message and f"{one_line(message)}\n")):
         try:
             print(text, end="", file=stream, flush=True)
         except OSError:  # what is left to write is for nobody; Python would exit with 120

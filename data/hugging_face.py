@@ -1,24 +1,22 @@
 """A Hugging Face data set -> image files with the bytes that it holds, and a list of them, which is a data set here."""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from tqdm import tqdm
 
 from data.images import format_of
+from data.layouts import COLUMNS as LISTED
 from data.layouts import LIST, PARTS
 from data.lists import csv_line, read_csv, write_csv
 from utils import UserError, first_line, locked_folder, replacing, write_text
 
-COLUMNS = {  # of the list -> of data sets: the first that is there
-    "label": ("label", "labels"),
-    "split": ("split",),
-    "generator": ("generator", "model", "model_name"),
-    "source": ("source", "real_source"),
-}
+COLUMNS = {names[0]: names for names in (column.rstrip("|").split("|") for column in LISTED[1:])}  # of the list
 IMAGES = ("image", "image_data", "img")
 
 
@@ -48,14 +46,18 @@ def stream(names: Sequence[str], folder: Path, limit: int | None = None) -> list
             write_text(progress, text[: text.rfind("\n") + 1])  # without a line that a kill cut short
             rows = read_csv(progress)
             for name, split in data.items() if isinstance(data, dict) else [(str(data.split or "all"), data)]:
+                if not re.fullmatch(r"\w[\w.-]*", str(name)):
+                    raise UserError(f"{said} has a split {name!r}, which is no name of a folder: name another data set")
                 features = split.features or {}
-                for column in [column for column, feature in features.items() if isinstance(feature, Image)]:
+                images = [column for column, feature in features.items() if isinstance(feature, Image)]
+                for column in images:
                     split = split.cast_column(column, Image(decode=False))
                 done = sum(row["path"].startswith(f"{name}/") for row in rows)
                 left = islice(split.skip(done), None if limit is None else max(0, limit - done))
                 with open(progress, "a", encoding="utf-8", newline="") as file:
                     for number, item in enumerate(tqdm(left, desc=name, unit=" images", disable=None), done):
-                        rows.append(_written(item, features, folder, name, number))
+                        image = _content(item, (*IMAGES, *images), number, Path(names[0]))
+                        rows.append(_written(image, item, features, folder / name / f"{number:08d}"))
                         file.write(csv_line(list(rows[-1].values())) + "\n")
                         file.flush()
             rows.sort(key=lambda row: row["path"])  # whatever was interrupted
@@ -68,15 +70,29 @@ def stream(names: Sequence[str], folder: Path, limit: int | None = None) -> list
     return rows
 
 
-def _written(item: Mapping[str, Any], features: Mapping[str, Any], folder: Path, split: str, number: int) -> dict:
-    """A row of the list, after its image is in its file."""
-    image = next((item[name] for name in IMAGES if name in item), None)
-    if isinstance(image, dict):
-        image = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+def _content(item: Mapping[str, Any], columns: Sequence[str], number: int, source: Path) -> bytes:
+    """The image of a row, from the first of the `columns` that is there, or from the file that it names.
+
+    Raises UserError: there is none, or the file is neither on the hub nor below `source`.
+    """
+    image = next((item[name] for name in columns if name in item), None)
+    if isinstance(image, dict) and image["bytes"] is None and image["path"]:
+        place = image["path"].rpartition("::")[2]  # of the archive, if it lies in one
+        if not place.startswith("hf://") and source.resolve() not in Path(place).resolve().parents:
+            raise UserError(f"row {number} has its image in {place}, outside of {source}: copy it there")
+        with fsspec.open(image["path"], "rb") as file:
+            return file.read()
+    image = image["bytes"] if isinstance(image, dict) else image
     if not isinstance(image, bytes):
-        raise UserError(f"row {number} has no image in {' or '.join(IMAGES)}: its columns are {', '.join(item)}")
-    row = {"path": f"{split}/{number:08d}.{format_of(image) or 'unknown'}"}
-    with replacing(folder / row["path"]) as temporary:
+        raise UserError(f"row {number} has no bytes in {' or '.join(columns)}: its columns are {', '.join(item)}")
+    return image
+
+
+def _written(image: bytes, item: Mapping[str, Any], features: Mapping[str, Any], place: Path) -> dict[str, str]:
+    """A row of the list, after its image is in its file, at `place` with the ending of its format."""
+    file, split = place.with_suffix(f".{format_of(image) or 'unknown'}"), place.parent.name
+    row = {"path": f"{split}/{file.name}"}
+    with replacing(file) as temporary:
         temporary.write_bytes(image)
     for column, names in COLUMNS.items():
         name = next((name for name in names if item.get(name) is not None), "")

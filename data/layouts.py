@@ -27,8 +27,9 @@ TURNED = {"0_fake": 0, "1_real": 1}  # whose numbers are not CNNDetection's
 CERTAIN = CLASS_FOLDERS[PLAIN] | CLASS_FOLDERS["0_real_1_fake"] | TURNED  # and never what pictures show
 LABELS = CERTAIN | CLASS_FOLDERS["ai_nature"]
 NUMBERS = {":0=fake": {"0": 0, "1": 1}, ":0=real": {"0": 1, "1": 0}}  # in a list, by the end of data_layout
-PARTS = {"train": "train", "val": "valid", "valid": "valid", "validation": "valid", "test": "test"}
-COLUMNS = ("path|file|name", "label", "split|", "generator|model|model_name|", "source|real_source|")  # of a list
+PARTS = {"train": "train", "training": "train", "val": "valid", "valid": "valid", "validation": "valid"}
+PARTS |= {"test": "test", "testing": "test"}
+COLUMNS = ("path|file|name", "label|labels", "split|", "generator|model|model_name|", "source|real_source|")  # of lists
 MAY_TURN = (
     "so that labels might be turned round: list the images in a CSV (--data-layout LIST.csv), or name the layout that "
     "counts (--data-layout)"
@@ -55,7 +56,7 @@ class DataSet:
 
     layout: str  # as the setting, with what was guessed
     images: list[Listed]
-    plain: bool = False  # fake/ and real/ are right below the data root: paths say all
+    plain: bool = False  # fake/ and real/ are right below the data root, with no split: paths say all
     notes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()  # files that are hidden, or do not end as an image does
 
@@ -107,19 +108,21 @@ def read_data_set(root: Path, layout: str = "auto", classes: int = len(CLASSES))
         UserError: images of fewer than `classes` classes, or a layout that is unknown or contradicts itself.
     """
     here = {path.name for path in root.glob("*") if path.is_dir()}
-    for name in here if layout in ("auto", PLAIN) else ():
-        if name not in CLASSES and name.lower() in CLASSES and name.lower() not in here:
-            raise UserError(f"{root / name} must be called {name.lower()}, in lower case: rename it, or link to it")
     plain = layout in ("auto", PLAIN) and any(name in CLASSES for name in here)
     starts = [name for name in CLASSES if name in here] if plain else [""] * root.is_dir()
     files = [name for start in starts for name in list_files(root, start)] if layout in ("auto", *CLASS_FOLDERS) else []
     images = [name for name in files if is_image_name(name)]
     folders = here if plain else {folder for name in images for folder in name.split("/")[:-1]}
+    for name in sorted(folders - CERTAIN.keys()) if layout in ("auto", *CLASS_FOLDERS) else ():
+        if name.lower() in CERTAIN:
+            raise UserError(f"{root} has a folder {name}, to be called {name.lower()}: rename it, or link to it")
     present = [name for name, of in CLASS_FOLDERS.items() if len(of.keys() & folders) >= classes]
     if layout == "auto":
+        listed = [LIST] * (not plain and (root / LIST).exists())
+        present += [str(root / name) for name in listed]
         if len(present) > 1 or TURNED.keys() & folders:
-            raise UserError(f"{root} has folders {', '.join(sorted(folders & LABELS.keys()))}, {MAY_TURN}")
-        layout = present[0] if present else str(root / LIST) if (root / LIST).exists() else PLAIN
+            raise UserError(f"{root} has {', '.join(sorted(folders & LABELS.keys()) + listed)}, {MAY_TURN}")
+        layout = (*present, PLAIN)[0]
     if layout not in CLASS_FOLDERS:
         return _settled(layout, _of_table(root, layout, classes))
     if layout not in present:
@@ -129,6 +132,7 @@ def read_data_set(root: Path, layout: str = "auto", classes: int = len(CLASSES))
     if len(labels := {image.label for image in found}) < classes:
         folder = root / next(name for label, name in enumerate(CLASSES) if label not in labels)
         raise UserError(f"{folder} holds no image file ({', '.join(IMAGE_ENDINGS)}), but {_contents(folder)}")
+    plain = plain and not any(image.part for image in found)
     return _settled(layout, found, plain, outside, tuple(name for name in files if not is_image_name(name)))
 
 
@@ -145,11 +149,12 @@ def _of_folders(root: Path, layout: str, paths: Sequence[str], plain: bool) -> t
         else:
             images.append(Listed(path, of_class[folders.pop(place)]))
             around.append((folders, place))
-    for row, part in enumerate([""] * len(images) if plain else _part_folders(root, around)):
+    parts = _part_folders(root, around)
+    for row, part in enumerate([""] * len(images) if plain and len(set(parts)) < 2 else parts):
         others = around[row][0]
         if part:
             others.remove(part)
-        images[row] = images[row]._replace(part=PARTS.get(part, ""), source=others[0] if others else "")
+        images[row] = images[row]._replace(part=PARTS.get(part.lower(), ""), source=others[0] if others else "")
     return images, outside
 
 
@@ -160,9 +165,10 @@ def _part_folders(root: Path, around: Sequence[tuple[list[str], int]]) -> list[s
     """
     for level in (lambda place: 0, lambda place: place - 1, lambda place: place):  # the last is below the class
         names = [folders[level(place)] if 0 <= level(place) < len(folders) else "" for folders, place in around]
-        if PARTS.keys() >= set(names):
+        known = {name for name in names if name.lower() in PARTS}
+        if known >= set(names):
             return names
-        if len(known := PARTS.keys() & set(names)) > 1:
+        if len(known) > 1:
             others = ", ".join(sorted(set(names) - known)[:3]) or "images"
             raise UserError(f"{root} has {', '.join(sorted(known))} and beside them {others}: list the images in a CSV")
     return [""] * len(around)
@@ -176,7 +182,7 @@ def _of_table(root: Path, layout: str, classes: int) -> list[Listed]:
         known = ", ".join(CLASS_FOLDERS)
         raise UserError(f"data_layout is {layout}: expected auto, {known}, LIST.csv or LIST.csv:0=real")
     for path, label, split, generator, source in read_columns(Path(file), COLUMNS):
-        label, part, wrong = label.strip().lower(), PARTS.get(split.lower(), ""), ""
+        label, part, wrong = label.strip().lower(), PARTS.get(split.strip().lower(), ""), ""
         if label not in words:
             wrong = f"labels {path} {label or 'nothing'}, which may mean either class: expected fake or real"
             wrong += f", or what the numbers mean, as --data-layout {file}:0=real" * (label in ("0", "1"))
@@ -184,7 +190,7 @@ def _of_table(root: Path, layout: str, classes: int) -> list[Listed]:
             wrong = f"has {path} in a split {split}: expected train, val or test, or none at all"
         elif comparable(path) in images:
             wrong = f"lists {path} twice: once is enough"
-        elif not (root / path).is_file():
+        elif posixpath.isabs(path) or comparable(path).startswith("../") or not (root / path).is_file():
             wrong = f"lists {path}, which is no file of {root}: paths are relative to the data root"
         if wrong:
             raise UserError(f"{file} {wrong}")

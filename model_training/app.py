@@ -15,6 +15,7 @@ import os
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -32,8 +33,8 @@ from model_training.inference.page_parts import card, map_card, template
 from models.weights import weights_file
 from utils import UserError, run_command
 
-KEPT = 40  # images that a page shows
-CLEANED, OLDEST = 60, 3600  # seconds: how often uploads are looked through, and their age when they are removed
+KEPT, PAGES = 40, 50  # images that a page shows; pages whose images are kept, 7 MB each
+CLEANED, OLDEST = 5, 3600  # seconds: how often uploads are looked through, and their age when they are removed
 UPLOAD_BYTES = 2_000_000_000  # of one file; 200 megapixels of 16 bits with transparency take 1.6 GB
 MAP_PIXELS = 50_000_000  # of an image that is mapped while others wait
 LOOK = Path(__file__).with_name("inference") / "app.css"
@@ -51,7 +52,7 @@ class Options(PredictionOptions):
     """Which weights, where the page is, and how to predict."""
 
     weights: Path  # model.safetensors of a run, or hf:OWNER/NAME of the Hugging Face hub
-    host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0: of all networks
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"  # the address to listen on; 0.0.0.0: of all networks
     port: Annotated[int, Field(ge=1, le=65535)] = 7860
     draws: Count = 5  # T, how often each image's crops are drawn; one where all draws have the same crops
 
@@ -91,20 +92,33 @@ def app(preset: Preset, weights: Path, host: str, port: int, **others: Any) -> N
             page.launch(
                 server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, share=False, inline=False,
                 show_error=True, max_file_size=UPLOAD_BYTES, footer_links=[], run_history=False, ssr_mode=False,
-                mcp_server=False, pwa=False, enable_monitoring=False,
+                mcp_server=False, pwa=False, enable_monitoring=False, state_session_capacity=PAGES,
                 head=f"<style>{LOOK.read_text(encoding='utf-8')}</style>",
                 app_kwargs={"middleware": [Middleware(SelfContained)]},
                 theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             )  # fmt: skip
-        except OSError as error:
-            raise UserError(f"{host}:{port} cannot be listened on ({error}): name another --host or --port") from None
-        print(f"{detector.name}: http://{host}:{port} (Ctrl-C ends it)", flush=True)
+        except OSError:
+            where = f"{host}:{port} cannot be listened on"
+            raise UserError(f"{where}, as it is taken or not this computer's: name another --host or --port") from None
+        open_to = "" if host in ("127.0.0.1", "localhost", "::1") else "open to the network, without a password; "
+        print(f"{detector.name}: http://{host}:{port} ({open_to}Ctrl-C ends it)", flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the uploads go then, too
         with suppress(KeyboardInterrupt):
-            ended.wait()
+            while not ended.wait(CLEANED):
+                remove_old(Path(uploads))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave the uploads
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         ended.set()
         page.close(verbose=False)
         busy.acquire()  # what is being looked at must not outlive its thread
+
+
+def remove_old(folder: Path) -> None:
+    """Remove the uploads that are an hour old; gradio knows no upload that was broken off."""
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            if path.is_file() and time.time() - path.stat().st_mtime > OLDEST:
+                path.unlink()
 
 
 def build_page(detector: Detector, busy: threading.Lock, ended: threading.Event) -> Any:
@@ -139,6 +153,7 @@ def build_page(detector: Detector, busy: threading.Lock, ended: threading.Event)
 
     def draw(shown: dict[int, Shown], event: gr.EventData, request: gr.Request, told: gr.Progress = progress) -> str:
         number = int(event.number)
+        gone.discard(request.session_hash)  # a computer that slept comes back as the same
 
         def report(share: float) -> None:
             if ended.is_set() or request.session_hash in gone:
@@ -154,7 +169,7 @@ def build_page(detector: Detector, busy: threading.Lock, ended: threading.Event)
     def closed(request: gr.Request) -> None:
         gone.add(request.session_hash)
 
-    with gr.Blocks(title="Was this image generated?", analytics_enabled=False, delete_cache=(CLEANED, OLDEST)) as page:
+    with gr.Blocks(title="Was this image generated?", analytics_enabled=False) as page:
         gr.HTML(text.head(), elem_classes="page", apply_default_css=False)
         drop = gr.File(file_count="multiple", label="Drop images here", height=160)
         drop.async_move_resource_to_block_cache = where_it_is  # nothing is copied, or fetched from an address
@@ -217,20 +232,22 @@ class Watched(Picture):
 
 
 class SelfContained:
-    """ASGI middleware: POLICY goes with every answer."""
+    """ASGI middleware: POLICY goes with every answer, and an upload that is broken off is no error."""
 
     def __init__(self, app: Callable) -> None:
         self.app = app
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
         """Answer one request."""
+        from starlette.requests import ClientDisconnect
 
         async def answer(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), (b"content-security-policy", POLICY)]
             await send(message)
 
-        await self.app(scope, receive, answer)
+        with suppress(ClientDisconnect):
+            await self.app(scope, receive, answer)
 
 
 if __name__ == "__main__":

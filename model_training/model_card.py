@@ -13,7 +13,7 @@ from model_training.inference.provenance import Provenance
 from training.calibration import Calibration
 from training.detection_metrics import DETECTION_METRICS, bootstrap_intervals, detection_metrics
 from training.evaluation import Predictions
-from utils import write_text
+from utils import one_line, write_text
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 SHOWN = ("accuracy", "balanced_accuracy", "auc", "average_precision", "ece")  # of DETECTION_METRICS
@@ -58,9 +58,9 @@ def write_model_card(
     )
     glass = "A GLASS model (global view and native-resolution crops)"
     standard = "A standard transfer-learning model"
-    page = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True).from_string(
-        TEMPLATE.read_text(encoding="utf-8")
-    )
+    page = Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=True, finalize=in_a_cell
+    ).from_string(TEMPLATE.read_text(encoding="utf-8"))
     settings = dict(about["experiment"]) | {name: about["settings"].get(name) for name in SETTINGS}
     text = page.render(
         card_data=card_data.to_yaml(),
@@ -74,3 +74,8 @@ def write_model_card(
         calibration=calibration,
     )
     write_text(folder / "README.md", text)
+
+
+def in_a_cell(value: Any) -> Any:
+    """A value as a cell of a table: the names of folders and lists may hold anything."""
+    return value if hasattr(value, "__html__") else one_line(str(value)).replace("|", r"\|")

@@ -42,7 +42,7 @@ from data.pictures import find_images
 from model_training.inference.detector import SMALL, UNLIKE, Outcome, PredictionOptions, load_detector
 from model_training.inference.evidence import write_evidence
 from models.weights import weights_file
-from utils import UserError, reading, run_command, sha256_of, stat_of
+from utils import UserError, one_line, reading, run_command, sha256_of, stat_of
 
 COLUMNS = (
     "path", "probability_fake", "verdict", "standard_deviation", "flips", "raw_probability_fake", "width", "height",
@@ -137,9 +137,9 @@ def predict(preset: Preset, weights: Path, paths: Sequence[str], **others: Any) 
         if rows:
             _write(output, rows)
     print(_summary(rows, draws))
-    print(f"\n{detector.name}: {detector.provenance.sentence}")
+    print(f"\n{detector.name}: {one_line(detector.provenance.sentence)}")
     for note, meaning in NOTES.items():
-        noted = [_one_line(path) for path, row in rows.items() if note in row["note"]]
+        noted = [one_line(path) for path, row in rows.items() if note in row["note"]]
         if noted:
             print(f"{len(noted):,} with {meaning}: {', '.join(noted[:3])}{', ...' if len(noted) > 3 else ''}")
     print(f"\nWritten: {output}{f' and {evidence}/index.html' if evidence else ''}")
@@ -147,7 +147,7 @@ def predict(preset: Preset, weights: Path, paths: Sequence[str], **others: Any) 
     if left_out:
         print(f"\n{len(left_out):,} of {len(rows):,} files are left out:", file=sys.stderr)
         for path, reason in left_out.items():
-            print(f"  {_one_line(path)}: {reason}", file=sys.stderr)
+            print(f"  {one_line(path)}: {reason}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -201,16 +201,11 @@ def _summary(rows: Mapping[str, Row], draws: int) -> str:
     table = []
     for path, row in list(rows.items())[:SHOWN]:
         cells = [format(float(row[name]), form) if form and row[name] else row[name] for name, form in forms.items()]
-        table.append([_one_line(path), *(("", "left out", "", "") if row["problem"] else cells)][: len(columns)])
+        table.append([one_line(path), *(("", "left out", "", "") if row["problem"] else cells)][: len(columns)])
     more = f"\n... and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
     verdicts = [row["verdict"] for row in rows.values() if row["verdict"]]
     counts = ", ".join(f"{verdicts.count(name):,} {name}" for name in ("fake", "real", "inconclusive"))
     return f"{render_table(columns, table)}{more}\n\n{len(verdicts):,} image{'s' * (len(verdicts) != 1)}: {counts}"
-
-
-def _one_line(path: str) -> str:
-    """A path as a terminal can show it: line ends, tabs and escape codes spelt out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in path)
 
 
 if __name__ == "__main__":

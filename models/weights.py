@@ -17,7 +17,8 @@ HUB = "hf:"  # before the name of a repository
 def weights_file(name: Path) -> Path:
     """A weights file itself, or that of "hf:OWNER/NAME" or "hf:OWNER/NAME@REVISION" of the Hugging Face hub.
 
-    The revision is printed, by which the same file can be asked for again. HF_ENDPOINT names another server.
+    The revision is printed, by which the same file can be asked for again, and without a network once it was fetched.
+    HF_ENDPOINT names another server.
 
     Raises:
         UserError: the hub, the repository or the file in it is unavailable.
@@ -26,15 +27,14 @@ def weights_file(name: Path) -> Path:
         return name
     repository, _, revision = str(name).removeprefix(HUB).partition("@")
     try:
-        commit = huggingface_hub.HfApi().model_info(repository, revision=revision or None).sha
-        file = huggingface_hub.hf_hub_download(repository, "model.safetensors", revision=commit)
+        file = Path(huggingface_hub.hf_hub_download(repository, "model.safetensors", revision=revision or None))
     except Exception as error:  # the hub's client and what it stands on raise many kinds
         raise UserError(
             f"model.safetensors of {repository} cannot be fetched from the hub ({first_line(error)}): check the name, "
             f"or fetch it elsewhere and name the file"
         ) from None
-    print(f"weights: {HUB}{repository}@{commit}", file=sys.stderr)
-    return Path(file)
+    print(f"weights: {HUB}{repository}@{file.parent.name}", file=sys.stderr)
+    return file
 
 
 def written_by_torch(file: Path) -> bool:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html.parser import HTMLParser
@@ -40,8 +41,10 @@ class Server:
             self.errors += line
 
     def stop(self) -> int:
-        """As Ctrl-C does; the exit code."""
-        self.process.send_signal(signal.SIGINT)
+        """As Ctrl-C does, of somebody who does not wait; the exit code."""
+        for _ in range(2):
+            self.process.send_signal(signal.SIGINT)
+            time.sleep(0.1)
         try:
             return self.process.wait(30)
         finally:

@@ -4,15 +4,18 @@ import glob
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from data.lists import read_csv
+from model_training.app import PAGES
 from tests.conftest import refused, run_module, untrained_weights
 from tests.odd_images import write_odd_images
 from tests.pages import Card, Server, agree, asked, browsed, cards_of, missing_browser, served
@@ -125,10 +128,61 @@ def test_a_browser_shows_what_predict_says_and_a_map_on_request(
 def test_a_port_that_is_taken_and_crops_of_a_model_without_are_refused(server: Server, scratch: Path) -> None:
     port = server.url.rpartition(":")[2]
     said = refused("model_training.app", "--weights", scratch / "model.safetensors", "--port", port)
-    assert f"127.0.0.1:{port} cannot be listened on" in said and "--port" in said
+    assert f"127.0.0.1:{port} cannot be listened on, as it is taken" in said and "GRADIO_SERVER_PORT" not in said
+    assert "host is" in refused("model_training.app", "--weights", scratch / "model.safetensors", "--host", "")
     standard = untrained_weights(scratch / "standard.safetensors", "standard_resnet")
     said = refused("model_training.app", "--weights", standard, "--num-crops", "4")
     assert "looks at the whole image and draws no crops" in said
+
+
+def test_a_page_is_kept_for_so_many_and_a_map_is_drawn_after_a_pause(
+    server: Server, rows: dict[Path, dict[str, str]]
+) -> None:
+    client = gradio_client.Client(server.url, verbose=False, analytics_enabled=False, download_files=False)
+    photo = next(path for path in rows if path.name == "photo.JPG")
+    text = next(path for path, row in rows.items() if row["problem"] == "not an image")
+
+    def cards(path: Path) -> list[Card]:
+        return cards_of(client.predict([gradio_client.handle_file(path)], api_name="/examine")[-1])
+
+    first, web = client.session_hash, httpx.Client(base_url=f"{server.url}/gradio_api", trust_env=False, timeout=60)
+    cards(photo)
+    with web.stream("GET", f"/heartbeat/{first}") as beat:  # as a browser whose computer then sleeps
+        next(beat.iter_lines())
+    time.sleep(0.5)
+    job = {"fn_index": 1, "data": [None, None], "event_data": {"number": "1"}, "session_hash": first}
+    web.post("/queue/join", json=job).raise_for_status()
+    with web.stream("GET", "/queue/data", params={"session_hash": first}) as said:
+        assert "tiles over the whole image" in next(line for line in said.iter_lines() if "process_completed" in line)
+    assert [card["name"] for card in cards(text)] == ["photo.JPG", text.name]
+    for number in range(PAGES):
+        client.session_hash = f"another{number}"
+        cards(text)
+    client.session_hash = first
+    assert [card["name"] for card in cards(text)] == [text.name]
+
+
+def wait_for(there: Callable[[], object]) -> None:
+    """Until something is so, half a minute at most."""
+    deadline = time.monotonic() + 30
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_uploads_go_after_an_hour_even_those_that_were_broken_off(server: Server, scratch: Path) -> None:
+    (uploads,) = (scratch / "uploads").glob("app_*")
+    address = tuple(server.url.split("/")[2].split(":"))
+    part = "--x\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n\r\n"
+    head = "POST /gradio_api/upload HTTP/1.1\r\nHost: a\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    before = set(uploads.iterdir())
+    with socket.create_connection(address) as client:
+        client.sendall(f"{head}Content-Length: 9000\r\n\r\n{part}".encode() + bytes(99))
+        wait_for(lambda: set(uploads.iterdir()) - before)
+    time.sleep(0.5)  # until what was sent is written
+    (broken_off,) = set(uploads.iterdir()) - before
+    os.utime(broken_off, (0, 0))
+    wait_for(lambda: not broken_off.exists())
 
 
 def test_no_address_is_fetched_for_a_client(server: Server) -> None:

@@ -120,7 +120,7 @@ def test_one_class_alone_gives_the_share_called_fake_at_each_threshold(
 
 LAYOUTS = {  # files -> the sentence
     ("0_fakes/a.jpg", "0_real/a.jpg", "ai/", "x.csv"): "/fake does not exist: .* holds 0_fakes/, 0_real/, ai/, x.csv",
-    ("Fake/a.jpg", "real/a.jpg"): "/Fake must be called fake, in lower case: rename it",
+    ("Fake/a.jpg", "real/a.jpg"): " has a folder Fake, to be called fake: rename it",
     ("fake/a.jpg", *(f"{n}/" for n in range(7))): "/real does not exist: .* holds 0/, 1/, 2/, 3/, 4/ and 3 more",
     ("fake/a.jpg", "real/a.cr2"): "/real holds no image file .*, but a.cr2",
     (): "/fake does not exist: .* holds nothing, since it does not exist",

@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from data.layouts import read_data_set
 from data.lists import read_csv
 from data.records import ImageRecord
 from data.splits import split_index
-from tests.conftest import PREPROCESS_FLAGS, REPOSITORY, TOY_FLAGS, refused, succeed, untrained_weights
+from tests.conftest import PREPROCESS_FLAGS, TOY_FLAGS, refused, succeed, untrained_weights
 from utils import UserError, read_json
 
 RNG = np.random.default_rng(606)
@@ -136,15 +137,27 @@ def test_what_is_drawn_from_train_keeps_groups_and_given_parts_count_in_the_fing
         split_index(Index(Path("x"), records, parts=("test",) * 80), Settings())
 
 
+def test_given_splits_are_kept_however_they_are_spelt(tmp_path: Path) -> None:
+    for root, places in (("deep", ("Train/{}/sd", "TEST/{}/sd")), ("plain", ("{}/training/sd", "{}/testing/sd"))):
+        for place in places:
+            for is_fake, name in enumerate(("real", "fake")):
+                put(tmp_path / root / place.format(name) / "0.png", bool(is_fake))
+        data = read_data_set(tmp_path / root)
+        assert Counter(image[1:] for image in data.images) == dict.fromkeys(
+            ((label, part, "sd") for label in (0, 1) for part in ("train", "test")), 1
+        )
+        assert "Split as given: 2 test, 2 train" in data.described() and not data.plain
+
+
 WRONG = {  # files -> the layout, and what is said
     ("real/fake/a.png", "fake/a.png"): ("auto", "real/fake/a.png lies in folders of both classes, so that labels"),
     ("g/real/fake/a.png", "g/fake/a.png"): ("auto", "real/fake/a.png lies in folders of both classes, so that labels"),
-    ("g/0_fake/a.png", "g/1_real/a.png"): ("auto", "has folders 0_fake, 1_real, so that labels might be turned round"),
+    ("g/0_fake/a.png", "g/1_real/a.png"): ("auto", "has 0_fake, 1_real, so that labels might be turned round"),
     ("g/0_real/a.png", "g/1_fake/a.png", "h/ai/a.png", "h/nature/a.png"): (
         "auto",
-        "has folders 0_real, 1_fake, ai, na",
+        "has 0_real, 1_fake, ai, na",
     ),
-    ("fake/a.png", "real/a.png", "0_real/a.png", "1_fake/a.png"): ("auto", "has folders 0_real, 1_fake, fake, real, "),
+    ("fake/a.png", "real/a.png", "0_real/a.png", "1_fake/a.png"): ("auto", "has 0_real, 1_fake, fake, real, "),
     ("cats/a.png", "dogs/a.png"): ("auto", "/fake does not exist: a data root holds fake/ and real/; or, at any depth"),
     ("g/0_real/a.png", "g/1_fake/a.png"): ("ai_nature", "/ai does not exist: a data root holds fake/ and real/; or"),
     ("train/ai/a.png", "train/nature/a.png", "val/ai/a.png", "new/ai/a.png"): (
@@ -160,6 +173,10 @@ WRONG = {  # files -> the layout, and what is said
         "labels a.png cat, which may mean either class: expected fake or real",
     ),
     ("a.png", "path,label\nb.png,fake"): ("auto", "lists b.png, which is no file of "),
+    ("a.png", "path,label\n./../list.csv,fake"): ("auto", "lists ./../list.csv, which is no file of "),
+    ("a.png", "path,label\n/etc/passwd,fake"): ("auto", "lists /etc/passwd, which is no file of "),
+    ("g/fake/a.png", "g/real/a.png", "path,label\ng/fake/a.png,real"): ("auto", "has fake, real, list.csv, so that "),
+    ("train/fake/a.png", "train/real/a.png", "test/Fake/a.png"): ("auto", "has a folder Fake, to be called fake: "),
     ("a.png", "path,label\na.png,fake\n./a.png,real"): ("auto", "lists ./a.png twice"),
     ("a.png", "b.png", "path,label,split\na.png,fake,train\nb.png,real,"): ("auto", "with and without a split"),
     ("a.png", "path,label,split\na.png,fake,dev"): ("auto", "in a split dev: expected train, val or test"),
@@ -240,11 +257,48 @@ def test_a_hugging_face_data_set_becomes_its_own_bytes_and_a_list(kind: str, tmp
     assert f"{folder} holds something else than other" in refused(*command[:2], "other", *command[3:])
 
 
-def test_without_the_library_it_is_named(tmp_path: Path) -> None:
-    code = (
-        "import sys, runpy; sys.modules['datasets'] = None; runpy.run_module('data.data_download', run_name='__main__')"
-    )
-    command = [sys.executable, "-c", code, "--hugging-face", "a/b", "--folder", tmp_path / "f"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 2 and "pip install -r requirements-datasets.txt" in done.stderr
-    assert not (tmp_path / "f").exists()
+CLIMB = """
+import json, sys
+from datasets import Dataset, DatasetDict, Features, Image
+kind, target, file = sys.argv[1:]
+rows = Dataset.from_list([dict(image={"bytes": None, "path": file})], features=Features(image=Image()))
+if kind == "split":
+    DatasetDict({"train": rows}).save_to_disk(target + "/data")
+    rows.save_to_disk(target + "/escaped")
+    json.dump({"splits": ["../escaped"]}, open(target + "/data/dataset_dict.json", "w"))
+else:
+    rows.to_parquet(target + "/data/train.parquet")
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("split", "has a split '../escaped', which is no name of a folder"), ("path", "row 0 has its image in ")],
+)
+def test_a_hugging_face_data_set_neither_reads_nor_writes_outside(kind: str, reason: str, tmp_path: Path) -> None:
+    pytest.importorskip("datasets.load", reason="requirements-datasets.txt is not installed")
+    (source := tmp_path / "source" / "data").mkdir(parents=True)
+    secret = put(tmp_path / "secret.png", True)
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", CLIMB, kind, source.parent, secret], check=True, env=offline)
+    before = set(tmp_path.rglob("*.png"))
+    folder = tmp_path / "folders" / "own"
+    assert reason in refused("data.data_download", "--hugging-face", source, "--folder", folder)
+    assert set(tmp_path.rglob("*.png")) == before and not (folder / "list.csv").exists()
+
+
+@pytest.mark.parametrize("kind", ["files", "archive"])
+def test_images_beside_the_rows_of_a_hugging_face_data_set_are_read(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("datasets.load", reason="requirements-datasets.txt is not installed")
+    (source := tmp_path / "data").mkdir()
+    if kind == "files":
+        image = put(source / "train" / "fake" / "0.png", True).read_bytes()
+        put(source / "train" / "real" / "0.png", False)
+    else:
+        image = content(True)
+        with zipfile.ZipFile(source / "images.zip", "w") as archive:
+            archive.writestr("0.png", image)
+        place, offline = f"zip://0.png::{source}/images.zip", os.environ | {"HF_HUB_OFFLINE": "1"}
+        subprocess.run([sys.executable, "-c", CLIMB, kind, tmp_path, place], check=True, env=offline)
+    succeed("data.data_download", "--hugging-face", source, "--folder", tmp_path / "folder")
+    assert (tmp_path / "folder" / "train" / "00000000.png").read_bytes() == image

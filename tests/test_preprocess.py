@@ -177,7 +177,7 @@ def test_a_class_without_a_readable_image_and_results_inside_the_data_are_refuse
     assert not (root / "results").exists()
     (root / "real").rename(root / "REAL")
     said = refused("data.data_preprocess", "--data-root", root, "--results-root", tmp_path / "results")
-    assert f"{root / 'REAL'} must be called real, in lower case: rename it" in said
+    assert f"{root} has a folder REAL, to be called real: rename it" in said
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the worker processes in /proc")

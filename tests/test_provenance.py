@@ -1,9 +1,11 @@
 """Whose answer it is: what weights say of their training, images unlike it, the model card, weights from a hub."""
 
 import hashlib
+import html
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,20 +14,25 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from data.lists import read_csv
 from model_training.inference.provenance import Provenance, TrainingData
-from tests.conftest import TOY_FLAGS, copy_index, start_afresh, succeed, untrained_weights
+from tests.conftest import TOY_FLAGS, copy_index, refused, start_afresh, succeed, untrained_weights
+from training.checkpoints import read_about
 from utils import read_json
 
+DATA = "toys | <i>"  # the name of a data root
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="module")
 def run(toy_data: Path, indexed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training of one epoch."""
-    results = copy_index(indexed, tmp_path_factory.mktemp("provenance") / "results")
-    roots, flags = ("--data-root", toy_data, "--results-root", results), ("--epochs", "1", "--seeds", "1")
+    folder = tmp_path_factory.mktemp("provenance")
+    (folder / DATA).symlink_to(toy_data)
+    results = copy_index(indexed, folder / "results")
+    roots, flags = ("--data-root", folder / DATA, "--results-root", results), ("--epochs", "1", "--seeds", "1")
     succeed("model_training.standard_resnet_training", *TOY_FLAGS, *roots, *flags)
     return results / "demo" / "standard_resnet" / "seed_1"
 
@@ -38,11 +45,11 @@ def test_a_verdict_says_what_the_model_was_trained_and_tested_on(run: Path, toy_
     said = predicted(run / "model.safetensors", tmp_path / "p.csv", toy_data, "--evidence", tmp_path / "evidence")
     metrics = read_json(run / "metrics.json")["test"]
     for sentence in (
-        f"Trained on 34 images of the data set {toy_data.name} (",
+        f"Trained on 34 images of the data set {DATA} (",
         f"On 6 other images of that data set: accuracy {metrics['accuracy']:.1%}, AUC {100 * metrics['auc_score']:.1f}",
         "How it does on images of other origin, only a test on such images can tell.",
     ):
-        assert sentence in said and sentence in (tmp_path / "evidence" / "index.html").read_text()
+        assert sentence in said and html.escape(sentence) in (tmp_path / "evidence" / "index.html").read_text()
 
 
 def test_images_unlike_those_of_the_training_are_named(run: Path, toy_data: Path, tmp_path: Path) -> None:
@@ -64,13 +71,45 @@ def test_weights_that_say_nothing_are_said_to(toy_data: Path, tmp_path: Path) ->
     assert "do not say what they were trained on" in predicted(weights, tmp_path / "p.csv", toy_data / "fake")
 
 
-def test_the_model_card_is_one_that_the_hub_reads(run: Path, toy_data: Path) -> None:
+PROVENANCES = {  # of a file of another's
+    "text": "they look fine",
+    "no training": {"data": [{"name": "x"}], "test": None},
+    "words for numbers": {"data": [], "test": {"images": "many", "accuracy": None, "auc": 1}},
+}
+
+
+@pytest.mark.parametrize("found", PROVENANCES.values(), ids=PROVENANCES)
+def test_weights_that_say_nonsense_of_their_training_are_refused(found: object, toy_data: Path, tmp_path: Path) -> None:
+    weights = untrained_weights(tmp_path / "odd.safetensors", "standard_resnet")
+    about = read_about(weights) | {"provenance": found}
+    save_file(load_file(weights), weights, metadata={"about": json.dumps(about)})
+    said = refused("model_training.predict", "--weights", weights, "--output", tmp_path / "p.csv", toy_data / "fake")
+    assert "odd.safetensors does not describe a model of this version (provenance: " in said
+
+
+def test_names_in_weights_and_errors_cannot_steer_a_terminal(toy_data: Path, tmp_path: Path) -> None:
+    weights = untrained_weights(tmp_path / "w.safetensors", "standard_resnet")
+    data = asdict(TrainingData("a\x1b[2J\nb", "f", 1, 1, ("PNG",), 8, 9))
+    about = read_about(weights) | {"provenance": {"data": [data], "test": None}}
+    save_file(load_file(weights), weights, metadata={"about": json.dumps(about)})
+    assert "of the data set a\\x1b[2J\\nb (1 fake" in predicted(weights, tmp_path / "p.csv", toy_data / "fake")
+    said = refused("model_training.predict", "--weights", weights, "--device", "cpu", tmp_path / "a\n\x1bc.png")
+    assert "a\\n\\x1bc.png does not exist" in said
+
+
+def test_the_model_card_is_one_that_the_hub_reads(run: Path) -> None:
     card, metrics = ModelCard.load(run / "README.md"), read_json(run / "metrics.json")
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert found == {"accuracy": metrics["test"]["accuracy"], "auc": pytest.approx(metrics["test"]["auc_score"])}
-    assert card.data.eval_results[0].dataset_name == toy_data.name
+    assert card.data.eval_results[0].dataset_name == DATA
     fingerprint = read_json(run / "run.json")["dataset_fingerprint"]
-    for part in (f"fingerprint `{fingerprint}`", "| accuracy | ", "## Limits", "predict --weights model.safetensors"):
+    for part in (
+        f"fingerprint `{fingerprint}`",
+        "| accuracy | ",
+        "| toys \\| &lt;i&gt;, fingerprint",
+        "## Limits",
+        "predict --weights model.safetensors",
+    ):
         assert part.lower() in card.content.lower()
 
 
@@ -88,13 +127,13 @@ class Hub(BaseHTTPRequestHandler):
         self.answer(with_body=True)
 
     def answer(self, with_body: bool) -> None:
-        if self.path.startswith("/api/models/me/detector"):
-            body = json.dumps({"id": "me/detector", "sha": COMMIT, "siblings": []}).encode()
-        elif self.path == f"/me/detector/resolve/{COMMIT}/model.safetensors":
-            body = self.weights
-        else:
-            self.send_error(404)
+        if self.path not in (f"/me/detector/resolve/{name}/model.safetensors" for name in ("main", COMMIT)):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound" if "pickled" in self.path else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
+        body = self.weights
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Type", "application/json")
@@ -121,7 +160,9 @@ def hub(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 @pytest.mark.usefixtures("hub")
-def test_weights_of_a_hub_give_the_same_predictions(run: Path, toy_data: Path, tmp_path: Path) -> None:
+def test_weights_of_a_hub_give_the_same_predictions(
+    run: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags = ("--device", "cpu", "--output", tmp_path / "hub.csv", toy_data / "real")
     command = "model_training.predict", "--weights"
     process = start_afresh(*command, "hf:me/detector", *flags)  # which reads HF_ENDPOINT when it imports the library
@@ -130,8 +171,13 @@ def test_weights_of_a_hub_give_the_same_predictions(run: Path, toy_data: Path, t
     predicted(run / "model.safetensors", tmp_path / "file.csv", toy_data / "real")
     one, other = (read_csv(tmp_path / name) for name in ("hub.csv", "file.csv"))
     assert [row["raw_probability_fake"] for row in one] == [row["raw_probability_fake"] for row in other]
-    errors = start_afresh(*command, "hf:me/other", *flags).communicate(timeout=120)[1]
-    assert "error: model.safetensors of me/other cannot be fetched from the hub" in errors and errors.count("\n") == 1
+    for repository in ("me/other", "me/pickled"):
+        errors = start_afresh(*command, f"hf:{repository}", *flags).communicate(timeout=120)[1]
+        assert f"error: model.safetensors of {repository} cannot be fetched from the hub" in errors
+        assert errors.count("\n") == 1
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # what was fetched is there
+    errors = start_afresh(*command, f"hf:me/detector@{COMMIT}", *flags).communicate(timeout=120)[1]
+    assert f"weights: hf:me/detector@{COMMIT}" in errors and "error" not in errors
 
 
 def test_a_model_of_drawn_images_says_so() -> None:

@@ -13,6 +13,7 @@ from data.layouts import DataSet
 from data.lists import render_table, write_csv
 from data.preparation.charts import draw_categories, draw_histogram, draw_sizes, new_figure, save_figure
 from data.records import CLASSES, ImageRecord
+from utils import one_line
 
 CHANNELS = ("red", "green", "blue")
 QUANTILES = {"min": 0.0, "p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
@@ -114,17 +115,13 @@ def report_left_out(folder: Path, problems: Sequence[tuple[str, str]], ignored: 
     write_csv(folder / "unreadable.csv", ["path", "problem"], unreadable)
     if unreadable:
         print(f"\nUnreadable: {len(unreadable):,} of {len(problems):,} images, left out of all that follows")
-        shown = [[_printable(path), _printable(problem)] for path, problem in unreadable[:SHOWN]]
+        shown = [[one_line(path), one_line(problem)] for path, problem in unreadable[:SHOWN]]
         print(render_table(["file", "reason"], shown))
     if len(unreadable) > SHOWN:
         print(f"... and {len(unreadable) - SHOWN:,} more in {folder / 'unreadable.csv'}")
     if ignored:
-        names = ", ".join(map(_printable, ignored[:3])) + (", ..." if len(ignored) > 3 else "")
+        names = ", ".join(map(one_line, ignored[:3])) + (", ..." if len(ignored) > 3 else "")
         print(f"\nIgnored, as hidden or without the ending of an image: {len(ignored):,} ({names})")
-
-
-def _printable(name: str) -> str:
-    return name if name.isprintable() else ascii(name)  # a name may hold a line break, or bytes that are no text
 
 
 def draw_sizes_and_formats(path: Path, records: Sequence[ImageRecord]) -> None:

@@ -274,6 +274,7 @@ def load_detector(
     about = _about_checkpoint(path, options) if written_by_torch(path) else read_about(path)
     try:
         experiment, settings, calibration = _described(about)
+        Provenance.read(about)
     except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{path} does not describe a model of this version ({error}): train it again") from None
     if options.backbone not in (None, experiment.backbone):

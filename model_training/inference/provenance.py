@@ -4,9 +4,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from data.index import Index
 from data.layouts import MARKER
 from data.records import CLASSES
+from utils import UserError, first_line
 
 DRAWN = "These are images that a program drew: it knows nothing of real generators, nor of photographs. "
 
@@ -36,23 +39,36 @@ class TrainingData:
 
 
 @dataclass(frozen=True)
+class Tested:
+    """How a model did on its own test, in fractions."""
+
+    images: int
+    accuracy: float
+    auc: float
+
+
+@dataclass(frozen=True)
 class Provenance:
     """Of a weights file.
 
     Args:
         data: of the model's own training, last, and of those that its weights went through before.
-        test: images, accuracy and auc of its own test, as fractions; None before it was tested.
+        test: None before it was tested.
     """
 
     data: tuple[TrainingData, ...] = ()
-    test: Mapping[str, float] | None = None
+    test: Tested | None = None
 
     @staticmethod
     def read(about: Mapping[str, Any]) -> "Provenance":
-        """What the metadata of a weights file says; an earlier version, and the author's code, say nothing."""
-        found = about.get("provenance") or {"data": (), "test": None}
-        data = (TrainingData(**{**each, "formats": tuple(each["formats"])}) for each in found["data"])
-        return Provenance(tuple(data), found["test"])
+        """What the metadata of a weights file says; an earlier version, and the author's code, say nothing.
+
+        Raises UserError if that is not what `as_json` gives.
+        """
+        try:
+            return TypeAdapter(Provenance).validate_python(about.get("provenance", {}))
+        except ValidationError as error:
+            raise UserError(f"provenance: {first_line(error)}") from None
 
     def as_json(self) -> dict[str, Any]:
         """What `read` takes, as "provenance" of the metadata."""
@@ -68,8 +84,8 @@ class Provenance:
         tested = "It was not tested."
         if self.test:
             tested = (
-                f"On {self.test['images']:,} other images of that data set: accuracy {self.test['accuracy']:.1%}, "
-                f"AUC {100 * self.test['auc']:.1f}."
+                f"On {self.test.images:,} other images of that data set: accuracy {self.test.accuracy:.1%}, "
+                f"AUC {100 * self.test.auc:.1f}."
             )
         return (
             f"Trained on {own.fake + own.real:,} images of the data set {own.name}{before} ({own.fake:,} fake, "
