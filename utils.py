@@ -222,11 +222,7 @@ def _check_search_space(kind: type[Experiment], space: SearchSpace) -> None:
 
 
 def checked(owner: Any) -> Any:
-    """`owner` itself, a dataclass, if each value is of its field's type and in its range.
-
-    Raises:
-        UserError: names the first that is not.
-    """
+    """`owner` itself, a dataclass, if all values are of their types and in their ranges, else a UserError."""
     for name, adapter in _adapters_of(type(owner)).items():
         _check(name, getattr(owner, name), adapter)
     return owner
@@ -250,11 +246,10 @@ def _adapters_of(kind: type) -> dict[str, pydantic.TypeAdapter]:
 
 def find_experiment(preset: Preset, name: str) -> Experiment:
     """The experiment called `name` in the preset, such as glass_vit."""
-    for experiment in preset.experiments:
-        if experiment.name == name:
-            return experiment
-    known = ", ".join(experiment.name for experiment in preset.experiments)
-    raise UserError(f"preset {preset.name} has no experiment {name}: it has {known}")
+    known = {experiment.name: experiment for experiment in preset.experiments}
+    if name not in known:
+        raise UserError(f"preset {preset.name} has no experiment {name}: it has {', '.join(known)}")
+    return known[name]
 
 
 def as_flags(preset: Preset, groups: Sequence[str] = (), settings: Collection[str] | None = None) -> list[str]:
