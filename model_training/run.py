@@ -5,7 +5,7 @@ from pathlib import Path
 
 from config import Experiment, Preset, Training
 from data.lists import write_csv
-from model_training.inference.provenance import Provenance, TrainingData
+from model_training.inference.provenance import Provenance, Tested, TrainingData
 from model_training.model_card import write_model_card
 from model_training.tables.figures import plot_reliability, plot_training_curve
 from model_training.tables.read_results import is_finished
@@ -159,9 +159,7 @@ class _SeedRun:
         if not processes.is_main():
             return
         tested = compute_metrics(test.probabilities, test.labels)
-        about["provenance"]["test"] = {
-            "images": len(test.labels), "accuracy": tested["accuracy"], "auc": tested["auc_score"],
-        }  # fmt: skip
+        about["provenance"]["test"] = asdict(Tested(len(test.labels), tested["accuracy"], tested["auc_score"]))
         save_model(folder / "model.safetensors", copied(trainer.model.state_dict()), about)
         write_csv(
             folder / "predictions.csv",

@@ -6,7 +6,6 @@ The same image gives the same prediction on every run, whatever its name and wha
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -103,6 +102,7 @@ class Detector:
     runtime: Runtime
     options: PredictionOptions = PredictionOptions()
     other_crops: str = ""  # what is asked for instead of the crops that it was trained with, in words
+    provenance: Provenance = field(default_factory=Provenance)  # what it was trained and tested on
 
     @property
     def name(self) -> str:
@@ -118,11 +118,6 @@ class Detector:
     def num_crops(self) -> int:
         """K, or 0 of a model that looks at no crops."""
         return ViewSettings.of(self.settings, self.experiment, 0).num_crops
-
-    @cached_property
-    def provenance(self) -> Provenance:
-        """What it was trained and tested on."""
-        return Provenance.read(self.about)
 
     @property
     def draws_differ(self) -> bool:
@@ -274,7 +269,7 @@ def load_detector(
     about = _about_checkpoint(path, options) if written_by_torch(path) else read_about(path)
     try:
         experiment, settings, calibration = _described(about)
-        Provenance.read(about)
+        provenance = Provenance.read(about)
     except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{path} does not describe a model of this version ({error}): train it again") from None
     if options.backbone not in (None, experiment.backbone):
@@ -293,7 +288,7 @@ def load_detector(
     model = build_model(experiment, settings)
     load_model(path, model)
     runtime.place(model).eval()
-    return Detector(model, experiment, settings, about, calibration, runtime, options, other_crops)
+    return Detector(model, experiment, settings, about, calibration, runtime, options, other_crops, provenance)
 
 
 def _about_checkpoint(path: Path, options: PredictionOptions) -> dict[str, Any]:
