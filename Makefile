@@ -5,6 +5,8 @@
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
+# Python compiles what is imported when it is first imported, a small part of what is installed.
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 DEMO_WEIGHTS := results/demo/glass_resnet/seed_100/model.safetensors
 EXTRAS := $(filter-out requirements-app.txt,$(wildcard requirements-*.txt))
@@ -36,17 +38,17 @@ gpu-test: .venv/installed
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	$(INSTALL) -r requirements.txt
 	touch $@
 
 # gradio asks for an older Pillow than requirements.txt brings: what it brings itself is looked for after all else.
 .venv/app: .venv/installed requirements-app.txt
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade --target .venv/after -r requirements-app.txt
+	$(INSTALL) --upgrade --target .venv/after -r requirements-app.txt
 	$(BIN)/python -c "import sysconfig; print('$(CURDIR)/.venv/after', file=open(sysconfig.get_path('purelib') + '/after.pth', 'w'))"
 	touch $@
 
 .venv/extras: .venv/installed .venv/app $(EXTRAS)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(addprefix -r ,$(EXTRAS))
+	$(INSTALL) $(addprefix -r ,$(EXTRAS))
 	touch $@
 
 clean:

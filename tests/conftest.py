@@ -37,7 +37,8 @@ LONG = [
     "reliability",
     "processes",
     "commands",
-    "own_images",
+    "predict",
+    "evaluate",
     "workers",
     "list",
     "layouts",
@@ -163,6 +164,17 @@ def copy_index(source: Path, results: Path) -> Path:
     """`results`, made a results root of its own with the index of `source`."""
     shutil.copytree(source / "demo" / "dataset", results / "demo" / "dataset")
     return results
+
+
+@pytest.fixture(scope="session")
+def trained(toy_data: Path, indexed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results root with a GLASS model of two seeds and a standard model of one, a batch of training each."""
+    root = copy_index(indexed, tmp_path_factory.mktemp("own") / "results")
+    flags = (*TOY_FLAGS, "--data-root", toy_data, "--results-root", root, "--epochs", "1")
+    flags += ("--final-valid-fraction", "0.4")  # enough of both classes to calibrate by
+    succeed("model_training.glass_resnet_training", *flags, "--seeds", "1", "2")
+    succeed("model_training.standard_resnet_training", *flags, "--seeds", "1")
+    return root
 
 
 @pytest.fixture

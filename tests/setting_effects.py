@@ -1,4 +1,4 @@
-"""The effects of config.Settings, shown on the real code; those of the experiment packages are in test_config.py."""
+"""The effects of config.Settings, shown on the real code; those of whole commands are in test_config.py."""
 
 import io
 from collections.abc import Callable, Hashable, Mapping
@@ -26,7 +26,7 @@ from model_training.run import train_and_evaluate
 from models.build import build_model
 from models.checkpointing import blocks_of
 from tests.conftest import MakePreset, copy_index, run_module, toy_job, write_toy_images
-from training.checkpoints import Checkpoint, save_model
+from training.checkpoints import save_model
 from training.loop import Job
 from training.runs import seed_folder
 from training.runtime import build_runtime
@@ -341,24 +341,3 @@ def torchs_switches(lab: Lab, value: tuple[bool, str]) -> tuple[bool, bool, str]
     with build_runtime(lab.preset(deterministic=value[0], matmul_precision=value[1]).settings).switched():
         switches = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
         return *switches, torch.get_float32_matmul_precision()
-
-
-@effect("Settings.tensorboard", {True: 1, False: 0})
-def folders_for_tensorboard(lab: Lab, value: bool) -> int:
-    preset = lab.running(training=Training(epochs=1, seeds=(1,)))
-    train_and_evaluate(replace(preset, settings=replace(preset.settings, tensorboard=value)), STANDARD)
-    return len(list(preset.settings.results_root.rglob("tensorboard")))
-
-
-@effect("Settings.checkpoint_every", {0: 2, 2: 2 + 2 * 4, 7: 2 + 2})  # two epochs of eight steps
-def saves_of_the_state(lab: Lab, every: int) -> int:
-    saves: list[int] = []
-    save = Checkpoint.save
-    lab.monkeypatch.setattr(
-        Checkpoint, "save", lambda *arguments, **options: saves.append(1) or save(*arguments, **options)
-    )
-    preset = lab.running(training=Training(epochs=2, seeds=(1,)))
-    preset = replace(preset, settings=replace(preset.settings, checkpoint_every=every))
-    train_and_evaluate(preset, replace(STANDARD, batch_size=4))
-    lab.monkeypatch.undo()
-    return len(saves)

@@ -30,6 +30,7 @@ from num_crops.sweep import sweep
 from standard_memory.profile import profile
 from tests.conftest import FIXTURES, MakePreset
 from tests.setting_effects import EFFECTS, GLASS, STANDARD, Lab, Observe, batch, effect, refusal
+from training.checkpoints import Checkpoint
 from training.optimizer import parameter_groups
 from training.runs import seed_folder
 from utils import preset_folder, read_json
@@ -95,6 +96,27 @@ def lines_of_histories(lab: Lab, value: tuple[int, tuple[int, ...]]) -> dict[str
     train_and_evaluate(preset, replace(GLASS, name="renamed"))
     files = preset_folder(preset).glob("renamed/*/history.csv")
     return {file.parent.name: len(read_csv(file)) for file in sorted(files)}
+
+
+@effect("Settings.tensorboard", {True: 1, False: 0})
+def folders_for_tensorboard(lab: Lab, value: bool) -> int:
+    preset = lab.running(training=Training(epochs=1, seeds=(1,)))
+    train_and_evaluate(replace(preset, settings=replace(preset.settings, tensorboard=value)), STANDARD)
+    return len(list(preset.settings.results_root.rglob("tensorboard")))
+
+
+@effect("Settings.checkpoint_every", {0: 2, 2: 2 + 2 * 4, 7: 2 + 2})  # two epochs of eight steps
+def saves_of_the_state(lab: Lab, every: int) -> int:
+    saves: list[int] = []
+    save = Checkpoint.save
+    lab.monkeypatch.setattr(
+        Checkpoint, "save", lambda *arguments, **options: saves.append(1) or save(*arguments, **options)
+    )
+    preset = lab.running(training=Training(epochs=2, seeds=(1,)))
+    preset = replace(preset, settings=replace(preset.settings, checkpoint_every=every))
+    train_and_evaluate(preset, replace(STANDARD, batch_size=4))
+    lab.monkeypatch.undo()
+    return len(saves)
 
 
 @effect("Training.band_error", {0.0: 0.0, 0.4: 0.4})

@@ -1,6 +1,8 @@
 """Crops and views are those of docs/method.md, the same in evaluation and prediction, whatever a file is called."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -20,7 +22,7 @@ from data.loaders import EpochBatches, build_loader
 from data.perturbations import GRID, kind_and_strength, perturbation
 from data.pictures import read_pictures
 from data.views import Picture, ViewSettings, cut_crops, global_view, standard_view
-from tests.conftest import FIXTURES, MakePreset, write_toy_images
+from tests.conftest import FIXTURES, REPOSITORY, MakePreset, write_toy_images
 from utils import UserError, find_experiment
 
 CROP_CASES = json.loads((FIXTURES / "crop_positions.json").read_text())["cases"]
@@ -213,3 +215,27 @@ def test_perturbations_do_what_their_names_say() -> None:
     for name in ("jpeg_0", "jpeg_75.5", "jpeg", "rescale_2", "sepia_1", "social_1"):
         with pytest.raises(UserError, match=f"there is no perturbation {name}"):
             perturbation(name)
+
+
+def test_a_process_that_another_one_started_ends_although_its_loader_is_still_there(
+    indexed: Path, toy_data: Path
+) -> None:
+    roots = (f"--data-root={toy_data}", f"--results-root={indexed}", "--num-workers=1")
+    code = f"""
+import multiprocessing
+def load():
+    from tests.conftest import TOY_SETTINGS, load_splits
+    from data.loaders import build_loader
+    from utils import find_experiment, parse_command_line
+    preset, _, _ = parse_command_line("", argv=[*TOY_SETTINGS, *{roots}])
+    index, splits = load_splits(preset)
+    global loader
+    loader = build_loader(preset.settings, find_experiment(preset, "glass_resnet"), index, splits.train, 1)
+    next(iter(loader))
+if __name__ == "__main__":
+    process = multiprocessing.get_context("fork").Process(target=load)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0, process.exitcode
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=100)

@@ -220,30 +220,6 @@ def test_shared_memory_that_is_too_small_or_full_is_one_sentence(run: Run) -> No
         assert (run.folder / "history.csv").exists() == (batch_size == 4)
 
 
-def test_a_process_that_another_one_started_ends_although_its_loader_is_still_there(
-    indexed: Path, toy_data: Path
-) -> None:
-    roots = (f"--data-root={toy_data}", f"--results-root={indexed}", "--num-workers=1")
-    code = f"""
-import multiprocessing
-def load():
-    from tests.conftest import TOY_SETTINGS, load_splits
-    from data.loaders import build_loader
-    from utils import find_experiment, parse_command_line
-    preset, _, _ = parse_command_line("", argv=[*TOY_SETTINGS, *{roots}])
-    index, splits = load_splits(preset)
-    global loader
-    loader = build_loader(preset.settings, find_experiment(preset, "glass_resnet"), index, splits.train, 1)
-    next(iter(loader))
-if __name__ == "__main__":
-    process = multiprocessing.get_context("fork").Process(target=load)
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0, process.exitcode
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=100)
-
-
 def test_a_second_interrupt_leaves_at_once() -> None:
     with pytest.raises(KeyboardInterrupt), stop_signals() as request:
         os.kill(os.getpid(), signal.SIGINT)

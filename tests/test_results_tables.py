@@ -1,37 +1,41 @@
-"""Result files -> the paper's tables and figures: the numbers are right, and what is missing is named."""
+"""Results of runs -> the paper's tables: the numbers are right, and what is missing is named."""
 
 import json
 import shutil
-import sqlite3
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
-import optuna
 import pytest
 
 import config
 from config import Preset
-from data.lists import read_csv, write_csv
+from data.lists import read_csv
 from model_training.results_tables import write_tables
 from tests.conftest import run_module, start_afresh, succeed
+from tests.written_results import (
+    GLASS,
+    PNG,
+    STANDARD,
+    csv_rows,
+    glass_trial,
+    home,
+    line_of,
+    text,
+    three_seeds,
+    write_costs,
+    write_run,
+    write_runs,
+    write_study,
+)
 from training.metrics import METRICS
-from training.runs import resolved
-from training.runtime import CPU_MEMORY, CUDA_MEMORY
-from utils import UserError, find_experiment, read_json, write_json
-
-PNG = b"\x89PNG\r\n\x1a\n"
-GLASS = {100: 0.90, 200: 0.92, 300: 0.97}  # test accuracy of each seed
-STANDARD = {100: 0.88, 200: 0.91, 300: 0.93}
+from utils import UserError, read_json, write_json
 
 
 @pytest.fixture
 def preset(tmp_path: Path) -> Preset:
-    """The demo preset with its results in tmp_path, where three seeds of all eighteen experiments are expected."""
-    settings = replace(config.DEMO.settings, results_root=tmp_path)
-    training = config.Training(seeds=(100, 200, 300))
-    return replace(config.DEMO, settings=settings, training=training, reproduce=config.PAPER.reproduce)
+    return three_seeds(tmp_path)
 
 
 def test_what_a_preset_does_not_reproduce_is_not_missing(preset: Preset, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,78 +45,6 @@ def test_what_a_preset_does_not_reproduce_is_not_missing(preset: Preset, capsys:
     printed = capsys.readouterr().out
     assert "standard_resnet: seed 100, 200, 300 not run" in printed and "vit" not in printed
     assert not (home(preset) / "tables" / "crop_costs.md").exists()
-
-
-def home(preset: Preset) -> Path:
-    return preset.settings.results_root / preset.name
-
-
-def write_run(preset: Preset, name: str, seed: int, accuracy: float | None, **metadata: object) -> None:
-    """A run folder as model_training writes it; not finished if `accuracy` is None."""
-    folder = home(preset) / name / f"seed_{seed}"
-    settings = resolved(preset.settings, preset.training) | {"name": name, "seed": seed, "dropout_rate": 0.1}
-    settings |= metadata.pop("settings", {})
-    write_json(folder / "run.json", {"settings": settings, "dataset_fingerprint": "f1", "commit": "abc"} | metadata)
-    columns = ("epoch", "train_loss", "valid_loss", "valid_accuracy", "epoch_seconds", "peak_memory_mb")
-    rows = [(epoch, 1 / epoch, 1.1 / epoch, 1 - 0.5 / epoch, 2.0, 30.0) for epoch in (1, 2, 3)]
-    write_csv(folder / "history.csv", columns, rows)
-    if accuracy is not None:
-        test = dict.fromkeys(METRICS, 0.5) | {"accuracy": accuracy}
-        write_json(folder / "metrics.json", {"experiment": name, "seed": seed, "best_epoch": 3, "test": test})
-
-
-def write_runs(preset: Preset, accuracies: Mapping[str, Mapping[int, float | None]]) -> None:
-    for name, of_name in accuracies.items():
-        for seed, accuracy in of_name.items():
-            write_run(preset, name, seed, accuracy)
-
-
-def write_costs(
-    preset: Preset, study: str, rows: Sequence[tuple[object, ...]], kind: str = CUDA_MEMORY, **settings: object
-) -> None:
-    """`study` is its folder, such as num_crops/glass_vit/full."""
-    folder = home(preset) / study
-    settings = {"measured_steps": 7, "batch_size": 32, "author_runtime": True} | settings
-    write_json(folder / "run.json", {"settings": settings, "memory_kind": kind, "hardware": {"cores": 2}})
-    columns = ("num_crops", "peak_memory_mb", "epoch_seconds", "valid_accuracy", "warm_up_memory_mb")
-    write_csv(folder / "costs.csv", columns[: len(rows[0])], rows)  # without the last: of an earlier version
-
-
-def write_study(preset: Preset, name: str, trials: Sequence[optuna.trial.FrozenTrial]) -> Path:
-    folder = home(preset) / "tuning" / name
-    settings = resolved(preset.settings, preset.tuning) | {"name": name, "backbone": "timm:test_vit"}
-    write_json(folder / "run.json", {"settings": settings})
-    path = folder / "study.db"
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(study_name=name, storage=f"sqlite:///{path}", direction="maximize")
-    study.add_trials(trials)
-    return path
-
-
-def glass_trial(value: float, lr_local: float, state: str = "COMPLETE") -> optuna.trial.FrozenTrial:
-    params = asdict(find_experiment(config.PAPER, "glass_resnet")) | {"lr_local": lr_local}
-    params = {name: value for name, value in params.items() if name not in ("name", "backbone")}
-    choice, real = optuna.distributions.CategoricalDistribution, optuna.distributions.FloatDistribution
-    return optuna.trial.create_trial(
-        state=optuna.trial.TrialState[state],
-        value=value if state == "COMPLETE" else None,
-        params=params,
-        distributions={n: real(1e-7, 1e-1) if n[:2] in ("lr", "wd") else choice((v,)) for n, v in params.items()},
-        intermediate_values={0: value},
-    )
-
-
-def csv_rows(preset: Preset, table: str) -> dict[str, dict[str, str]]:
-    """Model -> its (last) row."""
-    return {row["model"]: row for row in read_csv(home(preset) / "tables" / f"{table}.csv")}
-
-
-def text(preset: Preset, name: str) -> str:
-    return (home(preset) / "tables" / name).read_text(encoding="utf-8")
-
-
-def line_of(preset: Preset, table: str, model: str) -> str:
-    return next(line for line in text(preset, f"{table}.md").splitlines() if line.startswith(f"| {model} |"))
 
 
 def test_means_deviations_and_paired_differences_are_those_of_the_seeds(preset: Preset) -> None:
@@ -259,36 +191,6 @@ def test_an_experiment_of_the_users_own_has_its_row_and_its_pair(
     ]  # fmt: skip
 
 
-def test_the_best_trial_is_given_as_a_line_of_config(preset: Preset) -> None:
-    trials = [glass_trial(value, lr_local) for value, lr_local in ((0.8, 1e-3), (0.95, 2e-3), (0.95, 3e-3))]
-    trials.append(glass_trial(0.99, 4e-3, "PRUNED"))
-    path = write_study(preset, "glass_vit", trials)
-    before = path.read_bytes(), path.stat().st_mtime_ns, sorted(path.parent.iterdir())
-    write_tables(preset)
-    assert (path.read_bytes(), path.stat().st_mtime_ns, sorted(path.parent.iterdir())) == before
-    row = csv_rows(preset, "best_hyperparameters")["glass_vit"]
-    assert (row["trials_complete"], row["trials_pruned"], row["trials_fail"]) == ("3", "1", "0")
-    assert row["best_trial"] == "1"  # the first of the best
-    assert float(row["valid_accuracy_percent"]) == pytest.approx(95)
-    assert (float(row["lr_local"]), row["num_crops"], row["lr"]) == (2e-3, "6", "")
-    code = text(preset, "best_hyperparameters.md").split("```")[1].removeprefix("python")
-    (pasted,) = eval(f"({code.strip()})", vars(config))
-    assert asdict(pasted) == {"name": "glass_vit", "backbone": "timm:test_vit", **trials[1].params}
-    for figure in ("tuning_history_glass_vit.png", "tuning_importance_glass_vit.png"):
-        assert (home(preset) / "tables" / figure).read_bytes().startswith(PNG)
-
-
-def test_a_study_too_small_for_importances_says_so(preset: Preset, capsys: pytest.CaptureFixture[str]) -> None:
-    write_study(preset, "glass_vit", [glass_trial(0.8, 1e-3), glass_trial(0.8, 2e-3)])
-    write_study(preset, "glass_resnet", [glass_trial(0.8, 1e-3, "FAIL")])
-    write_tables(preset)
-    printed = capsys.readouterr().out
-    assert "tuning_importance_glass_vit.png: needs two complete trials of different accuracy" in printed
-    assert "best_hyperparameters: glass_vit: 2 of 4 trials" in printed
-    assert "best_hyperparameters: glass_resnet: no complete trial" in printed
-    assert "tuning_history_glass_resnet.png: no complete trial" in printed
-
-
 IMPOSSIBLE = json.dumps({"test": dict.fromkeys(METRICS, 0.5) | {"accuracy": 12345}})
 DAMAGED = [
     ("glass_vit/seed_100/history.csv", "epoch\n1\n"),
@@ -318,13 +220,6 @@ def test_a_damaged_or_absent_file_is_one_sentence_that_names_it(preset: Preset, 
     assert content is None or (home(preset) / file).read_text() == content
 
 
-def test_a_trial_whose_value_is_not_that_of_its_best_epoch_is_refused(preset: Preset) -> None:
-    with closing(sqlite3.connect(write_study(preset, "glass_vit", [glass_trial(0.8, 1e-3)]))) as database, database:
-        database.execute("UPDATE trial_values SET value = 0.99")
-    with pytest.raises(UserError, match=r"study\.db cannot be read .*trial 0 has the value 0\.99, not 0\.8"):
-        write_tables(preset)
-
-
 def test_tables_can_be_printed_where_only_ascii_can(preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
     write_runs(preset, {"glass_vit": GLASS})
     monkeypatch.setenv("LC_ALL", "C")
@@ -338,59 +233,3 @@ def test_without_any_result_the_command_says_what_to_run(tmp_path: Path) -> None
     assert done.returncode == 2
     assert "holds no results yet: run python -m model_training.reproduce --preset demo" in done.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-def test_fitted_lines_give_back_the_costs_of_crops_and_the_standard_cost_stands_beside_them(preset: Preset) -> None:
-    for k in (1, 2, 4):
-        write_costs(preset, f"num_crops/glass_vit/full/k_{k}", [(k, 100 + 50 * k, 3 + 0.5 * k, 0.9 + 0.001 * k)])
-    write_costs(
-        preset,
-        "standard_memory/standard_vit/full",
-        [("", 7, 2.5, 0.8, 9)],
-        author_runtime=False,
-        compilation="before them",
-    )
-    write_costs(preset, "standard_memory/standard_resnet/full", [("", 7, 2, 0.8)])
-    write_tables(preset)
-    row = csv_rows(preset, "crop_cost_lines")["glass_vit"]
-    lines = {"memory_static_mb": 100, "memory_per_crop_mb": 50, "memory_r_squared": 1}
-    lines |= {"time_static_seconds": 3, "time_per_crop_seconds": 0.5, "time_r_squared": 1}
-    assert {key: float(row[key]) for key in lines} == pytest.approx(lines)
-    assert "| glass_vit | full | 4 | 300.0 | n/a | 5.00 | 90.40 |" in text(preset, "crop_costs.md")
-    assert "| glass_vit | full | 8 | missing | missing | missing | missing |" in text(preset, "crop_costs.md")
-    assert "glass_vit: full: K = 8 not measured" in text(preset, "crop_costs.md")
-    assert (home(preset) / "tables" / "crop_costs_glass_vit.png").read_bytes().startswith(PNG)
-    notes = text(preset, "crop_costs.md")
-    assert "compilation in the first epoch." in notes and "Computed: as the author's code." in notes  # as once
-    costs = text(preset, "standard_costs.md")  # beside GLASS at its tuned number of crops
-    assert "| standard_vit | full | 7.0 | 9.0 | 2.50 | 80.00 | 4 | 300.0 | n/a | 5.00 | 90.40 |" in costs
-    assert "the maximum over all epochs, the first with compilation included, has the larger of the two" in costs
-    assert "glass_resnet at its tuned K = 4 not measured" in costs
-    assert "Computed: as config.py says (standard_vit full); as the author's code (" in costs
-    assert "compilation before them (standard_vit full)" in costs
-
-
-def test_crop_counts_are_one_study_only_if_measured_alike(preset: Preset) -> None:
-    for k in (10, 9, 2):
-        write_costs(preset, f"num_crops/glass_vit/full/k_{k}", [(k, 2.0, 3.0, 0.9)], measured_steps=7 + (k == 2))
-    with pytest.raises(UserError, match=r"k_2 and .*k_9 differ \(measured_steps = 8, now 7\), so a line through both"):
-        write_tables(preset)
-    write_costs(preset, "num_crops/glass_vit/full/k_2", [(2, 2.0, 3.0, 0.9)])
-    path = home(preset) / "num_crops" / "glass_vit" / "full" / "k_10" / "run.json"
-    write_json(path, read_json(path) | {"commit": "def"})
-    write_tables(preset)
-    assert "Commit: unknown from its start, then def from its start." in text(preset, "crop_cost_lines.md")
-
-
-def test_quick_costs_and_kinds_of_memory_are_labelled_and_kept_apart(preset: Preset) -> None:
-    rows = [(k, 10 * k, k, "") for k in (1, 2, 4, 8)]
-    write_costs(preset, "num_crops/glass_vit/quick", rows, kind=CPU_MEMORY)
-    write_costs(preset, "standard_memory/standard_vit/quick", [("", 77, 2.5, "")])
-    write_tables(preset)
-    for table in ("crop_costs", "crop_cost_lines", "standard_costs"):
-        assert "quick: epoch time extrapolated from 7 steps" in text(preset, f"{table}.md")
-    assert "Memory kept for the backward pass, CPU (MB)" in text(preset, "crop_costs.md")
-    standard = text(preset, "standard_costs.md")
-    assert "Memory of different kinds cannot be compared." in standard
-    line = "| standard_vit | quick | 77.0 | n/a |  |  | 2.50 | n/a | 4 |  |  | 40.0 | n/a | 4.00 | n/a |"
-    assert line in standard  # GPU, then CPU
