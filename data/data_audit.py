@@ -104,8 +104,7 @@ def parts_of_splits(settings: Settings, files: Sequence[Listed]) -> list[dict[st
     try:
         _, splits = split_index(Index(settings.data_root, records, **given), settings)
     except UserError as error:
-        hint = " (those of --preset own are shares of the data set)" if isinstance(settings.test_size, int) else ""
-        print(f"Splits are left out of the audit: {error}{hint}")
+        print(f"Splits are left out of the audit: {error}")
         return [{} for _ in files]
     parts = [{"split": "test", "final_split": "test"} for _ in files]
     for prefix, part in product(("", "final_"), ("train", "valid")):

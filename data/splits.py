@@ -104,7 +104,8 @@ def split_indices(
     if smallest < 3 or valid < 2 or test < 2 or total - valid - test < 2:
         raise UserError(
             f"{total} images ({smallest} in the smaller class) are too few for {valid} to validate, {test} to test "
-            f"and the rest to train with both classes in each: add images, or lower valid_size and test_size"
+            f"and the rest to train with both classes in each: add images, lower valid_size and test_size, or use "
+            f"--preset own, whose sizes are shares of the data set"
         )
     # Held out first, then halved: two draws with one seed, as the paper's indices come out. scikit-learn rounds a share
     # up, and a share that is not exact in binary may come to one image more: of 11,994 images it holds out 3,601.

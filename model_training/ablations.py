@@ -20,6 +20,7 @@ from itertools import product
 from pathlib import Path
 
 from config import Ablations, Experiment, GlassExperiment, Preset, StandardExperiment
+from data.views import ViewSettings
 from model_training.run import hash_of_start, train_seed
 from model_training.tables.ablation_table import Variant, table_of_ablations
 from model_training.tables.experiment_tables import missing_seeds
@@ -81,8 +82,8 @@ def variants_of(preset: Preset) -> Variants:
         if not standard:
             raise UserError(f"config.py has no standard experiment of {glass.backbone}: add it, or pass --no-standard")
         found["standard"] = standard[0]
-    if "five" in grid.samplers and glass.num_crops != 5:
-        raise UserError(f"five crops are 5, and {glass.name} has num_crops = {glass.num_crops}: leave five out")
+    for each in found.values():
+        ViewSettings.of(preset.settings, each, 0)  # which refuses crops that cannot be drawn
     return {name: {f: _scaled(each, name, f) for f in grid.learning_rates} for name, each in found.items()}
 
 

@@ -128,7 +128,7 @@ def test_a_grid_that_was_killed_and_stopped_ends_as_if_it_had_not_been_and_grows
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--samplers", "five"), "five crops are 5, and glass_resnet has num_crops = 4"),
+        (("--samplers", "five"), "num_crops is 4: crop_sampler five takes 5"),
         (("--experiment", "standard_resnet"), "standard_resnet is no GLASS model"),
         (("--learning-rates", "1", "5000"), "lr_global is 5.0: input should be less than or equal to 1"),
         (("--learning-rates", "1", "1"), "it must be one or more values, each once"),

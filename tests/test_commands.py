@@ -159,7 +159,7 @@ def test_the_floor_of_hand_made_features_stands_beside_trained_models(toy_data: 
     printed = succeed(*floor, *split, "--test-root", toy_data)
     assert f"40 images of {toy_data}, 20 of them fake" in printed and "interval over 20 pairs]" in printed
     said = refused(*floor, "--valid-size", "0.15", "--test-size", "0.2", "--predictions", predictions)
-    assert f"{predictions} has 30 images, and not those 24 that are tested here" in said
+    assert f"{predictions} cannot be read (ValueError: it has 30 images, and not those 24 that are tested)" in said
 
 
 def test_hand_made_features_of_a_known_image() -> None:

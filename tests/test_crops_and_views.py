@@ -217,6 +217,7 @@ def test_perturbations_do_what_their_names_say() -> None:
             perturbation(name)
 
 
+@pytest.mark.slow
 def test_a_process_that_another_one_started_ends_although_its_loader_is_still_there(
     indexed: Path, toy_data: Path
 ) -> None:

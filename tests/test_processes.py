@@ -110,6 +110,7 @@ def test_two_processes_measure_costs_that_one_prints(toy_data: Path, results: Pa
         assert printed.count(line) == 1
 
 
+@pytest.mark.slow
 def test_machines_that_are_not_started_alike_are_refused(toy_data: Path, results: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -134,6 +135,7 @@ def test_what_does_not_train_is_refused_under_torchrun(monkeypatch: pytest.Monke
     )
 
 
+@pytest.mark.slow
 def test_two_processes_run_a_study(toy_data: Path, results: Path) -> None:
     name, tuning = "standard_convnext", replace(DEMO.tuning, epochs=2, trials=3, min_resource=1, max_resource=2)
     flags = ("--epochs", "2", "--trials", "3", "--min-resource", "1", "--max-resource", "2")

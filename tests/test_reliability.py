@@ -204,20 +204,22 @@ wait $process
 
 
 @linux
-def test_shared_memory_that_is_too_small_or_full_is_one_sentence(run: Run) -> None:
+@pytest.mark.parametrize(
+    ("batch_size", "epochs"),
+    [(64, 1), pytest.param(4, 300, marks=pytest.mark.slow)],  # refused at first; filled after the first epoch
+)
+def test_shared_memory_that_is_too_small_or_full_is_one_sentence(batch_size: int, epochs: int, run: Run) -> None:
     namespace = ["unshare", "--mount", "--map-root-user"]
     if not shutil.which("unshare") or subprocess.run([*namespace, "true"], capture_output=True).returncode:
         pytest.skip("needs a mount namespace of its own")
     environment = os.environ | ENVIRONMENT | {"HISTORY": str(run.folder / "history.csv")}
-
-    for batch_size, epochs in ((64, 1), (4, 300)):  # refused at first; filled after the first epoch
-        more = ("--patch-size", "96", "--num-workers", "1", "--batch-size", str(batch_size), "--epochs", str(epochs))
-        shell = [*namespace, "sh", "-c", SMALL_SHARED_MEMORY, "sh", sys.executable, "-m", *run.command(*more)]
-        done = subprocess.run(shell, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-        assert "shared memory (/dev/shm) is full or too small: loading with --num-workers 1 needs" in done.stderr
-        assert "--shm-size=1g or --ipc=host, or lower --num-workers (0 needs none)" in done.stderr
-        assert (run.folder / "history.csv").exists() == (batch_size == 4)
+    more = ("--patch-size", "96", "--num-workers", "1", "--batch-size", str(batch_size), "--epochs", str(epochs))
+    shell = [*namespace, "sh", "-c", SMALL_SHARED_MEMORY, "sh", sys.executable, "-m", *run.command(*more)]
+    done = subprocess.run(shell, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "shared memory (/dev/shm) is full or too small: loading with --num-workers 1 needs" in done.stderr
+    assert "--shm-size=1g or --ipc=host, or lower --num-workers (0 needs none)" in done.stderr
+    assert (run.folder / "history.csv").exists() == (batch_size == 4)
 
 
 def test_a_second_interrupt_leaves_at_once() -> None:

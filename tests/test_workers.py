@@ -75,6 +75,7 @@ def test_kills_and_a_restart_of_the_server_lose_and_double_nothing(toy_data: Pat
         assert not shake(server, toy_data, results, trials=12, kills=4, restarts=1, seed=1)
 
 
+@pytest.mark.slow
 @of_a_server
 def test_a_worker_that_slept_gives_up_its_trial_and_lives_on(url: str, toy_data: Path, results: Path) -> None:
     preset = workers_preset(toy_data, results, url, trials=3)

@@ -80,7 +80,8 @@ def _differences(paper: Variant, variant: Variant, index: Index, test: Sequence[
     if seeds and variant is not paper:
         records = [index.records[row] for row in test]
         names, labels = [record.path for record in records], np.array([record.label for record in records])
-        fakes = [[read_fakes(run, names) for run in each.runs if run.seed in seeds] for each in (paper, variant)]
+        runs = ([run for run in each.runs if run.seed in seeds] for each in (paper, variant))
+        fakes = [[read_fakes(run.folder / "predictions.csv", names) for run in of_each] for of_each in runs]
         groups = [index.groups[row] for row in test] if index.groups else None
         found = paired_differences(*fakes, labels, ([0.5] * len(seeds),) * 2, groups)
     row: Row = {}

@@ -114,17 +114,16 @@ def read_run(folder: Path, seed: int) -> Run:
         return Run(folder, seed, metadata, history, _values(METRICS, found["test"]), calibrated)
 
 
-def read_fakes(run: Run, names: Sequence[str]) -> np.ndarray:
-    """Probability of fake of each test image (N,), as a finished run predicted it.
+def read_fakes(path: Path, names: Sequence[str]) -> np.ndarray:
+    """Probability of fake of each test image (N,), in the predictions.csv of a finished run.
 
     Raises UserError if the file cannot be read, or is of other images than these `names`.
     """
-    path = run.folder / "predictions.csv"
-    with reading(path):
-        rows = read_csv(path)
-        if [row["path"] for row in rows] != list(names):
-            raise ValueError("its images are not those of the test split")
-        return np.array([float(row["probability_fake"]) for row in rows])
+    with reading(path, "give the data root and the settings of that training, or run it again"):
+        found = {row["path"]: float(row["probability_fake"]) for row in read_csv(path)}
+        if found.keys() != set(names):
+            raise ValueError(f"it has {len(found)} images, and not those {len(names)} that are tested")
+        return np.array([found[name] for name in names])
 
 
 def _epoch_record(row: Mapping[str, str]) -> EpochRecord:

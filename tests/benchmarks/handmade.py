@@ -10,7 +10,6 @@ images of OTHER. With --predictions, those of trained models stand beside them, 
 trees. AUC, and accuracy at 0.5; mean ± standard deviation over seeds, 95% bootstrap intervals over pairs or groups.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,14 @@ from config import Preset, Seeds, Settings
 from data.images import UnreadableImage, read_image, reencoded
 from data.index import read_index, used_images
 from data.layouts import read_data_set
-from data.lists import check_output, read_csv, write_csv
+from data.lists import check_output, write_csv
 from data.splits import split_index
 from model_training.evaluate import differences, metric_of, metrics_row
 from model_training.inference.detector import UNCALIBRATED
 from model_training.inference.scores import ScoredData, ScoredModel, sources_and_groups
+from model_training.tables.read_results import read_fakes
 from model_training.tables.table import Table, value_of
-from utils import UserError, reading, run_command
+from utils import UserError, run_command
 
 SETTINGS = (  # that decide the split, and what is decoded
     "data_root", "results_root", "max_image_pixels", "main_seed", "valid_size", "test_size", "final_valid_fraction",
@@ -85,18 +85,6 @@ def features_of(root: Path, images: Images, settings: Settings) -> tuple[np.ndar
     return np.array(found), readable, unreadable
 
 
-def read_predictions(file: Path, paths: Sequence[str]) -> np.ndarray:
-    """Probabilities of fake (N,) in a predictions.csv of a training; raises UserError unless it is of these images."""
-    with reading(file, "name a predictions.csv of a training"):
-        found = {row["path"]: float(row["probability_fake"]) for row in read_csv(file)}
-    if found.keys() != set(paths):
-        raise UserError(
-            f"{file} has {len(found)} images, and not those {len(paths)} that are tested here: give the data root and "
-            f"the settings of that training"
-        )
-    return np.array([found[path] for path in paths])
-
-
 def measure(preset: Preset, **values: Any) -> None:
     """Train, test, print the tables and write the scores; raises UserError for images or files that cannot be used."""
     options, settings = Options(**values), preset.settings
@@ -118,7 +106,7 @@ def measure(preset: Preset, **values: Any) -> None:
     paths, labels = [path for path, _ in tested], np.array([label for _, label in tested])
     trees = [HistGradientBoostingClassifier(max_features=0.5, random_state=seed) for seed in options.seeds]
     fakes = [tree.fit(x, is_fake).predict_proba(of_tested)[:, 1] for tree in trees]
-    fakes += [read_predictions(file, paths) for file in options.predictions]
+    fakes += [read_fakes(file, paths) for file in options.predictions]
     models: dict[str, list[ScoredModel]] = {}
     for (name, seed), fake in zip(keys, fakes, strict=True):
         probabilities = {(which, "native"): fake for which in ("calibrated", "raw")}
