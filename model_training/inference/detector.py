@@ -197,27 +197,30 @@ class Detector:
             logits = self._encode(self.model, (picture.resized(views) for picture in pictures))
             nothing = np.zeros((1, 0))
             return [Scores(_scores(row[None]), np.zeros((1, 0, 4), int), nothing, nothing, nothing) for row in logits]
-        drawn, global_views = [], []
+        drawn, global_views, encoded = [], [], []
 
         def crops() -> Iterator[np.ndarray]:
             for picture in pictures:
                 of_picture = picture.boxes(views, self.options.draws) if boxes is None else boxes
                 global_views.append(picture.resized(views))
                 if boxes is None and self.model.num_chosen:
-                    of_picture = of_picture[:, self._chosen(global_views[-1], of_picture.shape[1])]
+                    features, chosen = self._chosen(global_views[-1], of_picture.shape[1])
+                    encoded.append(features)
+                    of_picture = of_picture[:, chosen]
                 drawn.append(of_picture)
                 yield from picture.crops(of_picture.reshape(-1, 4), views.patch_size)
 
         crop_features = self._encode(self.model.local_model, crops())
-        global_features = self._encode(self.model.global_model, global_views)
+        global_features = torch.cat(encoded) if encoded else self._encode(self.model.global_model, global_views)
         of_pictures = crop_features.split([of_picture.shape[0] * of_picture.shape[1] for of_picture in drawn])
         return list(map(self._classify, global_features, of_pictures, drawn))
 
-    def _chosen(self, global_view: np.ndarray, places: int) -> np.ndarray:
-        """Which K of the `places` the model looks at."""
+    def _chosen(self, global_view: np.ndarray, places: int) -> tuple[torch.Tensor, np.ndarray]:
+        """Features (1, D) of a global view, and which K of the `places` the model looks at."""
         batch = self.runtime.to_device(self.model, [torch.from_numpy(global_view)[None].movedim(-1, -3)])
         with self.runtime.autocast():
-            return self.model.choose(*batch, places)[1][0].cpu().numpy()
+            features, chosen = self.model.choose(*batch, places)
+            return features.float(), chosen[0].cpu().numpy()
 
     def _encode(self, network: Callable[[torch.Tensor], torch.Tensor], views: Iterable[np.ndarray]) -> torch.Tensor:
         """Outputs (N, ...) in float32 on the device for N views (P, P, 3), `chunk_size` at a time."""
