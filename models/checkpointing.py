@@ -23,18 +23,24 @@ def checkpoint_blocks(model: nn.Module) -> None:
 
     Parameters and buffers keep their names.
 
-    Raises:
-        UserError: no block is found.
+    Raises UserError if there are none.
     """
-    network = getattr(model, "local_model", model)
+    for block in repeated_blocks(getattr(model, "local_model", model), "activation_checkpointing"):
+        block.__class__ = _checkpointed(type(block))
+
+
+def repeated_blocks(network: nn.Module, setting: str) -> list[nn.Module]:
+    """The blocks of a network's parts.
+
+    Raises:
+        UserError: no block is found; `setting` is what needs one.
+    """
     blocks = [block for part in network.children() for block in blocks_of(part)]
     if not blocks:
         raise UserError(
-            "the backbone has no repeated blocks whose activations could be computed again: set "
-            "activation_checkpointing off, or choose another backbone"
+            f"the backbone has no repeated blocks, which {setting} is for: set {setting} off, or take another backbone"
         )
-    for block in blocks:
-        block.__class__ = _checkpointed(type(block))
+    return blocks
 
 
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:

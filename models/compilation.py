@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from models.checkpointing import blocks_of
+from models.checkpointing import repeated_blocks
 
 
 def compile_blocks(model: nn.Module) -> None:
     """Compile the model's repeated blocks, for training and evaluation alike and for batches of any size.
 
-    Parameters and buffers keep their names; a model without such blocks stays as it is.
+    Parameters and buffers keep their names. Raises UserError if there are no such blocks.
     """
-    blocks = [*blocks_of(model)]
+    blocks = repeated_blocks(model, "compile_blocks")
     # Blocks of several widths, in training and in evaluation, are one function to torch.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
     for block in blocks:
@@ -27,9 +28,10 @@ class _Compiled:
 
     compiled_forward: Callable[..., Any]
 
-    def forward(self, x: torch.Tensor, *inputs: Any, **options: Any) -> Any:
+    def forward(self, x: Any, *inputs: Any, **options: Any) -> Any:
         """As the block's own."""
-        torch._dynamo.maybe_mark_dynamic(x, 0)  # both branches' batches and the last, smaller one
+        for tensor in tree_leaves(x):  # some blocks take a list
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)  # both branches' batches and the last, smaller one
         return type(self).compiled_forward(self, x, *inputs, **options)
 
 

@@ -32,6 +32,7 @@ COLUMNS = ("model", "precision", "checkpointing", "parameters", "gradients", "op
            "peak_MB", "fits", "GFLOPs", "largest_batch", "largest_K")  # fmt: skip
 PRECISIONS = {"fp16": "fp16 or bf16", "fp32": "fp32"}
 MOST_IMAGES, MOST_CROPS = 4096, 1024
+PerSecond = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Options:
 
     memory: GigaBytes | None = None  # of the card, in GB of 2**30 bytes; without it, this machine's
     figure: Path | None = None  # a PNG to write: memory against K
-    images_per_second: Annotated[float, Field(gt=0)] | None = None  # of GLASS in training, measured: also show hours
+    images_per_second: PerSecond | None = None  # of GLASS in training, measured: also show hours
     images: Count = 12_000  # of the data set, for the hours
 
 
@@ -48,13 +49,19 @@ def plan(preset: Preset, glass: GlassExperiment, standard: StandardExperiment, *
     """Plan both models; `values` are of the fields of `Options`.
 
     Raises:
-        UserError: no such backbone, no card's memory is known, or a figure's name that does not end in .png.
+        UserError: no such backbone, no card's memory is known, a batch that cannot be trained, a figure's name that
+            does not end in .png or a figure of no crops, or too few images for the hours.
     """
     options = Options(**values)
     if options.memory is None and not torch.cuda.is_available():
         raise UserError("this machine has no GPU: give the memory of the card in GB, such as --memory 24")
     if options.figure and options.figure.suffix != ".png":
         raise UserError(f"the figure is written as PNG, and {options.figure} does not end in .png: name another file")
+    if options.figure and glass.branches == "global":
+        raise UserError("a model with branches = global has no crops to draw memory against: leave out --figure")
+    held_out = sum(counts_of((preset.settings.valid_size, preset.settings.test_size), options.images))
+    if options.images_per_second and held_out >= options.images:
+        raise UserError(f"of {options.images} images {held_out} are held out: raise --images, or lower valid_size")
     memory = options.memory or torch.cuda.get_device_properties(0).total_memory / 2**30
     rows, lines, flops = [], {}, {}
     ways = [*product((glass, standard), PRECISIONS.items(), ("off", "on"))]
@@ -68,19 +75,20 @@ def plan(preset: Preset, glass: GlassExperiment, standard: StandardExperiment, *
             print(f"left out, {experiment.name} with checkpointing in {precision}: {error}")
             continue
         needs = cache(training.needs)
-        B, K = experiment.batch_size, getattr(experiment, "num_crops", 0)
+        B, K = experiment.batch_size, experiment.num_crops if training.crops else 0
         family, fits = type(experiment).__name__.removesuffix("Experiment").lower(), USABLE * memory * 1024
         if (family, again) not in flops:
             flops[family, again] = training.flops(K)
         batch = largest(lambda n, needs=needs, K=K: needs(n, K).peak, fits, B, MOST_IMAGES)
-        crops = largest(lambda n, needs=needs, B=B: needs(B, n).peak, fits, K, MOST_CROPS) if K else "-"
-        sizes, gflops = [*map(round, astuple(needs(B, K)))], round(flops[family, again] / 1e9)
+        crops = largest(lambda n, needs=needs, B=B: needs(B, n).peak, fits, K, MOST_CROPS) if K else 0
+        sizes, gflops = [*map(round, astuple(needs(B, K)))], flops[family, again] / 1e9
         within = "yes" if sizes[-1] <= fits else "no"
-        rows.append((family, label, again, *sizes, within, gflops, batch, f"{crops}"))
+        rows.append((family, label, again, *sizes, within, gflops, batch, f"{crops:,}" if K else "-"))
         if K and options.figure:
             name = f"{label}, checkpointing" if again == "on" else label
             lines[name] = {n: needs(B, n).peak / 1024 for n in (1, *range(4, max(K, 16) + 1, 4))}
-    print(f"{glass.backbone}, batches of {glass.batch_size}, K = {glass.num_crops}, a card of {memory:g} GB\n")
+    print(f"{glass.backbone}, batches of {glass.batch_size}, K = {glass.num_crops}, a card of {memory:g} GB")
+    print(f"Peaks are of uncompiled steps; batches are tried up to {MOST_IMAGES:,}, crops up to {MOST_CROPS:,}.\n")
     print(render_table(COLUMNS, rows))
     if options.figure:
         _draw(options.figure, f"GLASS, {glass.backbone}, batches of {glass.batch_size}", lines, memory)

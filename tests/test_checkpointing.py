@@ -16,7 +16,7 @@ from models.build import build_model
 from models.checkpointing import checkpoint_blocks
 from num_crops.sweep import sweep
 from tests.conftest import MakePreset, copy_index, refused, succeed, toy_job
-from training.memory import USABLE, PlannedTraining
+from training.memory import USABLE, PlannedTraining, largest
 from training.runtime import build_runtime
 from utils import UserError, find_experiment
 
@@ -158,5 +158,25 @@ def test_the_planner_as_a_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["glass_resnet", "standard_resnet"])
 def test_a_backbone_without_blocks_is_refused(name: str) -> None:
     experiment = replace(find_experiment(config.PAPER, name), backbone="timm:vgg11")
-    with pytest.raises(UserError, match=r"has no repeated blocks .* set activation_checkpointing off"):
+    with pytest.raises(UserError, match=r"has no repeated blocks, .* set activation_checkpointing off"):
         PlannedTraining(experiment, replace(PAPER, activation_checkpointing="on"))
+
+
+@pytest.mark.slow
+def test_the_planner_takes_models_without_crops_and_refuses_what_it_cannot_plan() -> None:
+    arguments = ("num_crops.plan", "--backbone", "timm:test_resnet", "--patch-size", "32", "--memory")
+    printed = succeed(*arguments, "0.5", "--batch-size", "8", "--branches", "global")
+    assert "Peaks are of uncompiled steps" in printed
+    rows = [re.split(r"\s{2,}", line.strip()) for line in printed.splitlines() if re.match("glass|standard", line)]
+    assert len(rows) == 8 and {row[12] for row in rows} == {"-"} and all(0 < float(row[10]) < 1 for row in rows)
+    with_branch = (*arguments, "0.5", "--branches", "global", "--figure", "x.png")
+    assert "has no crops to draw memory against" in refused(*with_branch)
+    assert "a batch of 1 cannot be trained" in refused(*arguments, "0.5", "--batch-size", "1", "--num-crops", "1")
+    assert "3600 are held out" in refused(*arguments, "0.5", "--images-per-second", "9", "--images", "3600")
+    assert "finite" in refused(*arguments, "0.5", "--images-per-second", "inf")
+
+
+def test_where_one_image_cannot_be_trained_and_two_do_not_fit_the_largest_batch_is_none() -> None:
+    experiment = replace(find_experiment(config.PAPER, "standard_resnet"), backbone="timm:test_resnet")
+    needs = PlannedTraining(experiment, replace(PAPER, patch_size=32)).needs
+    assert largest(lambda n: needs(n, 0).peak, needs(2, 0).peak - 0.01, 8, 64) == 0

@@ -12,6 +12,8 @@ from models.attention import SelfAttention, pack_self_attention
 from models.checkpointing import blocks_of
 from tests.conftest import MakePreset, toy_job
 from training.evaluation import evaluate
+from training.loop import Job, check_smallest_batch
+from utils import UserError
 
 
 def test_packed_attention_is_that_of_torchvision() -> None:
@@ -52,3 +54,25 @@ def test_compiled_steps_and_evaluation_are_those_of_the_plain_way(
         kinds = {type(block).__name__ for block in blocks}
         assert kinds and all(kind.startswith("Compiled") == (compiled and bool(chosen)) for kind in kinds)
     torch.testing.assert_close(*found, rtol=1e-2, atol=1e-4)
+
+
+def compiled_in_blocks(toy_preset: MakePreset, **changes: object) -> Job:
+    """A training of the toy glass_resnet as on CUDA with --compile-blocks, where nothing has been compiled yet."""
+    job = toy_job(toy_preset(), "glass_resnet", **changes)
+    trainer = job.trainer
+    runtime = replace(trainer.runtime, compile=True, compile_blocks=True)
+    return replace(job, trainer=replace(trainer, runtime=runtime))
+
+
+def test_compilation_by_blocks_refuses_what_it_cannot_do_in_a_sentence(toy_preset: MakePreset) -> None:
+    with pytest.raises(UserError, match="has no repeated blocks, which compile_blocks is for: set compile_blocks off"):
+        compiled_in_blocks(toy_preset, backbone="timm:vgg11")
+    with pytest.raises(UserError, match="batch of one image, which batch normalisation does not take here"):
+        check_smallest_batch(compiled_in_blocks(toy_preset, batch_size=9))  # 27 + 1 images
+
+
+def test_blocks_that_take_a_list_can_be_compiled(toy_preset: MakePreset) -> None:
+    job = compiled_in_blocks(toy_preset, backbone="timm:selecsls42", num_crops=1, batch_size=2)
+    *views, labels = next(iter(job.train_loader))
+    with torch.compiler.set_stance("force_eager"):
+        assert job.trainer.train_step(views, labels).isfinite()

@@ -116,7 +116,7 @@ def check_smallest_batch(job: Job) -> None:
     if batch_size > 1 and images % batch_size != 1:
         return
     views = [torch.zeros_like(view[None]) for view in job.train_loader.dataset[0, 0][:-1]]
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):  # which wraps errors
         model = copy.deepcopy(job.trainer.model).train()
         try:
             model(*job.trainer.runtime.to_device(model, views))

@@ -24,6 +24,7 @@ from models.checkpointing import checkpoint_blocks
 from training import processes
 from training.optimizer import parameter_groups
 from training.runtime import MEGABYTE, Runtime, lay_out
+from utils import UserError, first_line
 
 USABLE = 0.9  # of a card's memory: CUDA itself, workspaces of its libraries and gaps between tensors take the rest
 ALLOCATED = 512  # bytes, of which CUDA's allocator gives out multiples
@@ -61,7 +62,7 @@ class PlannedTraining:
         """
         if isinstance(experiment, GlassExperiment):  # other samplers give K crops, too
             experiment = replace(experiment, crop_sampler="stratified")
-        self.glass, self.P = isinstance(experiment, GlassExperiment), settings.patch_size
+        self.crops, self.P = getattr(experiment, "branches", "global") != "global", settings.patch_size
         with torch.random.fork_rng(devices=()), torch.device("meta"):
             self.model = build_model(experiment, replace(settings, pretrained=False, weights_files=())).train()
         if settings.activation_checkpointing == "on":
@@ -84,9 +85,16 @@ class PlannedTraining:
             self.optimizer.step()  # makes its state
 
     def needs(self, images: int, num_crops: int) -> Needs:
-        """Of a step on a batch of `images` with K = `num_crops`, which a standard model has none of."""
-        with self._without_values():
-            return Needs(*(size / MEGABYTE for size in self._step(images, num_crops)))
+        """Of a step on a batch of `images` with K = `num_crops`, of which a model may have none.
+
+        Raises:
+            UserError: batch normalisation does not take one image.
+        """
+        try:
+            with self._without_values():
+                return Needs(*(size / MEGABYTE for size in self._step(images, num_crops)))
+        except ValueError as error:
+            raise UserError(f"a batch of {images} cannot be trained ({first_line(error)}): raise batch_size") from None
 
     def flops(self, num_crops: int) -> int:
         """Of a training step, an image; a product and its sum count as two."""
@@ -97,7 +105,7 @@ class PlannedTraining:
 
     def _step(self, images: int, num_crops: int) -> tuple[int, ...]:
         """A training step; the fields of `Needs` in bytes."""
-        shapes = [(images, 3, self.P, self.P), (images, num_crops, 3, self.P, self.P)][: 1 + self.glass]
+        shapes = [(images, 3, self.P, self.P), (images, num_crops, 3, self.P, self.P)][: 1 + self.crops]
         self.optimizer.zero_grad()
         self.memory.peak = before = self.memory.live
         views = self.runtime.to_device(self.model, [torch.empty(shape, dtype=torch.uint8) for shape in shapes])
@@ -124,7 +132,8 @@ def recomputes(experiment: Experiment, settings: Settings, runtime: Runtime) -> 
     needs = PlannedTraining(experiment, settings).needs(images, getattr(experiment, "num_crops", 0))
     usable = USABLE * torch.cuda.get_device_properties(runtime.device).total_memory / MEGABYTE
     if needs.peak > usable:
-        print(f"{experiment.name}: activation checkpointing ({needs.peak:,.0f} MB planned, {usable:,.0f} MB usable)")
+        planned = f"{needs.peak:,.0f} MB planned, uncompiled"
+        print(f"{experiment.name}: activation checkpointing ({planned}; {usable:,.0f} MB usable)")
     return needs.peak > usable
 
 
@@ -134,7 +143,10 @@ def largest(peak: Callable[[int], float], limit: float, start: int, most: int) -
     slope = (peak(start + 1) - peak(start)) or 1
     while high - low > 1:
         n = min(max(n, low + 1), high - 1)
-        left = limit - peak(n)
+        try:
+            left = limit - peak(n)
+        except UserError:  # a batch of one
+            left = -1.0
         low, high = (n, high) if left >= 0 else (low, n)
         n += math.floor(left / slope)
     return low
