@@ -147,7 +147,7 @@ if __name__ == "__main__":
         settings=("patch_size", "channels_last", "valid_size", "test_size", "final_valid_fraction"),
         without=(
             "name", "dropout_rate", "lr", "lr_global", "lr_local", "lr_atten_class", "weight_decay", "wd_global",
-            "wd_local", "crop_sampler",
+            "wd_local",
         ),
         options=Options,
     )  # fmt: skip

@@ -176,6 +176,16 @@ def test_the_planner_takes_models_without_crops_and_refuses_what_it_cannot_plan(
     assert "finite" in refused(*arguments, "0.5", "--images-per-second", "inf")
 
 
+def test_a_model_that_chooses_its_crops_is_planned_with_all_that_it_is_given() -> None:
+    experiment, settings = find_experiment(config.PAPER, "glass_resnet"), replace(PAPER, patch_size=32)
+    of_four, chosen = (
+        PlannedTraining(replace(experiment, backbone="timm:test_resnet", crop_sampler=sampler), settings).needs(8, 4)
+        for sampler in ("texture_high", "cooi")
+    )
+    assert chosen.inputs == pytest.approx(of_four.inputs * (1 + 49) / (1 + 4))  # with the global view
+    assert chosen.activations == of_four.activations and chosen.peak > of_four.peak
+
+
 def test_where_one_image_cannot_be_trained_and_two_do_not_fit_the_largest_batch_is_none() -> None:
     experiment = replace(find_experiment(config.PAPER, "standard_resnet"), backbone="timm:test_resnet")
     needs = PlannedTraining(experiment, replace(PAPER, patch_size=32)).needs

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import Experiment, GlassExperiment, Settings
+from data.samplers import MAP_SIDE
 from models.build import build_model
 from models.checkpointing import checkpoint_blocks
 from training import processes
@@ -60,7 +61,8 @@ class PlannedTraining:
         Raises:
             UserError: no such backbone, or none with blocks where activations are computed again.
         """
-        if isinstance(experiment, GlassExperiment):  # other samplers give K crops, too
+        self.chooses = getattr(experiment, "crop_sampler", None) == "cooi"  # among the crops of all places
+        if isinstance(experiment, GlassExperiment) and not self.chooses:  # other samplers give K crops, too
             experiment = replace(experiment, crop_sampler="stratified")
         self.crops, self.P = getattr(experiment, "branches", "global") != "global", settings.patch_size
         with torch.random.fork_rng(devices=()), torch.device("meta"):
@@ -105,7 +107,8 @@ class PlannedTraining:
 
     def _step(self, images: int, num_crops: int) -> tuple[int, ...]:
         """A training step; the fields of `Needs` in bytes."""
-        shapes = [(images, 3, self.P, self.P), (images, num_crops, 3, self.P, self.P)][: 1 + self.crops]
+        self.model.num_chosen, given = num_crops * self.chooses, MAP_SIDE**2 if self.chooses else num_crops
+        shapes = [(images, 3, self.P, self.P), (images, given, 3, self.P, self.P)][: 1 + self.crops]
         self.optimizer.zero_grad()
         self.memory.peak = before = self.memory.live
         views = self.runtime.to_device(self.model, [torch.empty(shape, dtype=torch.uint8) for shape in shapes])
