@@ -5,8 +5,10 @@
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
-# Python compiles what is imported when it is first imported, a small part of what is installed.
+# pip would compile on one core. Some libraries hold files that are not for this Python.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile
+compile = $(BIN)/python -m compileall -qq -j 0 $(1) || true
+unexport PYTHONDONTWRITEBYTECODE  # else each command compiles again what it imports
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 DEMO_WEIGHTS := results/demo/glass_resnet/seed_100/model.safetensors
 EXTRAS := $(filter-out requirements-app.txt,$(wildcard requirements-*.txt))
@@ -39,12 +41,14 @@ gpu-test: .venv/installed
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(INSTALL) -r requirements.txt
+	$(call compile,.venv/lib)
 	touch $@
 
 # gradio asks for an older Pillow than requirements.txt brings: what it brings itself is looked for after all else.
 .venv/app: .venv/installed requirements-app.txt
 	$(INSTALL) --upgrade --target .venv/after -r requirements-app.txt
 	$(BIN)/python -c "import sysconfig; print('$(CURDIR)/.venv/after', file=open(sysconfig.get_path('purelib') + '/after.pth', 'w'))"
+	$(call compile,.venv/after)
 	touch $@
 
 .venv/extras: .venv/installed .venv/app $(EXTRAS)
