@@ -2,13 +2,15 @@
 
 import gc
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.backends import cudnn
 
 from config import Settings
 from data.workers import available_cores, loading_processes
@@ -63,13 +65,12 @@ class Runtime:
     @contextmanager
     def switched(self) -> Iterator[None]:
         """In the block, torch's global switches are this runtime's, and its device is the current one."""
-        before = _switches()
+        before = {name: read() for name, (read, _) in SWITCHES.items()}
         wanted = before | {
             "matmul_precision": self.matmul_precision,
             "tf32": self.matmul_precision != "highest",
             "benchmark": not self.deterministic,
-            "deterministic": self.deterministic,
-            "warn_only": False,
+            "deterministic": (self.deterministic, False),
             "fill_memory": False,  # with NaN, as deterministic algorithms do by default: a tenth of a step
         }
         if self.device.type == "cpu":
@@ -79,10 +80,12 @@ class Runtime:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             try:
-                _set_switches(**wanted)
+                for name, (_, set_to) in SWITCHES.items():
+                    set_to(wanted[name])
                 yield
             finally:
-                _set_switches(**before)
+                for name, (_, set_to) in SWITCHES.items():
+                    set_to(before[name])
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model on the device, in its memory layout; memory of earlier models is freed first."""
@@ -233,36 +236,20 @@ def build_runtime(settings: Settings) -> Runtime:
     )
 
 
-def _switches() -> dict[str, Any]:
-    """What `_set_switches` sets, by its arguments."""
-    return {
-        "threads": torch.get_num_threads(),
-        "matmul_precision": torch.get_float32_matmul_precision(),
-        "tf32": torch.backends.cudnn.allow_tf32,
-        "benchmark": torch.backends.cudnn.benchmark,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
-        "fill_memory": torch.utils.deterministic.fill_uninitialized_memory,
-    }
-
-
-def _set_switches(
-    *,
-    threads: int,
-    matmul_precision: str,
-    tf32: bool,
-    benchmark: bool,
-    deterministic: bool,
-    warn_only: bool,
-    fill_memory: bool,
-) -> None:
-    if threads != torch.get_num_threads():
-        torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(matmul_precision)
-    torch.backends.cudnn.allow_tf32 = tf32
-    torch.backends.cudnn.benchmark = benchmark
-    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-    torch.utils.deterministic.fill_uninitialized_memory = fill_memory
+SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {  # of torch: reads one, sets it
+    "threads": (torch.get_num_threads, lambda n: n == torch.get_num_threads() or torch.set_num_threads(n)),
+    "matmul_precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "tf32": (lambda: cudnn.allow_tf32, partial(setattr, cudnn, "allow_tf32")),
+    "benchmark": (lambda: cudnn.benchmark, partial(setattr, cudnn, "benchmark")),
+    "deterministic": (  # and whether it only warns
+        lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+        lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
+    ),
+    "fill_memory": (
+        lambda: torch.utils.deterministic.fill_uninitialized_memory,
+        partial(setattr, torch.utils.deterministic, "fill_uninitialized_memory"),
+    ),
+}
 
 
 class MemoryMeter:
