@@ -102,7 +102,7 @@ class Settings:
     device: Free[str] = "auto"  # auto: CUDA where there is one; or cpu, cuda, cuda:1
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"  # of the forward pass on CUDA; the CPU computes in fp32
     compile: bool = True  # torch.compile, on CUDA
-    compile_blocks: bool = False  # each kind of block instead of the whole network: quick to compile, evaluation too
+    compile_blocks: bool = False  # on CUDA, each kind of block, not the whole network: quick to compile, evaluation too
     channels_last: Switch = "auto"  # layout of convolutional backbones; auto: where it is safe
     activation_checkpointing: Free[Switch] = "off"  # compute activations twice to save memory; auto: if they do not fit
     deterministic: bool = True  # the same numbers on every run on the same machine

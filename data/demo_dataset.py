@@ -324,4 +324,6 @@ def write_demo_dataset(
         present["fake"] &= {path.stem for path in (root / MASKS / "fake").glob("[0-9]*")}
     every = [(name, index) for index in range(1, images_per_class + 1) for name in CLASSES]
     missing = [(name, index) for name, index in every if f"{index:04d}" not in present[name]]
+    if missing:
+        print(f"Drawing {len(missing):,} demo images into {root}", flush=True)
     in_processes(partial(write_image, root=root, seed=seed, variant=variant), missing, num_workers, "demo data")

@@ -53,7 +53,7 @@ THRESHOLDS = {  # of a calibration
 }
 NOTE = (
     "In percent, except for the negative log-likelihood (nats); [{}]; fake is the positive class. An interval of zero "
-    "width says that all of these images were classified correctly (or none), not that all images would be."
+    "width says that all resamples of these images are alike, as where all were right, not that others would be."
 )
 ABOVE = (
     "The score depends on what sets real images of these sources apart, such as camera, compression or subject: where "

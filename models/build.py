@@ -19,6 +19,8 @@ def build_model(experiment: Experiment, settings: Settings) -> nn.Module:
     if not isinstance(experiment, GlassExperiment):
         return build_standard(load_backbone(name, settings), rate)
     branches, K = experiment.branches, experiment.num_crops if experiment.crop_sampler == "cooi" else 0
+    if branches == "global" and (experiment.crop_sampler, experiment.pooling) != ("stratified", "attention"):
+        raise UserError("branches global has no crops: leave crop_sampler and pooling as they are, or take others")
     if branches == "local" and K:
         raise UserError("crop_sampler cooi asks the global view where to look, which branches local has none of")
     whole = None if branches == "local" else load_backbone(name, settings)

@@ -5,7 +5,9 @@
 Prints one line for each of GLASS and the standard model, each precision, without activation checkpointing and with it:
 megabytes (2**20 bytes) of parameters, gradients, optimizer, inputs and activations, the peak of an uncompiled step,
 whether it fits, FLOPs an image, and the largest batch and K that fit. Nine tenths of the memory count; CUDA has the
-rest. With --images-per-second, measured with GLASS at this K, also the hours of each of the paper's experiments.
+rest. Batch and K are those of glass_resnet in config.py unless they are given; both models get this batch. With
+--images-per-second, as a training of GLASS at this K prints it each epoch, also the hours of this backbone's part of
+the paper, if loading keeps up.
 
 Hardware: a minute or two of one CPU core. Output: printed; a figure of memory against K if it is asked for.
 """
@@ -29,7 +31,7 @@ from training.memory import USABLE, PlannedTraining, largest
 from utils import UserError, run_command
 
 COLUMNS = ("model", "precision", "checkpointing", "parameters", "gradients", "optimizer", "inputs", "activations",
-           "peak_MB", "fits", "GFLOPs", "largest_batch", "largest_K")  # fmt: skip
+           "peak_MB", "fits", "GFLOPs_an_image", "largest_batch", "largest_K")  # fmt: skip
 PRECISIONS = {"fp16": "fp16 or bf16", "fp32": "fp32"}
 MOST_IMAGES, MOST_CROPS = 4096, 1024
 PerSecond = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -86,16 +88,19 @@ def plan(preset: Preset, glass: GlassExperiment, standard: StandardExperiment, *
         rows.append((family, label, again, *sizes, within, gflops, batch, f"{crops:,}" if K else "-"))
         if K and options.figure:
             name = f"{label}, checkpointing" if again == "on" else label
-            lines[name] = {n: needs(B, n).peak / 1024 for n in (1, *range(4, max(K, 16) + 1, 4))}
+            lines[name] = {n: needs(B, n).peak / 1024 for n in sorted({1, K, *range(4, max(K, 16) + 1, 4)})}
     print(f"{glass.backbone}, batches of {glass.batch_size}, K = {glass.num_crops}, a card of {memory:g} GB")
-    print(f"Peaks are of uncompiled steps; batches are tried up to {MOST_IMAGES:,}, crops up to {MOST_CROPS:,}.\n")
+    print(f"Peaks are of uncompiled steps; batches are tried up to {MOST_IMAGES:,}, crops up to {MOST_CROPS:,}.")
+    print("A peak is no sum: gradients come as activations go, and what is computed again comes on top.\n")
     print(render_table(COLUMNS, rows))
     if options.figure:
         _draw(options.figure, f"GLASS, {glass.backbone}, batches of {glass.batch_size}", lines, memory)
     if options.images_per_second:
         of_steps = {family: flops[family, "off"] for family in ("glass", "standard")}
         one_more = PlannedTraining(glass, preset.settings).flops(glass.num_crops + 1)
-        print(f"\nAt {options.images_per_second:g} images/s, and as many FLOPs a second in all:\n")
+        rate = f"{options.images_per_second:g} images/s with GLASS at K = {glass.num_crops}"
+        print(f"\nHours at {rate}, and as many FLOPs a second in all else; K of tuning and of the study of crop counts")
+        print("is the mean of those tried, to validate an image takes a third of a step, and no trial is pruned.\n")
         print(_hours(preset, glass, options, of_steps | {"crop": one_more - of_steps["glass"]}))
 
 
@@ -124,6 +129,7 @@ def _hours(preset: Preset, glass: GlassExperiment, options: Options, flops: Mapp
         of_image = flops["standard"] if crops is None else flops["glass"] + (crops - K) * flops["crop"]
         seconds = epochs * (trained + validated / 3) * of_image / flops["glass"] / options.images_per_second
         rows.append((name, epochs * (trained + validated) / 1e6, seconds / 3600))
+    rows.append(("all of this backbone", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
     return render_table(("experiment", "million_images", "hours"), rows)
 
 

@@ -228,6 +228,8 @@ def test_a_variant_is_trained_tested_and_predicts_the_same_from_its_file(
     few = ("--epochs", "1", "--seeds", "1", "--name", "variant")
     succeed("model_training.glass_resnet_training", *TOY_FLAGS, *roots, *few, *crops, *variant)
     run = results / "demo" / "variant" / "seed_1"
+    card = (run / "README.md").read_text()
+    assert ("its global view alone" in card) == ("global" in variant) == ("num_crops" not in card)
     tested = {row["path"]: float(row["probability_fake"]) for row in read_csv(run / "predictions.csv")}
     images = [toy_data / path for path in tested]
     output = tmp_path / "predictions.csv"
@@ -291,6 +293,13 @@ def test_prediction_may_place_other_crops_than_the_training(results: Path, toy_d
     shared = (*TOY_FLAGS, *roots, "--branches", "shared", "--name", "shared", "--initial-weights", weights[1])
     sentence = refused("model_training.glass_resnet_training", *shared)
     assert "holds two networks where this model has one for both views: global_model" in sentence
+
+
+def test_a_model_without_crops_takes_no_sampler_or_pooling(results: Path, toy_data: Path) -> None:
+    flags = (*TOY_FLAGS, "--data-root", toy_data, "--results-root", results, "--branches", "global")
+    for name, value in (("--crop-sampler", "all"), ("--pooling", "max")):
+        said = refused("model_training.glass_resnet_training", *flags, name, value)
+        assert "branches global has no crops: leave crop_sampler and pooling as they are" in said
 
 
 def test_a_study_is_not_resumed_with_another_sampler(results: Path, toy_data: Path) -> None:

@@ -50,7 +50,7 @@ SETTINGS = [  # that the commands of experiments read
 OF_A_MACHINE = [  # settings that may differ between machines
     f"settings.{name}" for name in ("data_root", "results_root", "cache_root", "weights_files", "num_workers")
 ]
-RESTART = "pass --restart to archive that folder and start over, or choose another --name or --results-root"
+RESTART = "pass --restart to archive that folder and start over, or choose another --results-root or, of a run, --name"
 
 
 # ------------------------------------------------------------------------------------------------- a command

@@ -107,7 +107,7 @@ class ScoredData:
 
     def report_written(self, folder: Path) -> None:
         """Print where the results are, and which images they lack."""
-        print(*self.trained_on, f"Written: {folder}", sep="\n")
+        print(f"Written: {folder}")
         for path, problem in self.unreadable.items():
             print(f"left out, cannot be decoded: {path} ({problem})")
 

@@ -49,14 +49,15 @@ def table_of_ablations(
     columns |= {"Images/s": value_of("images_per_second", ".1f"), "Peak memory (MB)": value_of("peak_memory_mb", ".1f")}
     groups = {index.groups[row] for row in test} if index.groups else test
     kind = "groups of the split" if index.groups else "images"
+    every_tile = any(getattr(each.experiment, "crop_sampler", "") == "all" for each in variants)
     about = [(each.name, _about(run)) for each in variants for run in each.runs]
     notes = [
         "In percent, mean ± sample standard deviation over n seeds; learning rates are those of config.py times the "
         "factor that was best in validation.",
         f"Differences are from {paper.name} (the paper's setting) in percentage points, with 95% bootstrap intervals "
         f"over {len(groups):,} {kind} of the test split, for these seeds.",
-        "Images/s: of training, the median over epochs; memory: the peak over epochs. K is of training; all is tested "
-        "on every tile.",
+        "Images/s: of training, the median over epochs; memory: the peak over epochs.",
+        *(["K is of training; in the test, the sampler all looks at every tile."] if every_tile else []),
         *notes, *undefined, *notes_of(about),
     ]  # fmt: skip
     return Table("ablations", title, rows, columns, notes)
