@@ -3,6 +3,7 @@
 import re
 import shutil
 import socket
+import subprocess
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -92,13 +93,20 @@ def test_what_one_process_cannot_do_ends_all_with_one_sentence(toy_data: Path, t
     late.rmdir()
     for path in list(data.glob("*/*"))[::7]:
         path.write_bytes(bytes(path.stat().st_size))
-    unreadable, too_small = (run_module(*torchrun(2, *arguments, *more)) for more in ((), ("--batch-size", "10")))
-    for done, sentence in (
-        (unwritable, f"{late} cannot be written"),
-        (unreadable, "is not what it was when the index was made"),
-        (too_small, "in batches of 10 leave a batch of 1 for 2 processes: start fewer"),
-    ):
-        assert done.returncode == 1 and sentence in done.stderr and done.stderr.count("error: ") == 1, done.stderr
+    unreadable = run_module(*torchrun(2, *arguments))
+    assert_refused(unwritable, f"{late} cannot be written")
+    assert_refused(unreadable, "is not what it was when the index was made")
+
+
+@pytest.mark.slow
+def test_a_batch_of_fewer_images_than_processes_is_refused(toy_data: Path, results: Path) -> None:
+    arguments = (*command("standard_resnet", toy_data, results)[: -len(RATES)], "--backbone", TOY_BACKBONE)
+    done = run_module(*torchrun(2, *arguments, "--batch-size", "10"))
+    assert_refused(done, "in batches of 10 leave a batch of 1 for 2 processes: start fewer")
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], sentence: str) -> None:
+    assert done.returncode == 1 and sentence in done.stderr and done.stderr.count("error: ") == 1, done.stderr
 
 
 @pytest.mark.slow

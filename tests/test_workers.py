@@ -230,7 +230,7 @@ def test_a_trial_that_fails_for_a_reason_is_not_repeated(url: str, toy_data: Pat
         pytest.param(
             "postgresql+psycopg://me@127.0.0.1:1/db",
             r"127.0.0.1:1/db is away \(.*refused.*\), for more than 15 s: start the server, or correct --study-storage",
-            marks=of_a_server,
+            marks=[of_a_server, pytest.mark.slow],
         ),
     ],
 )
