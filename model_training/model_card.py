@@ -8,7 +8,7 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment
 
-from config import Experiment, GlassExperiment
+from config import Experiment
 from model_training.inference.provenance import Provenance
 from training.calibration import Calibration
 from training.detection_metrics import DETECTION_METRICS, bootstrap_intervals, detection_metrics
@@ -17,8 +17,9 @@ from utils import one_line, write_text
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 SHOWN = ("accuracy", "balanced_accuracy", "auc", "average_precision", "ece")  # of DETECTION_METRICS
-LOOKS_AT = dict.fromkeys(("both", "shared"), "global view and native-resolution crops")
-LOOKS_AT |= {"global": "its global view alone", "local": "native-resolution crops alone"}
+STANDARD = "A standard transfer-learning model"
+GLASS = dict.fromkeys(("both", "shared"), "A GLASS model (global view and native-resolution crops)")  # by its branches
+GLASS |= {"global": "A GLASS model (its global view alone)", "local": "A GLASS model (native-resolution crops alone)"}
 OF_CROPS = ("num_crops", "crop_sampler", "pooling")
 SETTINGS = ("patch_size", "pretrained", "label_smoothing", "group_by", "reencode_jpeg", "main_seed")
 
@@ -63,13 +64,13 @@ def write_model_card(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=True, finalize=in_a_cell
     ).from_string(TEMPLATE.read_text(encoding="utf-8"))
     settings = dict(about["experiment"]) | {name: about["settings"].get(name) for name in SETTINGS}
-    looks_at = LOOKS_AT[experiment.branches] if isinstance(experiment, GlassExperiment) else ""
-    if getattr(experiment, "branches", "") == "global":
+    branches = getattr(experiment, "branches", None)
+    if branches == "global":
         settings = {name: value for name, value in settings.items() if name not in OF_CROPS}
     text = page.render(
         card_data=card_data.to_yaml(),
         name=f"{experiment.name}, seed {about['seed']}, epoch {about['epoch']}",
-        what=f"A GLASS model ({looks_at})" if looks_at else "A standard transfer-learning model",
+        what=GLASS.get(branches, STANDARD),
         data=provenance.data,
         images=len(test.labels),
         settings=settings,

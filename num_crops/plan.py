@@ -82,10 +82,10 @@ def plan(preset: Preset, glass: GlassExperiment, standard: StandardExperiment, *
         if (family, again) not in flops:
             flops[family, again] = training.flops(K)
         batch = largest(lambda n, needs=needs, K=K: needs(n, K).peak, fits, B, MOST_IMAGES)
-        crops = largest(lambda n, needs=needs, B=B: needs(B, n).peak, fits, K, MOST_CROPS) if K else 0
+        crops = f"{largest(lambda n, needs=needs, B=B: needs(B, n).peak, fits, K, MOST_CROPS):,}" if K else "-"
         sizes, gflops = [*map(round, astuple(needs(B, K)))], flops[family, again] / 1e9
         within = "yes" if sizes[-1] <= fits else "no"
-        rows.append((family, label, again, *sizes, within, gflops, batch, f"{crops:,}" if K else "-"))
+        rows.append((family, label, again, *sizes, within, gflops, batch, crops))
         if K and options.figure:
             name = f"{label}, checkpointing" if again == "on" else label
             lines[name] = {n: needs(B, n).peak / 1024 for n in sorted({1, K, *range(4, max(K, 16) + 1, 4)})}

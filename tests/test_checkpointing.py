@@ -151,7 +151,8 @@ def test_the_planner_as_a_command(tmp_path: Path) -> None:
     assert int(row[8]) == round(needs(8, 4).peak) and row[9] == "yes"
     hours = {row[0]: float(row[2]) for row in rows if len(row) == 3 and row[0] != "experiment"}
     images = 50 * 5 * (9690 + 510 / 3)  # of final training, at 100 a second
-    assert hours["training, GLASS"] == pytest.approx(images / 100 / 3600, abs=0.01) and len(hours) == 6
+    assert hours["training, GLASS"] == pytest.approx(images / 100 / 3600, abs=0.01) and len(hours) == 7
+    assert hours.pop("all of this backbone") == pytest.approx(sum(hours.values()), abs=0.05)
     assert "give the memory of the card in GB" in refused("num_crops.plan", *arguments)
 
 

@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -80,12 +80,10 @@ class Runtime:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             try:
-                for name, (_, set_to) in SWITCHES.items():
-                    set_to(wanted[name])
+                _set_switches(wanted)
                 yield
             finally:
-                for name, (_, set_to) in SWITCHES.items():
-                    set_to(before[name])
+                _set_switches(before)
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model on the device, in its memory layout; memory of earlier models is freed first."""
@@ -250,6 +248,11 @@ SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {  # of
         partial(setattr, torch.utils.deterministic, "fill_uninitialized_memory"),
     ),
 }
+
+
+def _set_switches(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        SWITCHES[name][1](value)
 
 
 class MemoryMeter:

@@ -120,9 +120,10 @@ def read_fakes(path: Path, names: Sequence[str]) -> np.ndarray:
     Raises UserError if the file cannot be read, or is of other images than these `names`.
     """
     with reading(path, "give the data root and the settings of that training, or run it again"):
-        found = {row["path"]: float(row["probability_fake"]) for row in read_csv(path)}
-        if found.keys() != set(names):
-            raise ValueError(f"it has {len(found)} images, and not those {len(names)} that are tested")
+        rows = read_csv(path)
+        if sorted(row["path"] for row in rows) != sorted(names):
+            raise ValueError(f"it has {len(rows)} images, and not those {len(names)} that are tested")
+        found = {row["path"]: float(row["probability_fake"]) for row in rows}
         return np.array([found[name] for name in names])
 
 

@@ -7,6 +7,7 @@ images that have such a crop.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def shares_within(root: Path, name: str, views: ViewSettings) -> dict[str, np.nd
     image = read_image(root / "fake" / name, DEMO_LOCAL.settings.max_image_pixels)
     picture, found = Picture(image, pixel_key(image)), {}
     for sampler in NAMES:
-        (boxes,) = picture.boxes(ViewSettings(views.patch_size, views.num_crops, views.seed, crop_sampler=sampler), 1)
+        (boxes,) = picture.boxes(replace(views, crop_sampler=sampler), 1)
         found[sampler] = np.array([mask[y : y + h, x : x + w].mean() for y, x, h, w in boxes.tolist()])
     return found
 
