@@ -125,7 +125,7 @@ class _SeedRun:
         own = {session.index.records[row].identity for row in seen}
         about["trained_on"] = sorted(own.union(earlier.get("trained_on") or ()))
         data = (*Provenance.read(earlier).data, TrainingData.of(session.index, seen))
-        about["provenance"] = Provenance(data).as_json()
+        about["provenance"] = asdict(Provenance(data))
 
         def on_epoch(history: list[EpochRecord]) -> None:
             if processes.is_main():

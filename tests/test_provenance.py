@@ -184,4 +184,4 @@ def test_a_model_of_drawn_images_says_so() -> None:
     demo, own = (TrainingData("demo", "f", 1, 1, ("PNG",), 8, 9, drawn=drawn) for drawn in (True, False))
     said = "a program drew: it knows nothing of real generators, nor of photographs"
     assert [said in Provenance((data,)).sentence for data in (demo, own)] == [True, False]
-    assert Provenance.read({"provenance": Provenance((demo,)).as_json()}).data == (demo,)
+    assert Provenance.read({"provenance": asdict(Provenance((demo,)))}).data == (demo,)

@@ -11,8 +11,8 @@ import pandas as pd
 from data.lists import write_csv
 from utils import write_text
 
-MISSING = "missing"  # how None is shown: a value that is still to come
-UNDEFINED = "n/a"  # how NaN is shown: a value that there cannot be
+MISSING = "missing"  # shown for None: a value that is not computed yet
+UNDEFINED = "n/a"  # shown for NaN: a value that does not exist
 
 Row = dict[str, Any]  # column of the CSV -> value
 Cell = Callable[[Row], str]  # what Markdown and LaTeX show of a row
@@ -89,13 +89,13 @@ def _latex(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- cells
-def show(value: Any, form: str = "") -> str:
-    """A value as text; `form` is a format specification of numbers, such as ".2f"."""
+def show(value: Any, form: str = "", scale: float = 1) -> str:
+    """A value as text; numbers times `scale`, in a format such as ".2f"."""
     if value is None:
         return MISSING
     if isinstance(value, str):
         return value
-    return format(value, form) if value == value else UNDEFINED
+    return format(scale * value, form) if value == value else UNDEFINED
 
 
 def value_of(key: str, form: str = "") -> Cell:
@@ -103,22 +103,23 @@ def value_of(key: str, form: str = "") -> Cell:
     return lambda row: show(row.get(key), form)
 
 
-def mean_and_std_of(key: str) -> Cell:
-    """<key>_mean ± <key>_std."""
+def mean_and_std_of(key: str, scale: float = 1, form: str = ".2f") -> Cell:
+    """<key>_mean ± <key>_std; empty for a row without these columns."""
 
     def cell(row: Row) -> str:
-        mean, std = (show(row[f"{key}_{part}"], ".2f") for part in ("mean", "std"))
+        if f"{key}_mean" not in row:
+            return ""
+        mean, std = (show(row[f"{key}_{part}"], form, scale) for part in ("mean", "std"))
         return mean if std in (MISSING, UNDEFINED) else f"{mean} ± {std}"
 
     return cell
 
 
 def interval_of(key: str, scale: float = 1, form: str = "+.2f") -> Cell:
-    """<key> [<key>_low, <key>_high], with signs; values are multiplied by `scale`."""
+    """<key> [<key>_low, <key>_high], with signs."""
 
     def cell(row: Row) -> str:
-        values = [row[name] for name in (key, f"{key}_low", f"{key}_high")]
-        middle, low, high = (show(value if value is None else scale * value, form) for value in values)
+        middle, low, high = (show(row[name], form, scale) for name in (key, f"{key}_low", f"{key}_high"))
         return middle if middle in (MISSING, UNDEFINED) else f"{middle} [{low}, {high}]"
 
     return cell
@@ -126,7 +127,7 @@ def interval_of(key: str, scale: float = 1, form: str = "+.2f") -> Cell:
 
 # ---------------------------------------------------------------------------------------------------- notes
 def notes_of(named: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """One note for each label: the value that all names, which may repeat, share, or each value with its names."""
+    """One note for each label: its value if all names have the same one, else each value with its names."""
     by_label: dict[str, dict[str, dict[str, None]]] = {}  # label -> value as text -> names, each once
     for name, values in named:
         for label, value in values.items():
