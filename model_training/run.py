@@ -46,10 +46,10 @@ def train_and_evaluate(preset: Preset, experiment: Experiment, restart: bool = F
     metrics.json, whose presence says that the seed is finished. Until then it is resumed from checkpoint.pt.
 
     Args:
-        restart: archive what was started, and start over.
+        restart: archive the started runs, and start over.
 
     Raises:
-        UserError: no index, no weights, a folder that was started with other settings, or one that is in use.
+        UserError: no index, no weights, a run folder that was started with other settings or is in use.
         Stopped: a signal asked for it.
     """
     training = preset.training
@@ -68,7 +68,7 @@ def train_and_evaluate(preset: Preset, experiment: Experiment, restart: bool = F
 
 
 def hash_of_start(training: Training) -> dict[str, str]:
-    """What a run's settings say of the initial weights, wherever the file lies; raises UserError if there is none."""
+    """The initial weights by content, for a run's settings; empty without any. Raises UserError for a missing file."""
     initial = training.initial_weights
     if initial and not Path(initial).is_file():
         raise UserError(f"the initial weights {initial} are no file: correct --initial-weights")
@@ -78,9 +78,9 @@ def hash_of_start(training: Training) -> dict[str, str]:
 def train_seed(
     session: Session, training: Training, experiment: Experiment, seed: int, folder: Path, start: dict[str, str]
 ) -> None:
-    """Train and test one seed in `folder`, as `train_and_evaluate` says, or report that it is finished.
+    """Train and test one seed in `folder`, see `train_and_evaluate`, or report that it is finished.
 
-    `start` is of `hash_of_start`.
+    `start` comes from `hash_of_start`.
     """
     values = resolved(session.settings, training, experiment) | {"seed": seed} | start
     with open_run(session, folder, values, results=("history.csv", "checkpoint.pt")) as run:

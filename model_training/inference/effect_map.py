@@ -1,4 +1,4 @@
-"""Where in an image a GLASS model finds its evidence: crops slid over all of it, each with its effect on the score."""
+"""Where in an image a GLASS model finds its evidence: crops that cover all of it, each with its effect on the score."""
 
 from dataclasses import dataclass
 
@@ -29,8 +29,8 @@ def effect_map(detector: Detector, picture: Picture, stride: int | None = None) 
     """The effect of each part of the picture on the score, compared with the rest of it.
 
     Effects sum to about zero, because a tile is left out in favour of the others: the map shows which parts look more
-    generated than the rest of this picture. `stride` is in pixels from one tile to the next, give or take half of what
-    they overlap; default half the patch.
+    generated than the rest of this picture. `stride` is the distance between neighbouring tiles in pixels, shifted at
+    random by up to half of their overlap; default half the patch.
     Raises UserError for a model without crops, or a stride that leaves gaps.
     """
     P, (width, height) = detector.settings.patch_size, picture.image.size
@@ -45,7 +45,7 @@ def effect_map(detector: Detector, picture: Picture, stride: int | None = None) 
 
 
 def spread(values: np.ndarray, boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Values (N,) of boxes (N, 4) that cover an image -> float32 (H, W), the mean of those that cover a pixel."""
+    """Values (N,) of boxes (N, 4) that cover an image -> float32 (H, W): each pixel's mean over the boxes on it."""
     total, count = np.zeros((2, height, width), np.float32)
     for value, (top, left, tall, wide) in zip(values, boxes.tolist(), strict=True):
         covered = np.s_[top : top + tall, left : left + wide]

@@ -1,4 +1,4 @@
-"""Where a verdict comes from: the model's training data, its own test, and which images are unlike its training data."""
+"""Where a verdict comes from: the model's training data, its own test, and how an image differs from that data."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A table: rows of values, and how CSV, Markdown and LaTeX show them; knows no result file."""
+"""A table: rows of values, written as CSV, Markdown and LaTeX. Reads no result files."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -25,18 +25,18 @@ LATEX_ESCAPES = {character: rf"\{character}" for character in "&%$#_{}"} | {
 
 @dataclass(frozen=True)
 class Table:
-    """One table. Each row names its `model`, and in `missing` what it lacks ("" if nothing)."""
+    """One table. Each row has a `model`, and in `missing` what it lacks ("" if nothing)."""
 
     name: str
     title: str
     rows: list[Row]
-    columns: dict[str, Cell]  # under their headings
+    columns: dict[str, Cell]  # heading -> cells
     notes: list[str] = field(default_factory=list)
     code: list[str] = field(default_factory=list)  # Python, below the Markdown
 
     @property
     def missing(self) -> list[str]:
-        """What is missing, by name, each once."""
+        """What is missing, by model, each once."""
         return list(dict.fromkeys(f"{row['model']}: {row['missing']}" for row in self.rows if row["missing"]))
 
     def write(self, folder: Path) -> None:
@@ -85,7 +85,7 @@ class Table:
 
 def _latex(text: str) -> str:
     escaped = text.translate(str.maketrans(LATEX_ESCAPES))
-    return re.sub(r"(?<![\w$-])-(?=\d)", "$-$", escaped)  # a minus sign, where it is no hyphen
+    return re.sub(r"(?<![\w$-])-(?=\d)", "$-$", escaped)  # a minus sign, not a hyphen
 
 
 # ---------------------------------------------------------------------------------------------------- cells
