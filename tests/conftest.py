@@ -33,22 +33,10 @@ from utils import find_experiment, read_json, sha256_of, write_json
 
 REPOSITORY = Path(__file__).parents[1]
 MakePreset = Callable[..., Preset]  # the toy preset with these settings
-LONG = [
-    "reliability",
-    "processes",
-    "commands",
-    "predict",
-    "evaluate",
-    "workers",
-    "list",
-    "layouts",
-    "tuning",
-    "samplers",
-    "config",
-    "ablations",
-    "training",
-    "checkpointing",
-]
+LONG = (  # test files, the longest first
+    "reliability processes commands predict evaluate workers list layouts tuning samplers config ablations training "
+    "checkpointing"
+)
 FIXTURES = Path(__file__).parent / "fixtures"
 # With a data root and a results root, the toy preset below as a user would ask for it.
 TOY_SETTINGS = (
@@ -232,8 +220,8 @@ def toy_job(preset: Preset, name: str = "standard_resnet", epochs: int = 2, **ch
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no process is left with one while the others have nothing to do."""
-    order = {f"test_{name}.py": place for place, name in enumerate(reversed(LONG))}
-    items.sort(key=lambda item: -order.get(item.path.name, -1))
+    order = {f"test_{name}.py": place for place, name in enumerate(LONG.split())}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(autouse=True)

@@ -109,7 +109,7 @@ def test_the_reproduction_runs_its_commands_then_the_tables_and_says_why(toy_dat
     arguments = [*TOY_SETTINGS, "--data-root", toy_data, "--results-root", tmp_path, "--epochs", "1", "--seeds", "3"]
     printed = succeed("model_training.reproduce", *arguments)
     order = [printed.index(f"-m model_training.{name}_training") for name in ("standard_resnet", "glass_resnet")]
-    assert order == sorted(order) and printed.index("no evidence about real generators") > order[1]
+    assert order == sorted(order) and printed.index("no evidence about real generators") > order[1]  # closing_words
     assert (tmp_path / "demo" / "tables_seeds_3" / "test_metrics.md").exists()
     assert (tmp_path / "demo" / "glass_resnet" / "seed_3" / "metrics.json").exists()
 
