@@ -233,8 +233,8 @@ def _check(name: str, value: Any, adapter: pydantic.TypeAdapter) -> None:
         adapter.validate_python(value, strict=True)
     except pydantic.ValidationError as error:
         deepest = max(len(each["loc"]) for each in error.errors())  # in a tuple, the items that are wrong
-        said = [each["msg"].removeprefix("Value error, ") for each in error.errors() if len(each["loc"]) == deepest]
-        wrong = " or ".join(dict.fromkeys(f"{text[0].lower()}{text[1:]}" for text in said))
+        texts = [each["msg"].removeprefix("Value error, ") for each in error.errors() if len(each["loc"]) == deepest]
+        wrong = " or ".join(dict.fromkeys(f"{text[0].lower()}{text[1:]}" for text in texts))
         raise UserError(f"{name} is {value if isinstance(value, str) else repr(value)}: {wrong}") from None
 
 

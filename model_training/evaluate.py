@@ -187,17 +187,17 @@ def _controls(data: ScoredData, kinds: Sequence[str]) -> list[Row]:
 
 def _sentences(rows: Sequence[Row]) -> list[str]:
     """A note for each row that is a control."""
-    said = []
+    sentences = []
     for row in rows:
         if "auc_chance" in row:
             auc, chance, most = (f"{100 * row[key]:.1f}" for key in ("auc_mean", "auc_chance", "most_apart_auc"))
             above = row["auc_mean"] > row["auc_chance"]
-            said.append(
+            sentences.append(
                 f"{row['images'].capitalize()}, {row['model']}, {row['format'].replace('_', ' ')}: AUC {auc}, "
                 f"{'more' if above else 'no more'} than chance gives (at most {chance} in 95% of their shuffles). "
                 f"{ABOVE if above else ''}Most apart are {row['most_apart']} ({most})."
             )
-    return said
+    return sentences
 
 
 def subsets(data: ScoredData) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
     python -m model_training.results_tables
 
-Writes each table as CSV, Markdown and LaTeX and each figure as PNG to results/<preset>/tables/, prints the test
+Writes each table as CSV, Markdown and LaTeX and each figure as PNG to results/<preset>/tables/, prints the first test
 metrics, and names what is missing. If --seeds lacks some of the preset's seeds, it writes to another folder, such as
 tables_seeds_1, and leaves the preset's tables as they are. Needs no GPU and takes seconds: run it as often as you
 like, also between experiments.
@@ -98,11 +98,11 @@ def _with_unmeasured(preset: Preset, stage: str, found: Sequence[CostStudy], fam
 
 
 def _report(folder: Path, tables: Sequence[Table], why_not: Mapping[str, str]) -> None:
-    """Print two tables in full, how complete the others are, what was written and what is missing."""
-    in_full = ("test_metrics", "differences")
-    for table in sorted(tables, key=lambda table: table.name not in in_full):
-        if table.name in in_full:
-            print(table.markdown())
+    """Print two of the tables, how complete the others are, what was written and what is missing."""
+    printed = ("test_metrics", "differences")
+    for table in sorted(tables, key=lambda table: table.name not in printed):
+        if table.name in printed:
+            print(table.text())
         else:
             models = {row["model"] for row in table.rows}
             incomplete = {row["model"] for row in table.rows if row["missing"]}

@@ -93,8 +93,8 @@ def train_seed(
 
 
 def _report(run: RunFolder, experiment: Experiment, seed: int, note: str) -> None:
-    metrics = read_json(run.path / "metrics.json")
-    with reading(run.path / "metrics.json"):
+    with reading(path := run.path / "metrics.json"):
+        metrics = read_json(path)
         accuracy, best = float(metrics["test"]["accuracy"]), int(metrics["best_epoch"])
         if not metrics.get("calibration", True):
             note = f", not calibrated: all validation images are of one class{note}"

@@ -144,7 +144,7 @@ def test_a_bad_value_in_config_is_one_sentence_too(monkeypatch: pytest.MonkeyPat
     [(None, 0, ""), (UserError("what to do"), 2, "error: what to do\n"), (KeyboardInterrupt(), 130, "interrupted: ")],
     ids=["well", "user error", "interrupted"],
 )
-def test_the_exit_code_tells_the_truth(
+def test_each_way_to_end_has_its_exit_code(
     error: BaseException | None, code: int, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def action(preset: Preset) -> None:
@@ -161,13 +161,13 @@ def test_the_exit_code_tells_the_truth(
 
 def test_a_missing_index_is_one_sentence_that_names_the_command(toy_data: Path, tmp_path: Path) -> None:
     roots = ("--data-root", toy_data, "--results-root", tmp_path)
-    said = refused("standard_memory.standard_memory_resnet", "--preset", "demo", *roots)
-    assert "index.csv does not exist: run python -m data.data_preprocess --preset demo" in said
-    assert str(toy_data) in said
+    message = refused("standard_memory.standard_memory_resnet", "--preset", "demo", *roots)
+    assert "index.csv does not exist: run python -m data.data_preprocess --preset demo" in message
+    assert str(toy_data) in message
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda path: path.stem)
-def test_every_command_shows_its_docstring_and_its_flags(command: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_has_its_docstring_and_flags_in_its_help(command: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     text = help_of(command)
     first_line = ast.get_docstring(ast.parse(command.read_text())).splitlines()[0]
@@ -233,7 +233,7 @@ runpy.run_module(sys.argv[1], run_name="__main__")
 
 
 @pytest.mark.parametrize("module", ["data.data_preprocess", "model_training.glass_resnet_training"])
-def test_a_system_without_what_unix_has_is_one_sentence(module: str) -> None:
+def test_windows_is_refused_in_one_sentence(module: str) -> None:
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_UNIX, module]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")

@@ -214,7 +214,7 @@ def test_every_setting_has_its_effect(observe: Observe, lab: Lab) -> None:
     assert {value: observe(lab, value) for value in expected} == expected
 
 
-def test_an_effect_is_shown_of_every_setting() -> None:
+def test_the_effect_of_every_setting_is_shown() -> None:
     classes = [
         item
         for item in vars(config).values()

@@ -3,15 +3,17 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from data.lists import write_csv
+from data.lists import render_table, write_csv
 from utils import write_text
 
 MISSING = "missing"  # shown for None: a value that is not computed yet
+TERMINAL_WIDTH = 80
 UNDEFINED = "n/a"  # shown for NaN: a value that does not exist
 
 Row = dict[str, Any]  # column of the CSV -> value
@@ -54,6 +56,14 @@ class Table:
         code = ["", "```python", *self.code, "```"] if self.code else []
         notes = [f"- {note}" for note in self._all_notes()]
         return "\n".join([f"# {self.title}", "", *lines, "", *notes, *code]).rstrip() + "\n"
+
+    def text(self) -> str:
+        """For a terminal: the first columns, as many as fit in TERMINAL_WIDTH characters, then the notes."""
+        columns, rows = list(self.columns), self._cells()
+        widths = [max(map(len, column)) + 2 for column in zip(columns, *rows, strict=True)]
+        count = sum(end - 2 <= TERMINAL_WIDTH for end in accumulate(widths))
+        table = render_table(columns[:count], [row[:count] for row in rows])
+        return "\n".join([self.title, "", table, "", *(f"- {note}" for note in self._all_notes()), ""])
 
     def latex(self) -> str:
         """A booktabs table, shrunk to the page if it is wider."""

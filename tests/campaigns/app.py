@@ -26,7 +26,7 @@ from data.lists import read_csv
 from tests.campaigns.mutated_images import originals
 from tests.conftest import run_module, untrained_weights
 from tests.odd_images import noise, saved
-from tests.pages import agree, asked, served
+from tests.pages import agree, drop_files, served
 from tests.proc import peak_bytes
 
 FILES, MEGABYTES = 50, 3000
@@ -71,7 +71,7 @@ if __name__ == "__main__":
     paths = write_files(scratch / "files")
     weights = given.weights or untrained_weights(scratch / "model.safetensors", "glass_resnet")
     flags = ("--weights", weights, "--device", "cpu", "--draws", "5", "--output", scratch / "predictions.csv")
-    said = run_module("model_training.predict", *flags, *paths, timeout=900).stderr
+    message = run_module("model_training.predict", *flags, *paths, timeout=900).stderr
     rows = {Path(row["path"]): row for row in read_csv(scratch / "predictions.csv")}
 
     requests = (paths * -(-given.requests // len(paths)))[: given.requests]
@@ -79,7 +79,7 @@ if __name__ == "__main__":
     drops = [[[path] for path in requests[n :: given.clients]] for n in range(given.clients)]
     start = time.monotonic()
     with served(weights) as server, ThreadPoolExecutor(given.clients) as clients:
-        answers = list(clients.map(asked, [server.url] * given.clients, drops))
+        answers = list(clients.map(drop_files, [server.url] * given.clients, drops))
         seconds, megabytes = time.monotonic() - start, peak_bytes(server.process.pid) / 1e6
     lost, different, problems = 0, 0, 0
     for (path,), cards in zip(chain(*drops), chain(*answers), strict=True):
@@ -88,7 +88,7 @@ if __name__ == "__main__":
         if not all(agree(card, rows[path]) for card in cards):
             different += 1
             print(f"{path.name}: {cards} differs from {rows[path]}")
-    tracebacks = (said + server.errors).count("Traceback")
+    tracebacks = (message + server.errors).count("Traceback")
     print(
         f"{len(paths)} files, {len(requests)} requests of {given.clients} clients: {lost} lost, {different} unlike "
         f"predict, {problems} refused with a reason, {tracebacks} tracebacks; at most "
