@@ -58,7 +58,7 @@ WeightsFiles = tuple[Annotated[str, must_be(re.compile("[^=]+=.+").fullmatch, "B
 # ------------------------------------------------------------------------------------------------- all runs
 @dataclass(frozen=True)
 class Settings:
-    """What every run shares, whatever its model and its experiment."""
+    """What all runs share."""
 
     # --- Folders
     data_root: Free[Path] = Path("datasets/ai-generated-images-vs-real-images/test")  # the data set

@@ -216,7 +216,7 @@ def _check_search_space(kind: type[Experiment], space: SearchSpace) -> None:
     known = _adapters_of(kind)
     for name, choices in space.items():
         if name not in known:
-            raise UserError(f"a search space in config.py has {name}, which {kind.__name__} has not")
+            raise UserError(f"a search space in config.py has {name}, which is no field of {kind.__name__}: correct it")
         for value in vars(checked(choices)).values() if isinstance(choices, LogUniform) else choices:
             _check(name, value, known[name])
 

@@ -93,7 +93,7 @@ def _scale_rates(experiment: Experiment, name: str, factor: float) -> Experiment
 
 @dataclass
 class _Grid:
-    """All trainings of the command; what is finished is read from their folders."""
+    """All trainings of the command; finished ones are read from their folders."""
 
     session: Session
     preset: Preset
@@ -106,7 +106,7 @@ class _Grid:
         return seed_folder(self.preset, f"ablations/{self.preset.ablations.experiment}/{experiment.name}", seed)
 
     def train(self) -> None:
-        """Train what is not finished, variant by variant; the table is written after each."""
+        """Do all unfinished trainings, variant by variant; the table is written after each."""
         first, *others = self.preset.training.seeds
         unfinished = processes.on_main(lambda: [name for name in self.variants if self.variant(name).missing])
         begin, trained = time.monotonic(), 0

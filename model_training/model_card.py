@@ -40,18 +40,18 @@ def write_model_card(
         groups: of each test image, if images belong together; intervals are over these groups.
     """
     provenance, fake = Provenance.read(about), test.probabilities[:, 0]
-    values = detection_metrics(fake, test.labels)
+    values = {name: value for name, value in detection_metrics(fake, test.labels).items() if np.isfinite(value)}
     intervals = bootstrap_intervals([fake], test.labels, [0.5], groups)
     metrics = [
         (DETECTION_METRICS[name].heading, *(100 * each for each in (values[name], *intervals[name])))
         for name in SHOWN
-        if name in values and np.isfinite(values[name])
+        if name in values
     ]
     data = provenance.data[-1]
     results = [
-        EvalResult("image-classification", data.name, data.name, name, float(values[name]), dataset_split="test")
+        EvalResult("image-classification", data.name, data.name, name, values[name], dataset_split="test")
         for name in ("accuracy", "auc")
-        if np.isfinite(values[name])
+        if name in values
     ]
     card_data = ModelCardData(
         library_name="pytorch",

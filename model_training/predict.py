@@ -84,7 +84,7 @@ def predict(preset: Preset, weights: Path, paths: Sequence[str], **others: Any) 
     output, evidence, draws = options.output, options.evidence, options.draws
     check_output(output, COLUMNS)
     if options.evidence_map and not evidence:
-        raise UserError("--evidence-map draws into the folder of --evidence DIR: name one")
+        raise UserError("--evidence-map needs --evidence DIR, the folder that it draws into")
     images, ignored = find_images(paths)
     if ignored:
         kinds = {

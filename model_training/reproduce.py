@@ -1,4 +1,4 @@
-"""The whole reproduction: data, experiments, tables and figures, one command after the other.
+"""The complete reproduction: data, experiments, tables and figures, one command after the other.
 
     python -m model_training.reproduce                 the paper: eighteen commands on the Kaggle data
     python -m model_training.reproduce --preset demo   two models on procedural images, minutes on two CPU cores
@@ -136,7 +136,7 @@ def _print_units(preset: Preset) -> None:
     if not _is_prepared(preset):
         flags = as_flags(preset, ("reproduce",), settings=(*PREPROCESS_SETTINGS, "demo_data", "demo_images"))
         command = _line("model_training.reproduce", *flags, "--prepare")
-        raise UserError(f"{index_path(preset)} is missing or not of all images: run {command} first")
+        raise UserError(f"{index_path(preset)} is missing or lacks images: run {command} first")
     lines = [line for line, finished in units_of(preset) if not finished]
     print(*lines, sep="\n", end="\n" * bool(lines), flush=True)
     groups = ("reproduce", "tuning", "training", "num_crops")

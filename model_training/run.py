@@ -71,7 +71,7 @@ def hash_of_start(training: Training) -> dict[str, str]:
     """The initial weights by content, for a run's settings; empty without any. Raises UserError for a missing file."""
     initial = training.initial_weights
     if initial and not Path(initial).is_file():
-        raise UserError(f"the initial weights {initial} are no file: correct --initial-weights")
+        raise UserError(f"the initial weights {initial} are not a file: correct --initial-weights")
     return {"initial_weights_sha256": processes.on_main(lambda: sha256_of(Path(initial)))} if initial else {}
 
 

@@ -191,7 +191,7 @@ def test_a_folder_with_other_files_is_refused_and_not_changed(tmp_path: Path) ->
     mine = tmp_path / "mine" / "0001_a.jpg"
     mine.parent.mkdir()
     mine.write_text("mine")
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="it holds other files"):
         write_evidence(mine.parent, redness(), ["a.png"], [])
     assert mine.read_text() == "mine" and len(list(mine.parent.iterdir())) == 1
     with pytest.raises(UserError, match="is an image in it"):

@@ -275,8 +275,7 @@ def load_detector(
     except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{path} does not describe a model of this version ({error}): train it again") from None
     if options.backbone not in (None, experiment.backbone):
-        own = f"its backbone is {experiment.backbone}, not {options.backbone}"
-        raise UserError(f"{path} says itself that {own}: leave that option out")
+        raise UserError(f"{path} has the backbone {experiment.backbone}, not {options.backbone}: leave out --backbone")
     other_crops = ""
     if isinstance(experiment, GlassExperiment) and experiment.branches != "global":
         trained, experiment = asdict(experiment), replace(experiment, **options.crops)

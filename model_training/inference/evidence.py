@@ -54,7 +54,7 @@ def write_evidence(
 
 def _check_folder(folder: Path, paths: Sequence[str]) -> None:
     if folder.exists() and not (folder / MARKER).exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--evidence {folder}: it holds something else; name a folder that is new or empty")
+        raise UserError(f"--evidence {folder}: it holds other files; name a folder that is new or empty")
     inside = next((path for path in paths if folder.resolve() in Path(path).resolve().parents), None)
     if inside:
         raise UserError(f"--evidence {folder}: {inside} is an image in it; name another folder")

@@ -24,8 +24,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing import TimeoutError, get_context
 from pathlib import Path
 
 import numpy as np
@@ -143,19 +142,17 @@ def change_size(data: bytearray, random_: random.Random, _: list[bytes]) -> None
 DAMAGE = (flip_bits, truncate, overwrite, remove_or_insert, splice, change_size)
 
 
-def read_all(connection: Connection) -> None:
-    """In a process of its own: read each file it is sent; answer the outcome, its seconds and the peak memory."""
-    while True:
-        path = connection.recv()
-        start = time.perf_counter()
-        try:
-            image = read_image(path, PAPER.settings.max_image_pixels)
-            outcome = "image" if image.mode == "RGB" and min(image.size) > 0 else f"wrong: {image.mode} {image.size}"
-        except UnreadableImage as error:
-            outcome = f"reason: {error}" if str(error).strip() else "wrong: no reason"
-        except BaseException as error:
-            outcome = f"wrong: {type(error).__name__}: {error}"
-        connection.send((outcome, time.perf_counter() - start, peak_bytes() // 2**20))
+def read_one(path: Path) -> tuple[str, float, int]:
+    """Read a file, in a process of its own; returns the outcome, its seconds and the peak memory in MB."""
+    start = time.perf_counter()
+    try:
+        image = read_image(path, PAPER.settings.max_image_pixels)
+        outcome = "image" if image.mode == "RGB" and min(image.size) > 0 else f"wrong: {image.mode} {image.size}"
+    except UnreadableImage as error:
+        outcome = f"reason: {error}" if str(error).strip() else "wrong: no reason"
+    except BaseException as error:
+        outcome = f"wrong: {type(error).__name__}: {error}"
+    return outcome, time.perf_counter() - start, peak_bytes() // 2**20
 
 
 def damaged_files(files: int, seed: int) -> Iterator[tuple[str, str, bytes]]:
@@ -175,22 +172,14 @@ def run(files: int, seed: int, folder: Path) -> tuple[Counter, list[str], float,
     """Damage and read; returns outcomes by kind, what went wrong, the longest time, and the peak memory in MB."""
     context = get_context("spawn")
     outcomes: Counter = Counter()
-    wrong, longest, peak = [], 0.0, 0
-    process = connection = None
+    wrong, longest, peak, process = [], 0.0, 0, context.Pool(1)
     for number, (kind, damage, data) in enumerate(damaged_files(files, seed)):
         path = folder / f"{number:05d}.jpg"
         path.write_bytes(data)
-        if process is None or not process.is_alive():
-            connection, theirs = context.Pipe()
-            process = context.Process(target=read_all, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-        connection.send(path)
         try:
-            outcome, seconds, memory = connection.recv() if connection.poll(SECONDS) else ("hung", SECONDS, 0)
-        except EOFError:
-            process.join()
-            outcome, seconds, memory = f"crashed with exit code {process.exitcode}", 0.0, 0
+            outcome, seconds, memory = process.apply_async(read_one, (path,)).get(SECONDS)
+        except TimeoutError:
+            outcome, seconds, memory = "hung or crashed", SECONDS, 0
         longest, peak = max(longest, seconds), max(peak, memory)
         if memory > MEGABYTES:
             outcome = f"took {memory} MB"
@@ -200,11 +189,9 @@ def run(files: int, seed: int, folder: Path) -> tuple[Counter, list[str], float,
         else:
             outcomes[kind, "wrong"] += 1
             wrong.append(f"{path} ({kind}, {damage}): {outcome}")
-        if outcome == "hung" or memory > MEGABYTES:
-            process.kill()
-            process.join()
-    if process:
-        process.kill()
+            process.terminate()
+            process = context.Pool(1)
+    process.terminate()
     return outcomes, wrong, longest, peak
 
 
