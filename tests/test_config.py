@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -15,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import config
 from config import CostSettings, LogUniform, NumCrops, Preset, Reproduce, StandardMemory, Training, Tuning
+from data.views import ViewSettings
 from hyperparameter_tuning.search_spaces import suggest_experiment
 from hyperparameter_tuning.study import build_live_study
 from model_training.ablations import variants_of
@@ -175,6 +177,14 @@ def dropout_rates(lab: Lab, rate: float) -> float:
     return rate
 
 
+@effect("GlassExperiment.crop_sampler", {"five": [[2, 2], [0, 0], [0, 5], [4, 0], [4, 5]], "grid": [[0, 0]]})
+def places_of_crops(lab: Lab, sampler: str) -> list[list[int]]:
+    image = SimpleNamespace(height=36, width=37)
+    experiment = replace(GLASS, crop_sampler=sampler, num_crops=5)
+    boxes = ViewSettings.of(lab.preset().settings, experiment, 0).boxes(image, "key")
+    return boxes[: 5 if sampler == "five" else 1, :2].tolist()
+
+
 @effect("GlassExperiment.pooling", {"attention": "AttentionPool", "max": "MaxPool"})
 def kinds_of_pools(lab: Lab, pooling: str) -> str:
     return type(build_model(replace(GLASS, pooling=pooling), lab.preset().settings).attention).__name__
@@ -202,7 +212,6 @@ SHOWN_ELSEWHERE = {  # setting -> the tests that show its effect
     "Reproduce.demo_data": "test_demo_data.py",
     "Reproduce.demo_images": "test_demo_data.py",
     "Reproduce.closing_words": "test_commands.py",
-    "GlassExperiment.crop_sampler": "test_samplers.py",
     "GlassExperiment.branches": "test_samplers.py",
 }
 OBSERVATIONS = {observe: (setting, expected) for setting, (observe, expected) in reversed(EFFECTS.items())}
