@@ -35,7 +35,7 @@ import tyro
 from pydantic import Field
 from tqdm import tqdm
 
-from config import Preset
+from config import Preset, must_be
 from data.images import IMAGE_ENDINGS, TRANSPARENT, TURNED, UnreadableImage
 from data.lists import check_output, read_csv, render_table, write_csv
 from data.pictures import find_images
@@ -54,6 +54,7 @@ NOTES = {
     TURNED: "an EXIF orientation, which is ignored, as in the paper: they are seen as they are stored",
     UNLIKE: "a format or size that none of its training images has, so that its verdict means little",
 }
+BAND = must_be(lambda band: band is None or 0 <= band[0] <= band[1] <= 1, "two probabilities, the smaller first")
 SHOWN = 100  # rows on the terminal; the CSV has them all
 SAVE_EVERY, SAVE_SHARE = 1.0, 0.05  # seconds between two writes of the CSV; its largest share of the time
 Row = dict[str, str]  # by COLUMNS
@@ -67,7 +68,7 @@ class Options(PredictionOptions):
     paths: tyro.conf.Positional[Annotated[tuple[str, ...], Field(min_length=1)]]
     weights: Path  # model.safetensors of a run, or hf:OWNER/NAME of the Hugging Face hub
     output: Path = Path("predictions.csv")  # the CSV to write
-    band: tuple[float, float] | None = None  # inconclusive from LOW up to HIGH, instead of the model's band
+    band: Annotated[tuple[float, float] | None, BAND] = None  # inconclusive from LOW to HIGH, not in the model's band
     evidence: Path | None = None  # a folder: pictures and a page that explain the predictions
     evidence_map: bool = False  # with effect maps of whole images; much slower
 
@@ -101,10 +102,7 @@ def predict(preset: Preset, weights: Path, paths: Sequence[str], **others: Any) 
         sampler = detector.experiment.crop_sampler
         raise UserError(f"--draws {draws}: {detector.name} has the same crops in every draw, by its sampler {sampler}")
     if options.band:
-        real_below, fake_from = options.band
-        if not 0 <= real_below <= fake_from <= 1:
-            raise UserError(f"--band {real_below} {fake_from}: expected two probabilities, the smaller first")
-        calibration = replace(detector.calibration, real_below=real_below, fake_from=fake_from)
+        calibration = replace(detector.calibration, real_below=options.band[0], fake_from=options.band[1])
         detector = replace(detector, calibration=calibration)
     if not detector.calibrated:
         threshold = "" if options.band else ", and the threshold is 0.5"

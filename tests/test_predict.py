@@ -236,7 +236,7 @@ def test_predict_refuses_invalid_arguments_in_one_sentence(trained: Path, tmp_pa
         (["nothing.jpg"], {}, "nothing.jpg does not exist"),
         (["*.nothing"], {}, "*.nothing holds no image file"),
         (["README.md"], {"draws": 0}, "draws is 0: input should be greater than or equal to 1"),
-        (["README.md"], {"band": (0.9, 0.1)}, "--band 0.9 0.1: expected two probabilities, the smaller first"),
+        (["README.md"], {"band": (0.9, 0.1)}, "band is (0.9, 0.1): it must be two probabilities, the smaller first"),
         (["README.md"], {"output": Path("README.md")}, "README.md exists, and is not a table that this"),
         (["a.csv"], {}, "a.csv is a list: name its column of paths too, as a.csv:COLUMN"),
         (["README.md"], {"weights": path.parent}, f"is a folder: name a weights file in it, such as {path}"),

@@ -1,4 +1,4 @@
-"""Whose answer it is: what weights say of their training, images unlike it, the model card, weights from a hub."""
+"""What weights say about their training, images unlike it, the model card, weights from a hub."""
 
 import hashlib
 import html
