@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -108,6 +109,14 @@ def refused(module: str, *arguments: str | Path) -> str:
     done = run_module(module, *arguments)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     return done.stderr
+
+
+def wait_until(there: Callable[[], object], process: Process | None = None) -> None:
+    """Wait until `there()` is true or the process has ended, two minutes at most."""
+    deadline = time.monotonic() + 120
+    while not there() and (process is None or process.poll() is None):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def help_of(command: Path) -> str:

@@ -1,4 +1,4 @@
-"""The effects of config.Settings, shown on the real code; those of whole commands are in test_config.py."""
+"""The effects of config.Settings, shown on the real code; those of complete commands are in test_config.py."""
 
 import io
 from collections.abc import Callable, Hashable, Mapping
@@ -53,7 +53,7 @@ EFFECTS: dict[str, tuple[Observe, Mapping[Hashable, object]]] = {}
 
 
 def effect(settings: str, expected: Mapping[Hashable, object]) -> Callable[[Observe], Observe]:
-    """Enter a function (lab, value) -> what can be observed, and what is expected for each value of the settings."""
+    """Register a function (lab, value) -> what can be observed, with the expected observation for each value."""
 
     def enter(observe: Observe) -> Observe:
         EFFECTS.update(dict.fromkeys(settings.split(), (observe, expected)))
@@ -63,7 +63,7 @@ def effect(settings: str, expected: Mapping[Hashable, object]) -> Callable[[Obse
 
 
 def refusal(action: Callable[[], object]) -> str:
-    """The sentence with which it is refused, if it is."""
+    """The sentence of its UserError; "" without one."""
     try:
         action()
     except UserError as error:
@@ -244,7 +244,7 @@ def the_last_learning_rate(lab: Lab, eta_min: float) -> float:
 @effect("Settings.precision", {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32})
 def dtype_of_a_forward_pass(lab: Lab, precision: str) -> torch.dtype:
     runtime = build_runtime(lab.preset(precision=precision).settings)
-    assert runtime.precision == "fp32"  # which is all that a CPU is asked for; CUDA's part is in test_gpu.py
+    assert runtime.precision == "fp32"  # always so on a CPU; CUDA's part is in test_gpu.py
     with replace(runtime, precision=precision).autocast():
         return nn.Linear(2, 2)(torch.ones(1, 2)).dtype
 

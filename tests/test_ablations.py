@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from data.lists import read_csv
 from tests.campaigns.kills import state_of
-from tests.conftest import TOY_SETTINGS, copy_index, refused, start_module, succeed
+from tests.conftest import TOY_SETTINGS, copy_index, refused, start_module, succeed, wait_until
 from training.detection_metrics import paired_differences
 from utils import STOPPED
 
@@ -95,9 +94,8 @@ def test_an_interrupted_grid_ends_like_an_uninterrupted_one_and_can_be_extended(
         (signal.SIGKILL, "random_mean/seed_1/checkpoint.pt"),
         (signal.SIGTERM, "local/seed_1/run.json"),
     ):
-        process, deadline = start_module(*command, "--checkpoint-every", "2"), time.monotonic() + 120
-        while not (folder / there).exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
+        process = start_module(*command, "--checkpoint-every", "2")
+        wait_until((folder / there).exists, process)
         os.killpg(process.pid, killed)
         printed, errors = process.communicate(timeout=60)
         assert process.returncode == (-killed if killed == signal.SIGKILL else STOPPED), errors

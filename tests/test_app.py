@@ -5,7 +5,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -16,7 +16,7 @@ import pytest
 
 from data.lists import read_csv
 from model_training.app import PAGES
-from tests.conftest import refused, run_module, untrained_weights
+from tests.conftest import refused, run_module, untrained_weights, wait_until
 from tests.odd_images import write_odd_images
 from tests.pages import Card, Server, agree, browsed, cards_of, drop_files, missing_browser, served
 
@@ -162,14 +162,6 @@ def test_the_images_of_the_last_pages_are_kept_and_a_map_is_drawn_after_a_pause(
     assert [card["name"] for card in cards(text)] == [text.name]
 
 
-def wait_for(there: Callable[[], object]) -> None:
-    """Wait until `there` is true, half a minute at most."""
-    deadline = time.monotonic() + 30
-    while not there():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_uploads_are_removed_after_an_hour_even_those_that_were_broken_off(server: Server, scratch: Path) -> None:
     (uploads,) = (scratch / "uploads").glob("app_*")
     address = tuple(server.url.split("/")[2].split(":"))
@@ -178,11 +170,11 @@ def test_uploads_are_removed_after_an_hour_even_those_that_were_broken_off(serve
     before = set(uploads.iterdir())
     with socket.create_connection(address) as client:
         client.sendall(f"{head}Content-Length: 9000\r\n\r\n{part}".encode() + bytes(99))
-        wait_for(lambda: set(uploads.iterdir()) - before)
+        wait_until(lambda: set(uploads.iterdir()) - before)
     time.sleep(0.5)  # until what was sent is written
     (broken_off,) = set(uploads.iterdir()) - before
     os.utime(broken_off, (0, 0))
-    wait_for(lambda: not broken_off.exists())
+    wait_until(lambda: not broken_off.exists())
 
 
 def test_no_address_is_fetched_for_a_client(server: Server) -> None:

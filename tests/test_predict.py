@@ -3,7 +3,6 @@
 import re
 import shutil
 import signal
-import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from tests.conftest import (
     start_module,
     succeed,
     untrained_weights,
+    wait_until,
 )
 from tests.trained import SAME, detector_of, predict_flags, predictions_of, weights
 from training.checkpoints import save_model
@@ -188,9 +188,7 @@ def test_an_interrupted_predict_resumes_from_its_rows(
     flags = predict_flags(untrained_weights(tmp_path / "w.safetensors", "glass_resnet"), tmp_path)
     output, command = tmp_path / "p.csv", ("model_training.predict", *flags, images)
     process = start_module(*command)
-    while not output.exists():
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until(output.exists, process)
     process.send_signal(signal.SIGINT)
     errors, first = process.communicate(timeout=60)[1], read_csv(output)
     assert process.returncode == 130 and 0 < len(first) < 1500

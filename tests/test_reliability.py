@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from tests.conftest import (
     refused,
     start_module,
     succeed,
+    wait_until,
 )
 from tests.proc import children_of, workers_of
 from training.stopping import stop_signals
@@ -37,15 +37,9 @@ TRAINING = "model_training.standard_resnet_training"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="finds child processes in /proc")
 
 
-def wait_for(there: Callable[[], bool], process: Process) -> None:
-    deadline = time.monotonic() + 120
-    while not there() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-
-
 def stop(process: Process, there: Callable[[], bool]) -> tuple[str, str]:
     """Ask the command to stop once something is there; returns what it printed."""
-    wait_for(there, process)
+    wait_until(there, process)
     process.terminate()
     printed = process.communicate(timeout=60)
     assert process.returncode == STOPPED, printed
@@ -140,9 +134,9 @@ def test_a_signal_to_all_of_a_jobs_processes_saves_and_leaves_with_its_own_code(
 ) -> None:
     process = start_module(*run.command("--num-workers", str(workers)))
     if workers:  # while they start: a resource tracker is there, and a server that has yet to import what they need
-        wait_for(lambda: len(children_of(process.pid)) == 2, process)
+        wait_until(lambda: len(children_of(process.pid)) == 2, process)
     else:
-        wait_for(run.checkpoint.exists, process)
+        wait_until(run.checkpoint.exists, process)
     os.killpg(process.pid, getattr(signal, name))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == STOPPED, errors
@@ -168,7 +162,7 @@ def test_a_signal_between_two_trainings_is_not_lost(moment: str, run: Run) -> No
 
 def test_an_interrupt_that_ends_the_reader_of_the_output_too_still_saves(run: Run) -> None:
     process = start_module(*run.command("--epochs", "50"))
-    wait_for(run.checkpoint.exists, process)
+    wait_until(run.checkpoint.exists, process)
     process.stdout.close()  # as Ctrl-C does in `... 2>&1 | tee log`
     process.stderr.close()
     process.send_signal(signal.SIGINT)
@@ -186,7 +180,7 @@ def test_a_data_error_in_a_loading_process_ends_the_command(run: Run, toy_data: 
 @linux
 def test_a_killed_loading_process_becomes_a_sentence_and_the_training_resumes(run: Run) -> None:
     process = start_module(*run.command("--num-workers", "1"))
-    wait_for(run.checkpoint.exists, process)
+    wait_until(run.checkpoint.exists, process)
     for worker in workers_of(process):
         os.kill(worker, signal.SIGKILL)
     _, errors = process.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""What does a detector without any network reach? The floor that a GLASS has to beat, on the same splits.
+"""How good is a detector without any network? The baseline that a GLASS has to beat, on the same splits.
 
     python -m tests.benchmarks.handmade --preset own --data-root ROOT
         [--predictions results/own/NAME/seed_100/predictions.csv ...] [--test-root OTHER] [--scores FILE]

@@ -51,7 +51,7 @@ def points_there(pixels: np.ndarray, generated: np.ndarray) -> bool:
 
 
 def auc(pixels: np.ndarray, generated: np.ndarray) -> float:
-    """How well a map separates the pixels of the halves; every eighth pixel of every eighth row."""
+    """How well a map separates the pixels of the halves, on every eighth pixel of every eighth row."""
     return float(roc_auc_score(generated[::8, ::8].ravel(), pixels[::8, ::8].ravel()))
 
 

@@ -1,10 +1,10 @@
-"""The page to drop images on, asked by many clients at once: nothing lost, the numbers of `predict`, bounded memory.
+"""The page of `model_training.app` with many clients at once: no answer lost, numbers of `predict`, bounded memory.
 
     python -m tests.campaigns.app [--requests 200] [--clients 8] [--seed 1] [--weights FILE]
 
-FILES files of every kind, whole and damaged ones, texts, one pixel and MAX_PIXELS of them, are uploaded one a request,
-in an order drawn with the seed, to a server on two cores. The exit code is 1 if an answer is missing or is not that of
-`predict` (texts equal, numbers to 1e-6), a traceback is printed, or the server has held MEGABYTES or more.
+FILES files of every kind (intact and damaged ones, texts, from one pixel to MAX_PIXELS) are uploaded one a request, in
+an order drawn with the seed, to a server on two cores. The exit code is 1 if an answer is missing or differs from that
+of `predict` (texts equal, numbers to 1e-6), a traceback is printed, or the server has used MEGABYTES or more.
 """
 
 import argparse
@@ -35,7 +35,7 @@ ENDINGS = {"jpeg": "jpg", "mpo": "jpg", "apng": "png", "pgm": "pgm", "postscript
 
 
 def write_files(folder: Path) -> list[Path]:
-    """Whole images of every kind; large, tiny and odd ones; no images; and the others cut short, up to FILES."""
+    """Images of every kind; large, tiny and odd ones; files that are no images; and truncated ones, up to FILES."""
     wide = Image.fromarray(np.tile(np.arange(20_000, dtype=np.uint16).astype(np.uint8), (MAX_PIXELS // 20_000, 1)))
     files = {f"{kind}.{ENDINGS.get(kind.split()[0], kind.split()[0])}": data for kind, data in originals().items()}
     whole = list(files.items())

@@ -8,8 +8,8 @@ another's tail, sizes in headers overwritten) and read as training reads them, e
 of at most MEGABYTES (Linux). The exit code is 1 if a file crashed it, hung, took more, or gave anything but an image or
 `UnreadableImage`; such files are kept.
 
-With --commands, the files are a data set, BATCH at a time, of `data_preprocess`, `data_audit` and `predict`, which must
-end in COMMAND_SECONDS and as told, print no traceback, and start none of the PROGRAMS that image libraries know.
+With --commands, `data_preprocess`, `data_audit` and `predict` get the files as data sets of BATCH each. They must end
+within COMMAND_SECONDS with an expected exit code, print no traceback, and start none of the PROGRAMS of image libraries.
 """
 
 import argparse
@@ -196,7 +196,7 @@ def run(files: int, seed: int, folder: Path) -> tuple[Counter, list[str], float,
 
 
 def run_commands(files: int, seed: int, folder: Path) -> tuple[Counter, list[str]]:
-    """Damage, and give all to the commands; returns what `predict` said by kind, and what went wrong."""
+    """Damage, and run the commands on all; returns the outcomes of `predict` by kind, and what went wrong."""
     from tests.conftest import ENVIRONMENT, PREPROCESS_FLAGS, REPOSITORY, untrained_weights  # with torch; see proc.py
 
     trap, started = folder / "bin", folder / "started"
@@ -225,13 +225,13 @@ def run_commands(files: int, seed: int, folder: Path) -> tuple[Counter, list[str
             ("data.data_audit", (0,), *audited),
             ("model_training.predict", (0, 1), "--weights", weights, "--device", "cpu", "--output", output, batch),
         ):
-            command, told = [sys.executable, "-m", module, *map(str, flags)], dict(capture_output=True, text=True)
-            done = subprocess.run(command, cwd=REPOSITORY, env=environment, timeout=COMMAND_SECONDS, **told)
+            command, pipes = [sys.executable, "-m", module, *map(str, flags)], dict(capture_output=True, text=True)
+            done = subprocess.run(command, cwd=REPOSITORY, env=environment, timeout=COMMAND_SECONDS, **pipes)
             if done.returncode not in codes or "Traceback" in done.stderr or started.exists():
                 wrong.append(f"{module} on {batch}: exit code {done.returncode}, {done.stderr[-2000:]}")
         for row in read_csv(output):
             kind = Path(row["path"]).stem.partition(" ")[2].rpartition(" ")[0]
-            if kind:  # not one of the whole files
+            if kind:  # not one of the intact files
                 outcomes[kind, "reason" if row["problem"] else "image" if row["verdict"] else "wrong"] += 1
     return outcomes, wrong
 
