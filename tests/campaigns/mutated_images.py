@@ -9,7 +9,8 @@ of at most MEGABYTES (Linux). The exit code is 1 if a file crashed it, hung, too
 `UnreadableImage`; such files are kept.
 
 With --commands, `data_preprocess`, `data_audit` and `predict` get the files as data sets of BATCH each. They must end
-within COMMAND_SECONDS with an expected exit code, print no traceback, and start none of the PROGRAMS of image libraries.
+within COMMAND_SECONDS with an expected exit code, without a traceback, and must start none of the PROGRAMS that image
+libraries know.
 """
 
 import argparse
