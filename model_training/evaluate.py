@@ -56,7 +56,7 @@ NOTE = (
 ABOVE = (
     "The score depends on what sets real images of these sources apart, such as camera, compression or subject: if "
     "fakes come from other sources than the real images, this may be part of its AUC. Near copies within a source "
-    "(bursts) also raise this AUC. "
+    "(bursts) raise the control's AUC, too. "
 )
 
 

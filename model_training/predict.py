@@ -68,7 +68,8 @@ class Options(PredictionOptions):
     paths: tyro.conf.Positional[Annotated[tuple[str, ...], Field(min_length=1)]]
     weights: Path  # model.safetensors of a run, or hf:OWNER/NAME of the Hugging Face hub
     output: Path = Path("predictions.csv")  # the CSV to write
-    band: Annotated[tuple[float, float] | None, BAND] = None  # inconclusive from LOW to HIGH, not in the model's band
+    # inconclusive from LOW up to HIGH, instead of the model's band
+    band: Annotated[tuple[float, float] | None, BAND] = None
     evidence: Path | None = None  # a folder: pictures and a page that explain the predictions
     evidence_map: bool = False  # with effect maps of whole images; much slower
 
