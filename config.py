@@ -1,13 +1,13 @@
 """Everything you would want to change, and nothing else.
 
-`Settings` is what all runs share; the four classes after it belong to the four kinds of experiment; then come
-the experiments themselves with their tuned values, the search spaces, the ablations, and the presets that put all of it
-together. Any field can also be set for one run on the command line, by its name: `--data-root DIR --epochs 2`.
-The command line wins over the preset, and the preset over the defaults of this file.
+`Settings` holds what all runs share; the classes after it belong to the kinds of experiment; then come the experiments
+themselves with their tuned values, the search spaces, the ablations, and the presets that combine all of it.
+Any field can also be set for one run on the command line, by its name: `--data-root DIR --epochs 2`.
+The command line overrides the preset, and the preset overrides the defaults of this file.
 
-A field is a setting, a flag and its `--help` line (the comment beside it), a check (its type), and part of what a run
-is compared by when it is resumed (unless it is marked `Free`). The defaults are the paper's (arXiv 2601.00141): change
-them and you run another protocol.
+A field is a setting, a flag with its `--help` line (the comment beside it), a check (its type), and, unless it is
+marked `Free`, part of what is compared when a run is resumed. The defaults are the paper's (arXiv 2601.00141): if you
+change them, you run another protocol.
 """
 
 import re
@@ -21,7 +21,7 @@ from pydantic import AfterValidator, Field
 # ------------------------------------------------------------------------------------------- types of values
 T = TypeVar("T")
 NO_EFFECT = "no effect on a result's numbers"
-Free = Annotated[T, NO_EFFECT]  # where and how fast, not what: runs that differ only here are resumed and compared
+Free = Annotated[T, NO_EFFECT]  # a run may be resumed with another value, and compared with runs that have another
 
 Count = Annotated[int, Field(ge=1)]
 Number = Annotated[int, Field(ge=0)]
@@ -37,7 +37,7 @@ Switch = Literal["auto", "on", "off"]
 
 
 def must_be(test: Callable[[Any], bool], what: str) -> AfterValidator:
-    """A check that says what a value must be."""
+    """A check of a field's value, with a message that says what the value must be."""
 
     def check(value: Any) -> Any:
         if not test(value):
@@ -58,10 +58,10 @@ WeightsFiles = tuple[Annotated[str, must_be(re.compile("[^=]+=.+").fullmatch, "B
 # ------------------------------------------------------------------------------------------------- all runs
 @dataclass(frozen=True)
 class Settings:
-    """What every run shares, whatever its model and its experiment."""
+    """What all runs share."""
 
-    # --- Where things lie
-    data_root: Free[Path] = Path("datasets/ai-generated-images-vs-real-images/test")  # its images
+    # --- Folders
+    data_root: Free[Path] = Path("datasets/ai-generated-images-vs-real-images/test")  # the data set
     results_root: Free[Path] = Path("results")  # everything that is written goes under results_root/<preset>/
     kaggle_dataset: Free[str] = "tristanzhang32/ai-generated-images-vs-real-images"  # what data_download fetches
 
@@ -72,21 +72,21 @@ class Settings:
     main_seed: Seed = 606  # the split, evaluation crops, tuning and both cost studies
     valid_size: Count | Share = 1800  # validation images, as a number or as a share of the data set
     test_size: Number | Share = 1800  # test images, likewise
-    final_valid_fraction: Share = 0.05  # share of train + validation that final training validates on
+    final_valid_fraction: Share = 0.05  # share of train + validation that final training uses for validation
 
-    # --- Beyond the paper: which images, and which of them stay together
+    # --- Beyond the paper: which images, and which of them stay together in a split
     data_list: Free[str] = ""  # a CSV with a column path: use these images only (data.data_audit --match writes one)
-    group_by: str = "none"  # groups that a split keeps whole: stem (file name: pairs), folder, or FILE.csv:COLUMN
-    hold_out: tuple[str, ...] = ()  # groups, as "camera_*", that only the test split gets; test_size adds to them
+    group_by: str = "none"  # groups that a split does not divide: stem (file name: pairs), folder, or FILE.csv:COLUMN
+    hold_out: tuple[str, ...] = ()  # groups, such as "camera_*", that only the test split gets; test_size adds to them
     reencode_jpeg: Quality = 0  # save each image as JPEG of this quality first, in memory; 0: do not
 
     # --- Views
     exact_resize: bool = False  # resize GLASS's global view in float32, not in 8 bits (one grey level apart at most)
 
-    # --- Pixel cache: python -m data.data_preprocess --cache decodes every image once and for all
+    # --- Pixel cache: python -m data.data_preprocess --cache decodes every image once and stores it
     use_cache: Free[bool] = True  # False: decode the files in every epoch, even where there is a cache
     cache_root: Free[Path] = Path("cache")  # on a fast local disk; it may hold the caches of many data sets
-    cache_limit_gb: Free[GigaBytes | Literal["disk"]] = "disk"  # of one data set; disk: as much as is free
+    cache_limit_gb: Free[GigaBytes | Literal["disk"]] = "disk"  # for one data set; disk: as much as is free
 
     # --- Backbones: a name is vit, convnext, resnet (the paper's, from torchvision) or timm:<model>
     pretrained: bool = True  # False: random weights
@@ -102,8 +102,8 @@ class Settings:
     device: Free[str] = "auto"  # auto: CUDA where there is one; or cpu, cuda, cuda:1
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"  # of the forward pass on CUDA; the CPU computes in fp32
     compile: bool = True  # torch.compile, on CUDA
-    compile_blocks: bool = False  # on CUDA, each kind of block, not the whole network: quick to compile, evaluation too
-    channels_last: Switch = "auto"  # layout of convolutional backbones; auto: where it is safe
+    compile_blocks: bool = False  # on CUDA, compile each kind of block, not the network: quicker; for evaluation too
+    channels_last: Switch = "auto"  # memory layout of convolutional backbones; auto: where it is safe
     activation_checkpointing: Free[Switch] = "off"  # compute activations twice to save memory; auto: if they do not fit
     deterministic: bool = True  # the same numbers on every run on the same machine
     matmul_precision: Literal["highest", "high", "medium"] = "high"  # of float32 products; high is TF32
@@ -118,14 +118,14 @@ class Tuning:
 
     epochs: Count = 25  # of a trial
     trials: Free[Count | Literal["paper"]] = "paper"  # of a study; paper: 100 for GLASS, 50 for a standard model
-    min_resource: Count = 5  # Hyperband; it counts epochs from 0, so that a trial is first compared after epoch 6
+    min_resource: Count = 5  # Hyperband; it counts epochs from 0: a trial is first compared after epoch 6
     max_resource: Count = 25  # Hyperband
     reduction_factor: Annotated[int, Field(ge=2)] = 3  # Hyperband
     study_storage: Free[str] = ""  # postgresql+psycopg://USER@HOST/DATABASE: workers share the study; "": one process
-    heartbeat_seconds: Free[Count] = 60  # of a worker; after five without a heartbeat its trial is given to another
+    heartbeat_seconds: Free[Count] = 60  # of a worker; after five missed ones, another worker takes over its trial
 
     def trials_of(self, standard: bool) -> int:
-        """How many trials the study of a standard or of a GLASS model has."""
+        """Number of trials in the study of a standard or of a GLASS model."""
         return (50 if standard else 100) if self.trials == "paper" else self.trials
 
 
@@ -167,10 +167,10 @@ class Reproduce:
     """model_training.reproduce: which commands it runs, in this order, before it writes the tables."""
 
     stages: tuple[str, ...] = ("tuning", "training", "num_crops", "standard_memory")  # in this order
-    experiments: tuple[str, ...] = (  # whose commands each stage runs
+    experiments: tuple[str, ...] = (  # each stage runs their commands
         "standard_vit", "standard_convnext", "standard_resnet", "glass_vit", "glass_convnext", "glass_resnet",
     )  # fmt: skip
-    demo_data: Literal["", "whole", "local"] = ""  # write demo images to data_root first; local: fake in a region only
+    demo_data: Literal["", "whole", "local"] = ""  # write demo images to data_root first; local: only a region is fake
     demo_images: Count = 200  # of each class
     closing_words: str = ""  # printed after the tables
 
@@ -288,19 +288,19 @@ class Ablations:
     The paper's setting is always one of them: stratified crops, pooled by attention, both branches, the experiment's K.
     """
 
-    experiment: str = "glass_resnet"  # that is varied
+    experiment: str = "glass_resnet"  # the one to vary
     samplers: tuple[CropSampler, ...] = ("stratified", "random", "grid", "texture_high")  # each with each pooling
     poolings: tuple[Pooling, ...] = ("attention", "mean", "max")  # each with each sampler
     branches: tuple[Branches, ...] = ("global", "local", "shared")  # each with the paper's sampler and pooling
     crop_counts: tuple[Crops, ...] = ()  # values of K, each with the paper's sampler and pooling
-    learning_rates: Factors = (0.5, 1.0, 2.0)  # factors of them all, of which each variant gets its best in validation
+    learning_rates: Factors = (0.5, 1.0, 2.0)  # factors for all rates; each variant gets the best one in validation
     standard: bool = True  # also the standard experiment of the same backbone
 
 
 # -------------------------------------------------------------------------------------------------- presets
 @dataclass(frozen=True)
 class Preset:
-    """A whole protocol: what `--preset NAME` selects; the paper's where nothing else is said."""
+    """A complete protocol, selected by `--preset NAME`; the defaults are the paper's."""
 
     name: str
     settings: Settings = Settings()
@@ -378,7 +378,7 @@ DEMO = Preset(
 )
 
 # An eighth to a quarter of each fake image is fake, so that it matters where crops fall and how they are pooled. The
-# global backbone, to which all look alike, learns slowly; else it learns the images by heart. Chosen with resnet.
+# global backbone, which cannot tell the classes apart, learns slowly, or it would memorise images. Tuned with resnet.
 DEMO_LOCAL = replace(
     DEMO,
     name="demo_local",
@@ -401,8 +401,8 @@ DEMO_LOCAL = replace(
     ),
 )
 
-# A few hundred images of your own: pairs stay together, a small backbone, learning rates wide enough for one, few
-# trials. docs/evidence.md is measured with it.
+# For a few hundred images of your own: pairs stay together, a small backbone with learning rates to match, few trials.
+# The numbers in docs/evidence.md were measured with it.
 OWN_EXPERIMENTS = (
     GlassExperiment(
         name="glass_resnet", backbone="timm:tf_efficientnet_lite0", batch_size=16, dropout_rate=0.1, lr_global=2e-5,

@@ -1,6 +1,6 @@
 """What every package needs: the command line, files that are never half-written, hashes.
 
-Knows nothing of images, models or metrics.
+Nothing here is about images, models or metrics.
 """
 
 import argparse
@@ -33,46 +33,46 @@ from config import Experiment, GlassExperiment, LogUniform, Preset, SearchSpace,
 
 
 class UserError(Exception):
-    """Something that the user can fix: one sentence of what was found, where, and what to do."""
+    """Something that the user can fix: one sentence that says what was found, where, and what to do."""
 
 
 class Stopped(Exception):
-    """A signal asked to stop, and all that is needed to resume is saved."""
+    """A signal asked to stop, and everything needed to resume is saved."""
 
 
 STOPPED = 75  # exit code; EX_TEMPFAIL of sysexits.h: try again
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, on one line; its kind where it says nothing."""
-    if isinstance(error, UnpicklingError):  # where torch explains how to load the file all the same
+    """The first line of an error message; the kind of error if it has no message."""
+    if isinstance(error, UnpicklingError):  # torch's message explains how to load the file all the same
         return "it holds something else than tensors and plain values"
     return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 def one_line(text: str) -> str:
-    """Text as a terminal can show it: line ends, tabs and escape codes spelt out."""
+    """Text that is safe to print: line ends, tabs and terminal escape codes are spelt out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # --------------------------------------------------------------------------------------------- command line
 def run_command(doc: str, action: Callable[..., None], **flags: Any) -> NoReturn:
-    """Read the command line, run `action` on the resolved preset, and exit with a code that tells the truth.
+    """Read the command line, run `action` on the resolved preset, and exit.
 
     Args:
         doc: the command's docstring, shown by `--help`.
         action: what the command does; called with the resolved preset, then the resolved experiments, and the
             command's own options as keywords.
-        flags: what the command line may set, and argv; see `parse_command_line`.
+        flags: arguments of `parse_command_line`.
 
     Exit codes: 0 done, 2 a `UserError` or a wrong argument (one sentence on stderr), 75 stopped by a signal with the
-    training's state saved, 130 interrupted, 141 nobody reads the output; a traceback is our own bug.
+    training's state saved, 130 interrupted, 141 nobody reads the output. A traceback is a bug of this project.
     """
     again = "run the same command again"
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack characters of tables and of file names
+    if isinstance(sys.stdout, io.TextIOWrapper):  # for characters that the terminal's encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if find_spec("fcntl") is None:  # nor would signals, worker processes and the pixel cache work there
+        if find_spec("fcntl") is None:  # signals, worker processes and the pixel cache would not work either
             raise UserError("this project runs on Linux and macOS, not on Windows: use WSL, the Linux within Windows")
         preset, experiments, options = parse_command_line(doc, **flags)
         if "restart" not in options and "TORCHELASTIC_RUN_ID" in os.environ:
@@ -80,9 +80,9 @@ def run_command(doc: str, action: Callable[..., None], **flags: Any) -> NoReturn
         if options.get("restart"):
             again = "run the same command without --restart again"
         action(preset, *experiments, **options)
-        sys.stdout.flush()  # here, where an error of it still counts
-    except UserError as error:
-        _exit(2, f"error: {str(error).rpartition('utils.UserError: ')[2].strip()}")  # or a worker's
+        sys.stdout.flush()  # here, where its errors are still caught
+    except UserError as error:  # a worker's has a traceback before it
+        _exit(2, f"error: {str(error).rpartition('utils.UserError: ')[2].strip()}")
     except Stopped as saved:
         _exit(STOPPED, f"stopped: {saved}; {again} to resume")
     except KeyboardInterrupt:
@@ -95,13 +95,13 @@ def run_command(doc: str, action: Callable[..., None], **flags: Any) -> NoReturn
 
 
 def _exit(code: int, message: str = "") -> NoReturn:
-    """Exit with `code`, `message` on stderr, even if nobody reads any more: Ctrl-C in `... | tee` ends both."""
+    """Exit with `code` and `message` on stderr, even if nobody reads them: Ctrl-C in `... | tee` ends both."""
     for stream, text in ((sys.stdout, ""), (sys.stderr, message and f"{one_line(message)}\n")):
         try:
             print(text, end="", file=stream, flush=True)
-        except OSError:  # what is left to write is for nobody; Python would exit with 120
+        except OSError:  # nobody reads it; else Python would exit with 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    gc.freeze()  # else Python looks through all libraries for garbage before it ends: a second
+    gc.freeze()  # else a last garbage collection over all libraries takes a second
     sys.exit(code)
 
 
@@ -126,9 +126,9 @@ def parse_command_line(
         doc: shown by `--help`.
         groups: fields of `Preset` whose settings are flags of this command, besides `settings`.
         experiments: names of the experiments whose hyperparameters are flags of this command.
-        settings: names of the fields of `Settings` and of the groups that the command reads, which alone are its
-            flags; None: all.
-        without: hyperparameters of the experiments that it does not read.
+        settings: names of the fields of `Settings` and of the groups that the command reads; only these are flags.
+            None: all.
+        without: hyperparameters of the experiments that are no flags.
         options: a dataclass of the command's own options; a comment beside a field is its help.
 
     Returns:
@@ -140,7 +140,7 @@ def parse_command_line(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--preset", nargs="?", default="paper")  # whose values are the defaults of all other flags
+    first.add_argument("--preset", nargs="?", default="paper")  # read first: the other flags' defaults depend on it
     preset = load_preset(first.parse_known_args(argv)[0].preset or "paper")
     owners = {group: getattr(preset, group) for group in ("settings", *groups)}
     owners |= {name: find_experiment(preset, name) for name in experiments}
@@ -150,7 +150,7 @@ def parse_command_line(
     flags = _flags_of(owners, hidden)
     lists = {f"--{name.replace('_', '-')}" for name, (_, _, default) in flags.items() if isinstance(default, tuple)}
     for argument, following in pairwise([*argv, "--"]):
-        if argument in lists and following.startswith("--"):  # as of a shell's variable that is not set
+        if argument in lists and following.startswith("--"):  # such as an empty shell variable
             raise UserError(f"{argument} needs at least one value")
 
     help_of_preset = f"{', '.join(config.PRESETS)}: a set of values in config.py"
@@ -177,7 +177,7 @@ def parse_command_line(
 def _flags_of(owners: Mapping[str, Any], hidden: Mapping[str, Collection[str]]) -> dict[str, tuple[str, Any, Any]]:
     """Name of each field -> the first of its owners, its type with its help, and its default.
 
-    One flag serves all owners that have the field; where their values differ, its default is None: each its own.
+    One flag is for all owners that have the field. If their values differ, its default is None: each keeps its own.
     """
     flags: dict[str, tuple[str, Any, Any]] = {}
     for key, owner in owners.items():
@@ -200,7 +200,7 @@ def _comments_of(kind: type) -> dict[str, str]:
 
 
 def load_preset(name: str) -> Preset:
-    """The preset called `name` in config.py, whose values are all checked; raises UserError."""
+    """The preset called `name` in config.py. Raises UserError for a wrong value in any preset."""
     if name not in config.PRESETS:
         raise UserError(f"--preset {name}: config.py has {', '.join(config.PRESETS)}")
     for preset in config.PRESETS.values():
@@ -216,13 +216,13 @@ def _check_search_space(kind: type[Experiment], space: SearchSpace) -> None:
     known = _adapters_of(kind)
     for name, choices in space.items():
         if name not in known:
-            raise UserError(f"a search space in config.py has {name}, which {kind.__name__} has not")
+            raise UserError(f"a search space in config.py has {name}, which is no field of {kind.__name__}: correct it")
         for value in vars(checked(choices)).values() if isinstance(choices, LogUniform) else choices:
             _check(name, value, known[name])
 
 
 def checked(owner: Any) -> Any:
-    """`owner` itself, a dataclass, if all values are of their types and in their ranges, else a UserError."""
+    """The dataclass `owner` itself. Raises UserError for a value of the wrong type or out of its range."""
     for name, adapter in _adapters_of(type(owner)).items():
         _check(name, getattr(owner, name), adapter)
     return owner
@@ -232,9 +232,9 @@ def _check(name: str, value: Any, adapter: pydantic.TypeAdapter) -> None:
     try:
         adapter.validate_python(value, strict=True)
     except pydantic.ValidationError as error:
-        deepest = max(len(each["loc"]) for each in error.errors())  # of a tuple, the items that are wrong
-        said = [each["msg"].removeprefix("Value error, ") for each in error.errors() if len(each["loc"]) == deepest]
-        wrong = " or ".join(dict.fromkeys(f"{text[0].lower()}{text[1:]}" for text in said))
+        deepest = max(len(each["loc"]) for each in error.errors())  # in a tuple, the items that are wrong
+        texts = [each["msg"].removeprefix("Value error, ") for each in error.errors() if len(each["loc"]) == deepest]
+        wrong = " or ".join(dict.fromkeys(f"{text[0].lower()}{text[1:]}" for text in texts))
         raise UserError(f"{name} is {value if isinstance(value, str) else repr(value)}: {wrong}") from None
 
 
@@ -253,7 +253,7 @@ def find_experiment(preset: Preset, name: str) -> Experiment:
 
 
 def as_flags(preset: Preset, groups: Sequence[str] = (), settings: Collection[str] | None = None) -> list[str]:
-    """Command-line arguments that give another command the same preset and the same overrides of these groups."""
+    """Command-line arguments for another command: the preset, and all values of these groups that differ from it."""
     original, flags = config.PRESETS[preset.name], ["--preset", preset.name]
     for group in ("settings", *groups):
         for name, value in vars(getattr(preset, group)).items():
@@ -266,25 +266,25 @@ def as_flags(preset: Preset, groups: Sequence[str] = (), settings: Collection[st
             elif isinstance(value, tuple):
                 flags += [f"--{flag}", *map(str, value)]
             else:
-                flags.append(f"--{flag}={value}")  # as one word: a value may begin with "-"
+                flags.append(f"--{flag}={value}")  # one word, since a value may begin with "-"
     return flags
 
 
 # -------------------------------------------------------------------------------------------------- folders
 def preset_folder(preset: Preset) -> Path:
-    """results/<preset>: all that a preset writes."""
+    """results/<preset>, where all results of a preset go."""
     return preset.settings.results_root / preset.name
 
 
 @contextmanager
 def locked_folder(folder: Path, wait: float = 0) -> Iterator[None]:
-    """Hold `folder`, made if need be, so that no other process works in it; one that has died holds nothing.
+    """Lock `folder`, which is created if needed, against other processes; the lock ends with the process.
 
     Args:
-        wait: seconds, for a process that may hold it for a moment.
+        wait: seconds to wait for another process to release it.
 
     Raises:
-        UserError: another process holds it, or it cannot be written.
+        UserError: another process has locked it, or it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -297,7 +297,7 @@ def locked_folder(folder: Path, wait: float = 0) -> Iterator[None]:
             f"{folder} cannot be written ({error.strerror}): set another --results-root or --cache-root"
         ) from None
     try:
-        # Of a process that was killed within `replacing`; the second are safetensors', which writes so itself.
+        # Left by a process that was killed in `replacing`, or while safetensors wrote a file.
         for leftover in (*folder.glob(".*.tmp"), *folder.glob(".tmp??????")):
             leftover.unlink()
         yield
@@ -307,34 +307,34 @@ def locked_folder(folder: Path, wait: float = 0) -> Iterator[None]:
 
 # ----------------------------------------------------------------------------------------------------- files
 def check_replaceable(path: Path) -> None:
-    """Raises UserError if `path` is a pipe or a device: a new file would take its place, and to open it may wait."""
+    """Raises UserError if `path` is a pipe or a device: a file would replace it, and opening it may block."""
     status = stat_of(path)
     if status and not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-        raise UserError(f"{path} is a pipe or a device, and output is written whole or not at all: name a file")
+        raise UserError(f"{path} is a pipe or a device, and output is written completely or not at all: name a file")
 
 
-os.umask(UMASK := os.umask(0))  # there is no other way to read it, and none that other threads do not see
+os.umask(UMASK := os.umask(0))  # it can only be read by changing it, which other threads would see later
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it replaces `path` if the block ends well.
+    """A temporary path beside `path` to write to; it replaces `path` if the block ends without an error.
 
-    A reader therefore sees the old file or the whole new one, never a part, whenever this process is killed.
+    A reader therefore sees the old file or the complete new one, even if this process is killed.
 
     Raises:
-        UserError: the system does not let it be written.
+        UserError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     check_replaceable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        os.chmod(temporary, 0o666 & ~UMASK)  # as any new file; some libraries make theirs private
+        os.chmod(temporary, 0o666 & ~UMASK)  # like any new file; some libraries make theirs private
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:  # of a full disk names no file
+    except OSError as error:  # for a full disk it names no file
         raise UserError(
             f"{path} cannot be written ({error.strerror or error}): make room there, or choose another folder"
         ) from None
@@ -344,13 +344,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all; bytes of file names that are not UTF-8 survive."""
+    """Write UTF-8 text, completely or not at all; file names that are not UTF-8 keep their bytes."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON; a number that is not finite becomes null, which is what JSON has."""
+    """Write `value` as indented JSON; numbers that are not finite become null."""
     finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
     write_text(path, json.dumps(finite, indent=2) + "\n")
 
@@ -360,10 +360,10 @@ REBUILD = "move it away and run the command that writes it"
 
 @contextmanager
 def reading(path: Path, remedy: str = REBUILD) -> Iterator[None]:
-    """In the block `path`, a small file of this project's, is parsed: its damages become one sentence.
+    """For a block that parses `path`, a file of this project's: errors become one sentence.
 
     Raises:
-        UserError: it cannot be read, or lacks what is read of it.
+        UserError: it cannot be read, or lacks something that the block reads; `remedy` is what to do.
     """
     try:
         yield
@@ -372,11 +372,7 @@ def reading(path: Path, remedy: str = REBUILD) -> Iterator[None]:
 
 
 def read_json(path: Path, remedy: str = REBUILD) -> dict[str, Any]:
-    """Read a JSON file that this project wrote, which holds an object.
-
-    Raises:
-        UserError: it cannot be read; `remedy` is what to do.
-    """
+    """Read a JSON file of this project's, which holds an object; raises UserError as `reading`."""
     with reading(path, remedy):
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
@@ -385,7 +381,7 @@ def read_json(path: Path, remedy: str = REBUILD) -> dict[str, Any]:
 
 
 def stat_of(path: Path) -> os.stat_result | None:
-    """State of a file; None if it is unavailable."""
+    """Status of a file; None if it is unavailable."""
     try:
         return path.stat()
     except OSError:

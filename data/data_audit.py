@@ -33,7 +33,7 @@ from data.audit.files import AuditedFile, audit_files
 from data.audit.header_classifier import HeaderAudit, auc, audit_headers, header_matrix
 from data.audit.matching import CALIPER, match_pairs
 from data.index import Index, dataset_folder, used_images
-from data.layouts import LABELS, Listed
+from data.layouts import LABELS, Listed, read_data_set
 from data.lists import check_output, name_of_root, render_table, write_csv
 from data.preparation.report import report_left_out
 from data.records import CLASSES, ImageRecord
@@ -74,7 +74,7 @@ def audit(preset: Preset, match: Path | None = None, caliper: float = CALIPER, n
             raise UserError(f"{path} is inside the data root {root}, which is never written to: choose another place")
     if match:
         check_output(match, MATCH_COLUMNS)
-    files = used_images(settings)
+    files = used_images(read_data_set(settings.data_root, settings.data_layout), settings)
     with locked_folder(folder):
         found = audit_files(settings, [(image.path, image.label) for image in files])
         parts = parts_of_splits(settings, files)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from config import Preset, Settings
 from data.cache.pixel_cache import PixelCache
-from data.layouts import PLAIN, Listed, read_data_set
+from data.layouts import PLAIN, DataSet, Listed
 from data.lists import comparable, read_columns, read_csv, write_csv
-from data.records import CLASSES, ImageRecord
+from data.records import ImageRecord
 from utils import UserError, as_flags, preset_folder, read_json, reading, sha256_of
 
 PREPROCESS_SETTINGS = (  # that data.data_preprocess reads
@@ -117,13 +117,12 @@ def read_index(preset: Preset) -> Index:
     return Index(root, tuple(records), **given)
 
 
-def used_images(settings: Settings, classes: int = len(CLASSES)) -> list[Listed]:
-    """The images of the data root, or those of them that `data_list` names; prints their layout unless it is plain.
+def used_images(data: DataSet, settings: Settings) -> list[Listed]:
+    """The images of the data set, or those of them that `data_list` names; prints their layout unless it is plain.
 
     Raises:
-        UserError: as `read_data_set` and `read_list`.
+        UserError: as `read_list`.
     """
-    data = read_data_set(settings.data_root, settings.data_layout, classes)
     if not data.plain:
         print(data.described())
     if not settings.data_list:

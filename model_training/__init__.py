@@ -1,1 +1,1 @@
-"""Experiment 2: final training and evaluation, the tables, and the whole reproduction."""
+"""Experiment 2: final training and evaluation, the tables, and the complete reproduction."""

@@ -5,8 +5,8 @@
 The variants are crop samplers x poolings, then branches and numbers of crops with the paper's sampler and pooling, and
 the standard model of the same backbone; the paper's setting is always among them. Each is trained with each factor of
 --learning-rates on the first seed; the one with the best validation accuracy (then the lowest validation loss) is used
-for the other seeds. No test metric chooses anything. A training that diverges or does not fit in memory does not stop
-the others. Stopped, or given with another grid, the command trains only what is not finished.
+for the other seeds. Test metrics are not used to choose anything. A training that diverges or does not fit in memory
+does not stop the others. Run again, also with another grid, the command trains only what is not finished.
 
 Hardware: as final training, for (factors + seeds - 1) trainings a variant: docs/ablations.md.
 Output: results/<preset>/ablations/<experiment>/: a folder <variant>/seed_<seed>/ for each training, and
@@ -41,11 +41,10 @@ def ablate(preset: Preset, restart: bool = False) -> None:
     """Train every variant of the preset, and write the table and the figure of those that are finished.
 
     Args:
-        restart: archive what was started of these variants, and start over.
+        restart: archive the started runs of these variants, and start over.
 
     Raises:
-        UserError: a grid that there cannot be, whatever `train_and_evaluate` refuses, or, at the end, variants that
-            failed.
+        UserError: an impossible grid, whatever `train_and_evaluate` refuses, or, at the end, variants that failed.
         Stopped: a signal asked for it.
     """
     variants = variants_of(preset)
@@ -69,7 +68,7 @@ def variants_of(preset: Preset) -> Variants:
     grid = preset.ablations
     glass = find_experiment(preset, grid.experiment)
     if not isinstance(glass, GlassExperiment):
-        raise UserError(f"{glass.name} is no GLASS model, whose parts could be varied: choose another --experiment")
+        raise UserError(f"{glass.name} is no GLASS model, so it has no parts to vary: choose another --experiment")
     paper = replace(glass, crop_sampler="stratified", pooling="attention", branches="both")
     found: dict[str, Experiment] = {"stratified_attention": paper}
     for sampler, pooling in product(grid.samplers, grid.poolings):
@@ -83,18 +82,18 @@ def variants_of(preset: Preset) -> Variants:
             raise UserError(f"config.py has no standard experiment of {glass.backbone}: add it, or pass --no-standard")
         found["standard"] = standard[0]
     for each in found.values():
-        ViewSettings.of(preset.settings, each, 0)  # which refuses crops that cannot be drawn
-    return {name: {f: _scaled(each, name, f) for f in grid.learning_rates} for name, each in found.items()}
+        ViewSettings.of(preset.settings, each, 0)  # refuses crops that cannot be drawn
+    return {name: {f: _scale_rates(each, name, f) for f in grid.learning_rates} for name, each in found.items()}
 
 
-def _scaled(experiment: Experiment, name: str, factor: float) -> Experiment:
+def _scale_rates(experiment: Experiment, name: str, factor: float) -> Experiment:
     rates = {f.name: factor * getattr(experiment, f.name) for f in fields(experiment) if f.name.startswith("lr")}
     return checked(replace(experiment, name=name if factor == 1 else f"{name}-lr{factor:g}", **rates))
 
 
 @dataclass
 class _Grid:
-    """All trainings of the command; what is finished is read from their folders."""
+    """All trainings of the command; finished ones are read from their folders."""
 
     session: Session
     preset: Preset
@@ -103,11 +102,11 @@ class _Grid:
     failed: dict[Path, str] = field(default_factory=dict)  # folder -> the reason
 
     def folder(self, experiment: Experiment, seed: int) -> Path:
-        """Of one training."""
+        """The run folder of one training."""
         return seed_folder(self.preset, f"ablations/{self.preset.ablations.experiment}/{experiment.name}", seed)
 
     def train(self) -> None:
-        """Train what is not finished, variant by variant; the table is written after each."""
+        """Do all unfinished trainings, variant by variant; the table is written after each."""
         first, *others = self.preset.training.seeds
         unfinished = processes.on_main(lambda: [name for name in self.variants if self.variant(name).missing])
         begin, trained = time.monotonic(), 0
@@ -129,29 +128,29 @@ class _Grid:
         try:
             with processes.errors_shared():
                 train_seed(self.session, self.preset.training, experiment, seed, folder, self.start)
-        except (NonFiniteLoss, OutOfMemory) as error:  # these values do not work here; the others may
+        except (NonFiniteLoss, OutOfMemory) as error:  # with other hyperparameters it may work
             self.failed[folder] = f"{experiment.name} seed {seed} failed: {error}"
             print(self.failed[folder], flush=True)
 
     def variant(self, name: str) -> Variant:
-        """What is finished of a variant."""
+        """A variant with its finished runs."""
         trials, seeds = self.variants[name], self.preset.training.seeds
-        tried = {factor: run for factor, trial in trials.items() if (run := self._finished(trial, seeds[0]))}
+        tried = {factor: run for factor, trial in trials.items() if (run := self._read_finished(trial, seeds[0]))}
         wanted = [factor for factor, trial in trials.items() if self.folder(trial, seeds[0]) not in self.failed]
         factor, runs = None, []
         if wanted and tried.keys() == set(wanted):
-            factor = max(tried, key=lambda each: _validation(tried[each]))  # the first of equals
-            runs = [run for seed in seeds if (run := self._finished(trials[factor], seed))]
+            factor = max(tried, key=lambda each: _rank(tried[each]))  # the first of equals
+            runs = [run for seed in seeds if (run := self._read_finished(trials[factor], seed))]
         missing = [f"learning rates x {each:g} not tried" for each in trials if each not in tried and each in wanted]
         experiment = next(iter(trials.values()))
         return Variant(name, experiment, factor, runs, missing or missing_seeds(runs, seeds))
 
-    def _finished(self, experiment: Experiment, seed: int) -> Run | None:
+    def _read_finished(self, experiment: Experiment, seed: int) -> Run | None:
         folder = self.folder(experiment, seed)
         return read_run(folder, seed) if is_finished(folder) else None
 
     def write(self) -> Table:
-        """Write the table and the figure of what is finished, and return the table."""
+        """Write the table and the figure of all finished runs; returns the table."""
         splits = self.session.splits
         folder = preset_folder(self.preset) / "ablations" / self.preset.ablations.experiment
         variants, title = list(map(self.variant, self.variants)), f"Variants of {self.preset.ablations.experiment}"
@@ -161,8 +160,8 @@ class _Grid:
         return table
 
 
-def _validation(run: Run) -> tuple[float, float]:
-    """What the learning rates are chosen by, the higher the better."""
+def _rank(run: Run) -> tuple[float, float]:
+    """By which the learning rates are chosen, the higher the better."""
     best = best_epoch(run.history)
     return best.valid_accuracy, -best.valid_loss
 

@@ -4,11 +4,11 @@
 
 Serves a page on http://127.0.0.1:7860 until Ctrl-C: drop one or several images on it for the verdict of each with its
 calibrated probability, its spread over --draws draws of its crops, the image with its crops outlined, and on request a
-map. The numbers are those of model_training.predict with the same options.
+map of effects. The numbers are those of model_training.predict with the same options.
 
 It needs `pip install -r requirements-app.txt`. Nothing is sent anywhere and nothing is fetched; the page works without
 a network. --host 0.0.0.0 lets others in the network use it: there is no password. One image is decoded and scored at a
-time; uploads lie in a temporary folder for an hour at most, which goes when the command ends.
+time; uploads are kept in a temporary folder for an hour at most, which is removed when the command ends.
 """
 
 import os
@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,17 +33,18 @@ from model_training.inference.page_parts import card, map_card, template
 from models.weights import weights_file
 from utils import UserError, run_command
 
-KEPT, PAGES = 40, 50  # images that a page shows; pages whose images are kept, 7 MB each
-CLEANED, OLDEST = 5, 3600  # seconds: how often uploads are looked through, and their age when they are removed
-UPLOAD_BYTES = 2_000_000_000  # of one file; 200 megapixels of 16 bits with transparency take 1.6 GB
-MAP_PIXELS = 50_000_000  # of an image that is mapped while others wait
-LOOK = Path(__file__).with_name("inference") / "app.css"
+KEPT, PAGES = 40, 50  # most images that a page shows; most pages whose images are kept, 7 MB each
+CLEANED, OLDEST = 5, 3600  # seconds between two looks for old uploads, and the age at which they are removed
+UPLOAD_BYTES = 2_000_000_000  # limit for one file; 200 megapixels of 16 bits with transparency take 1.6 GB
+MAP_PIXELS = 50_000_000  # limit for a map, during which other users wait
+STYLE = Path(__file__).with_name("inference") / "app.css"
 ON_CLICK = """element.addEventListener("click", event => {
   const button = event.target.closest("button[data-map]");
   if (button) { button.disabled = true; trigger("map", { number: button.dataset.map }); }
 });"""
-ENVIRONMENT = {"GRADIO_ANALYTICS_ENABLED": "False", "no_proxy": "*", "NO_PROXY": "*"}  # gradio asks itself if it is up
-# The browser asks no other computer for anything, whatever gradio's own page would like to have.
+# Without proxies: gradio requests its own page to see whether it is up.
+ENVIRONMENT = {"GRADIO_ANALYTICS_ENABLED": "False", "no_proxy": "*", "NO_PROXY": "*"}
+# The browser requests nothing from other computers, although gradio's page would.
 POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; form-action 'self'; frame-ancestors 'self'"
 
 
@@ -54,7 +55,7 @@ class Options(PredictionOptions):
     weights: Path  # model.safetensors of a run, or hf:OWNER/NAME of the Hugging Face hub
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"  # the address to listen on; 0.0.0.0: of all networks
     port: Annotated[int, Field(ge=1, le=65535)] = 7860
-    draws: Count = 5  # T, how often each image's crops are drawn; one where all draws have the same crops
+    draws: Count = 5  # T, how often each image's crops are drawn; 1 if all draws have the same crops
 
 
 @dataclass
@@ -64,11 +65,11 @@ class Shown:
     name: str
     path: str
     html: str
-    verdict: str  # empty if there is none
+    verdict: str  # empty for a file without a prediction
 
 
 def app(preset: Preset, weights: Path, host: str, port: int, **others: Any) -> None:
-    """Serve the page until it is interrupted. The arguments are fields of `Options`.
+    """Serve the page until it is interrupted. The arguments are the fields of `Options`.
 
     Raises UserError: no weights, invalid options, gradio is not installed, or the port is taken.
     """
@@ -93,7 +94,7 @@ def app(preset: Preset, weights: Path, host: str, port: int, **others: Any) -> N
                 server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, share=False, inline=False,
                 show_error=True, max_file_size=UPLOAD_BYTES, footer_links=[], run_history=False, ssr_mode=False,
                 mcp_server=False, pwa=False, enable_monitoring=False, state_session_capacity=PAGES,
-                head=f"<style>{LOOK.read_text(encoding='utf-8')}</style>",
+                head=f"<style>{STYLE.read_text(encoding='utf-8')}</style>",
                 app_kwargs={"middleware": [Middleware(SelfContained)]},
                 theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             )  # fmt: skip
@@ -102,7 +103,7 @@ def app(preset: Preset, weights: Path, host: str, port: int, **others: Any) -> N
             raise UserError(f"{where}, as it is taken or not this computer's: name another --host or --port") from None
         open_to = "" if host in ("127.0.0.1", "localhost", "::1") else "open to the network, without a password; "
         print(f"{detector.name}: http://{host}:{port} ({open_to}Ctrl-C ends it)", flush=True)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the uploads go then, too
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # removes the uploads, too
         with suppress(KeyboardInterrupt):
             while not ended.wait(CLEANED):
                 remove_old(Path(uploads))
@@ -110,11 +111,11 @@ def app(preset: Preset, weights: Path, host: str, port: int, **others: Any) -> N
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         ended.set()
         page.close(verbose=False)
-        busy.acquire()  # what is being looked at must not outlive its thread
+        busy.acquire()  # wait for the image that is being scored
 
 
 def remove_old(folder: Path) -> None:
-    """Remove the uploads that are an hour old; gradio knows no upload that was broken off."""
+    """Remove the uploads that are an hour old; gradio itself does not know of uploads that were broken off."""
     for path in folder.rglob("*"):
         with suppress(OSError):
             if path.is_file() and time.time() - path.stat().st_mtime > OLDEST:
@@ -125,54 +126,56 @@ def build_page(detector: Detector, busy: threading.Lock, ended: threading.Event)
     """The page, gradio's `Blocks`.
 
     Args:
-        busy: held while an image is looked at; all events that do so wait for one another.
-        ended: no more images are looked at once it is set.
+        busy: held while an image is scored or mapped, so that this happens one at a time.
+        ended: once it is set, no more images are scored.
     """
     import gradio as gr
 
-    async def where_it_is(path: str) -> str:
+    async def keep_path(path: str) -> str:
         return path
 
-    progress, gone = gr.Progress(), set[str]()  # sessions whose page was closed
+    progress, closed_sessions = gr.Progress(), set[str]()
     text, parts = template("app.html").make_module({"detector": detector}), template("card.html").module
 
     def examine(
-        files: list[dict[str, Any]] | None, shown: dict[int, Shown], told: gr.Progress = progress
+        files: list[dict[str, Any]] | None, shown: dict[int, Shown], progress: gr.Progress = progress
     ) -> Iterator[tuple]:
         for number, file in enumerate(files or []):
             name = file.get("orig_name") or Path(file["path"]).name
-            told((number, len(files)), desc=name, unit="images")
+            progress((number, len(files)), desc=name, unit="images")
             key = max(shown, default=0) + 1
             with busy:
                 if ended.is_set():
                     return
-                shown[key] = Shown(name, file["path"], *examined(detector, key, name, file["path"]))
+                shown[key] = Shown(name, file["path"], *predict_card(detector, key, name, file["path"]))
             while len(shown) > KEPT:
                 del shown[min(shown)]
             yield None, parts.overview(shown), "".join(one.html for one in shown.values())
 
-    def draw(shown: dict[int, Shown], event: gr.EventData, request: gr.Request, told: gr.Progress = progress) -> str:
+    def draw_map(
+        shown: dict[int, Shown], event: gr.EventData, request: gr.Request, progress: gr.Progress = progress
+    ) -> str:
         number = int(event.number)
-        gone.discard(request.session_hash)  # a computer that slept comes back as the same
+        closed_sessions.discard(request.session_hash)  # a computer that was asleep returns with the same session
 
         def report(share: float) -> None:
-            if ended.is_set() or request.session_hash in gone:
+            if ended.is_set() or request.session_hash in closed_sessions:
                 raise gr.Error("the page was closed", print_exception=False)
-            told(share, desc=f"map of {shown[number].name}")
+            progress(share, desc=f"map of {shown[number].name}")
 
         with busy:
             if number in shown:
-                map_or_reason = mapped(detector, shown[number].path, report)
-                shown[number].html = shown[number].html.replace(parts.ask(number), map_or_reason)
+                drawn = map_or_reason(detector, shown[number].path, report)
+                shown[number].html = shown[number].html.replace(parts.map_button(number), drawn)
         return "".join(one.html for one in shown.values())
 
     def closed(request: gr.Request) -> None:
-        gone.add(request.session_hash)
+        closed_sessions.add(request.session_hash)
 
     with gr.Blocks(title="Was this image generated?", analytics_enabled=False) as page:
         gr.HTML(text.head(), elem_classes="page", apply_default_css=False)
         drop = gr.File(file_count="multiple", label="Drop images here", height=160)
-        drop.async_move_resource_to_block_cache = where_it_is  # nothing is copied, or fetched from an address
+        drop.async_move_resource_to_block_cache = keep_path  # else gradio copies files, and fetches addresses
         overview = gr.HTML(elem_classes="page", apply_default_css=False)
         shown = gr.State({}, time_to_live=OLDEST)
         results = gr.HTML(elem_classes="page", apply_default_css=False, js_on_load=ON_CLICK)
@@ -180,21 +183,21 @@ def build_page(detector: Detector, busy: threading.Lock, ended: threading.Event)
         status = gr.HTML(elem_id="status")
         waiting = dict(concurrency_id="model", concurrency_limit=1, show_progress_on=status, trigger_mode="multiple")
         drop.upload(examine, [drop, shown], [drop, overview, results], preprocess=False, api_name="examine", **waiting)
-        results.map(draw, shown, results, api_name=False, **waiting)
+        results.map(draw_map, shown, results, api_name=False, **waiting)
         page.unload(closed)
     return page
 
 
-def read(detector: Detector, path: str) -> Picture | UnreadableImage:
+def read_picture(detector: Detector, path: str) -> Picture | UnreadableImage:
     """An image as `predict` reads it."""
     settings = detector.settings
     (picture,) = read_pictures([path], settings.max_image_pixels, reencode_jpeg=settings.reencode_jpeg)
     return picture
 
 
-def examined(detector: Detector, key: int, name: str, path: str) -> tuple[str, str]:
+def predict_card(detector: Detector, key: int, name: str, path: str) -> tuple[str, str]:
     """The card of a file, and its verdict."""
-    picture = read(detector, path)
+    picture = read_picture(detector, path)
     try:
         (found,) = detector.predict_pictures([picture])
     except UserError as error:
@@ -202,24 +205,23 @@ def examined(detector: Detector, key: int, name: str, path: str) -> tuple[str, s
     return card(detector, key, name, found, picture), getattr(found, "verdict", "")
 
 
-def mapped(detector: Detector, path: str, report: Callable[[float], None]) -> str:
-    """The map of an image, or why there is none; `report` is told the share that is done."""
-    picture = read(detector, path)
+def map_or_reason(detector: Detector, path: str, report: Callable[[float], None]) -> str:
+    """The map of an image, or why there is none; `report` is called with the share that is done."""
+    picture = read_picture(detector, path)
     parts = template("card.html").module
     if isinstance(picture, UnreadableImage):
         return parts.no_map(f"{picture}: images are kept for an hour, drop it again")
     if picture.width * picture.height > MAP_PIXELS:
         return parts.no_map(f"more than {MAP_PIXELS:,} pixels: python -m model_training.predict --evidence-map maps it")
-    known = {field.name: getattr(picture, field.name) for field in fields(Picture)}
     try:
-        return map_card(detector, Watched(**known, report=report))
+        return map_card(detector, ReportingPicture(**vars(picture), report=report))
     except UserError as error:
         return parts.no_map(str(error))
 
 
 @dataclass(frozen=True)
-class Watched(Picture):
-    """A picture that reports which share of its crops has been looked at."""
+class ReportingPicture(Picture):
+    """A picture that reports which share of its crops has been cut out."""
 
     report: Callable[[float], None] = print
 
@@ -232,13 +234,13 @@ class Watched(Picture):
 
 
 class SelfContained:
-    """ASGI middleware: POLICY goes with every answer, and an upload that is broken off is no error."""
+    """ASGI middleware: adds POLICY to every response, and ignores uploads that are broken off."""
 
     def __init__(self, app: Callable) -> None:
         self.app = app
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
-        """Answer one request."""
+        """Handle one request."""
         from starlette.requests import ClientDisconnect
 
         async def answer(message: dict[str, Any]) -> None:

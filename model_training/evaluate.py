@@ -4,13 +4,13 @@
 
 ROOT holds fake/ and real/, each with a folder for each generator or source, if you have them. Prints a row for all
 images and one for each generator: the usual metrics with 95% bootstrap intervals; weights of several seeds give mean ±
-standard deviation, those of several models the differences from the first. A control, where real/ has several sources:
-the AUC between these, which should be near one half. With fake/ or real/ alone: the share called fake at each of the
+standard deviation, those of several models the differences from the first. If real/ has several sources, a control: the
+AUC between them, which should be near one half. With fake/ or real/ alone: the share called fake at each of the
 model's thresholds. --format-matched 90 adds the same images, all saved as JPEG of quality 90 first: a detector of file
 formats, not of fakes, does worse there. Images that one of the models was trained or validated on are left out, unless
---data-list names them. Intervals are over pairs of one file name, or the groups of --group-by, where there are any.
-Writes tables and figures to results/<preset>/evaluation/<NAME>, NAME after data root and choice of images. Scores are
-stored: an interrupted evaluation resumes. --precision trained computes as the run's own test did.
+--data-list names them. Intervals are over pairs with the same file name, or over the groups of --group-by, if there are
+any. Writes tables and figures to results/<preset>/evaluation/<NAME>; NAME comes from the data root and the choice of
+images. Scores are stored: an interrupted evaluation resumes. --precision trained computes as the run's own test did.
 
 Hardware: a CUDA GPU if there is one, else the CPU. Measured: docs/performance.md.
 """
@@ -28,8 +28,7 @@ from config import Preset
 from data.records import CLASSES
 from model_training.inference.scores import SETTINGS, ScoredData, ScoredModel, ScoringOptions, score_data
 from model_training.tables.figures import plot_aucs, plot_reliability, plot_roc, plot_score_histograms
-from model_training.tables.table import Cell, Row, Table, interval_of, show, value_of
-from models.weights import weights_file
+from model_training.tables.table import UNDEFINED, Cell, Row, Table, interval_of, mean_and_std_of, show, value_of
 from training.detection_metrics import (
     DETECTION_METRICS,
     bootstrap_intervals,
@@ -39,12 +38,11 @@ from training.detection_metrics import (
 )
 from utils import run_command
 
-SHOWN = ("auc", "balanced_accuracy")  # where models or formats stand side by side
-# What not every evaluation writes.
-NOT_ALWAYS = ("evaluation_raw.*", "formats.*", "differences.*", "auc.png", "roc.png", "calibration.png")
-PARTS = ("mean", "std", "low", "high")  # of a metric
-COUNTS = {key: value_of(key) for key in ("model", "images", "fake", "real")}  # columns
-THRESHOLDS = {  # of a calibration
+SHOWN = ("auc", "balanced_accuracy")  # in tables with models or formats side by side
+OPTIONAL_FILES = ("evaluation_raw.*", "formats.*", "differences.*", "auc.png", "roc.png", "calibration.png")
+PARTS = ("mean", "std", "low", "high")  # columns of the CSV for each metric
+COUNTS = {key: value_of(key) for key in ("model", "images", "fake", "real")}  # the first columns
+THRESHOLDS = {  # fields of Calibration
     "balanced": "fake at best balanced accuracy",
     "fpr_1": "fake at 1% false positives",
     "fpr_5": "fake at 5% false positives",
@@ -53,12 +51,12 @@ THRESHOLDS = {  # of a calibration
 }
 NOTE = (
     "In percent, except for the negative log-likelihood (nats); [{}]; fake is the positive class. An interval of zero "
-    "width says that all resamples of these images are alike, as where all were right, not that others would be."
+    "width says that all resamples of these images give the same value, such as 100%, not that other images would."
 )
 ABOVE = (
-    "The score depends on what sets real images of these sources apart, such as camera, compression or subject: where "
-    "fakes come from other sources than the real images, part of its AUC may be that. Near copies within a source "
-    "(bursts) seem apart too. "
+    "The score depends on what sets real images of these sources apart, such as camera, compression or subject: if "
+    "fakes come from other sources than the real images, this may be part of its AUC. Near copies within a source "
+    "(bursts) raise the control's AUC, too. "
 )
 
 
@@ -73,15 +71,15 @@ class Options(ScoringOptions):
 def evaluate_weights(preset: Preset, **values: Any) -> None:
     """Score the preset's data set with all weights; print and write tables and figures.
 
-    `values` are of the fields of `Options`; raises UserError for weights or images that cannot be used.
+    `values` are the fields of `Options`. Raises UserError for weights or images that cannot be used.
     """
-    options = Options(**values | {"weights": tuple(map(weights_file, values["weights"]))})
+    options = Options(**values)
     kinds = ["native"] if options.format_matched is None else ["native", f"jpeg_{options.format_matched}"]
     data = score_data(preset, options, kinds, classes=1)
     folder = options.output_folder(preset, "evaluation", *kinds[1:])
     both = len(set(data.labels)) == len(CLASSES)
     tables = _tables(data, kinds) if both else [_table_of_one_class(data, kinds)]
-    for old in (path for pattern in NOT_ALWAYS for path in folder.glob(pattern)):
+    for old in (path for pattern in OPTIONAL_FILES for path in folder.glob(pattern)):
         old.unlink()
     for table in tables:
         table.write(folder)
@@ -116,7 +114,7 @@ def _tables(data: ScoredData, kinds: Sequence[str]) -> list[Table]:
 
 
 def differences(data: ScoredData, kinds: Sequence[str]) -> Table:
-    """Each model minus the first one, by calibrated probabilities."""
+    """Each model minus the first one, from calibrated probabilities."""
     (first, of_first), *_ = data.models.items()
     rows = []
     for row, models, chosen in _counted(data, kinds, "calibrated"):
@@ -130,15 +128,16 @@ def differences(data: ScoredData, kinds: Sequence[str]) -> Table:
     columns |= {key: value_of(key) for key in ("images", "format")}
     columns |= {DETECTION_METRICS[key].label: interval_of(key, DETECTION_METRICS[key].scale, "+.1f") for key in SHOWN}
     note = (
-        f"In percentage points; [{data.interval}, resampled alike for both models]; other seeds would differ besides."
+        f"In percentage points; [{data.interval}, the same resamples for both models]; the spread over seeds is not "
+        f"included."
     )
     return Table("differences", f"Differences from {first} on the same images", rows, columns, [note, *data.notes()])
 
 
 def _table_of_one_class(data: ScoredData, kinds: Sequence[str]) -> Table:
-    """What can be said of images of one class: the share that is called fake at each threshold of the models."""
+    """For images of one class: the share that is called fake at each threshold of the models."""
     rows, columns = [], COUNTS | {"format": value_of("format")}
-    columns |= {title: _share_of(name) for name, title in THRESHOLDS.items()}
+    columns |= {title: mean_and_std_of(name, 100, ".1f") for name, title in THRESHOLDS.items()}
     missing = ", ".join(metric.label for name, metric in DETECTION_METRICS.items() if name != "accuracy")
     for row, models, chosen in _counted(data, kinds, "calibrated"):
         row["missing"] = f"{missing}: they need fake and real images"
@@ -155,20 +154,10 @@ def _table_of_one_class(data: ScoredData, kinds: Sequence[str]) -> Table:
     return Table("evaluation", title, rows + controls, columns, ["In percent.", *data.notes(), *_sentences(controls)])
 
 
-def _share_of(name: str) -> Cell:
-    def cell(row: Row) -> str:
-        if f"{name}_mean" not in row:  # the control's
-            return ""
-        mean, std = (100 * row[f"{name}_{part}"] for part in ("mean", "std"))
-        return show(mean, ".1f") + ("" if std != std else f" ± {show(std, '.1f')}")
-
-    return cell
-
-
 def _counted(
     data: ScoredData, kinds: Sequence[str], which: str
 ) -> Iterator[tuple[Row, Sequence[ScoredModel], np.ndarray]]:
-    """The beginning of a row for each perturbation, model and subset of the images; its models, its images (N,)."""
+    """For each perturbation, model and subset of the images: the first columns of a row, the seeds, the images (N,)."""
     for kind, (name, models), (subset, chosen) in product(kinds, data.models.items(), subsets(data).items()):
         fakes = int((data.labels[chosen] == 0).sum())
         row = {"model": name, "images": subset, "format": kind, "probabilities": which, "seeds": len(models)}
@@ -184,7 +173,7 @@ def _rows(data: ScoredData, kinds: Sequence[str], which: str) -> list[Row]:
 
 
 def _controls(data: ScoredData, kinds: Sequence[str]) -> list[Row]:
-    """A row for each perturbation and model: how well it tells the sources of real images apart, if there are two."""
+    """A row for each perturbation and model: how well it separates the sources of real images, if there are several."""
     rows, real = [], data.labels == CLASSES.index("real")
     for kind, (name, models) in product(kinds, data.models.items()):
         found = sources_apart(_outputs(models, "calibrated", kind, real)[0], data.sources[real], data.groups[real])
@@ -197,18 +186,18 @@ def _controls(data: ScoredData, kinds: Sequence[str]) -> list[Row]:
 
 
 def _sentences(rows: Sequence[Row]) -> list[str]:
-    """What the control's rows among these say."""
-    said = []
+    """A note for each row that is a control."""
+    sentences = []
     for row in rows:
         if "auc_chance" in row:
-            auc, chance, most = (show(100 * row[key], ".1f") for key in ("auc_mean", "auc_chance", "most_apart_auc"))
+            auc, chance, most = (f"{100 * row[key]:.1f}" for key in ("auc_mean", "auc_chance", "most_apart_auc"))
             above = row["auc_mean"] > row["auc_chance"]
-            said.append(
+            sentences.append(
                 f"{row['images'].capitalize()}, {row['model']}, {row['format'].replace('_', ' ')}: AUC {auc}, "
                 f"{'more' if above else 'no more'} than chance gives (at most {chance} in 95% of their shuffles). "
                 f"{ABOVE if above else ''}Most apart are {row['most_apart']} ({most})."
             )
-    return said
+    return sentences
 
 
 def subsets(data: ScoredData) -> dict[str, np.ndarray]:
@@ -218,7 +207,7 @@ def subsets(data: ScoredData) -> dict[str, np.ndarray]:
     found = {"all": np.ones(len(is_fake), bool)}
 
     def add(name: str, chosen: np.ndarray) -> None:
-        while name in found:  # as of a generator called all
+        while name in found:  # a generator may be called "all"
             name += " (group)"
         found[name] = chosen
 
@@ -235,7 +224,10 @@ def metrics_row(
 ) -> Row:
     """Each metric's mean and standard deviation over models, and the 95% interval of the mean; nll in nats.
 
-    Of the `chosen` images under a perturbation, by "calibrated" or "raw" probabilities.
+    Args:
+        which: "calibrated" or "raw" probabilities.
+        kind: the perturbation.
+        chosen: which images.
     """
     labels, (probabilities, thresholds) = data.labels[chosen], _outputs(models, which, kind, chosen)
     values = [detection_metrics(fake, labels, at) for fake, at in zip(probabilities, thresholds, strict=True)]
@@ -251,7 +243,7 @@ def metrics_row(
 def _outputs(
     models: Sequence[ScoredModel], which: str, kind: str, chosen: np.ndarray | slice
 ) -> tuple[list[np.ndarray], list[float]]:
-    """Of each model, its probabilities of fake for the chosen images and its threshold."""
+    """The probabilities of fake for the chosen images, and the threshold, of each model."""
     return [model.probabilities[which, kind][chosen] for model in models], [model.threshold(which) for model in models]
 
 
@@ -263,23 +255,22 @@ def metric_of(key: str) -> Cell:
     """Mean ± standard deviation [95% interval] of a metric, or of "<prefix> <metric>"."""
     metric = DETECTION_METRICS[key.rpartition(" ")[2]]
     scale, form = metric.scale, ".1f" if metric.unit == "%" else ".3f"
+    mean_and_std = mean_and_std_of(key, scale, form)
 
     def cell(row: Row) -> str:
-        if f"{key}_mean" not in row:  # the control's, which has an AUC only
-            return ""
-        mean, std = (scale * row[f"{key}_{part}"] for part in ("mean", "std"))
-        spread = "" if std != std else f" ± {show(std, form)}"
+        text = mean_and_std(row)
         if f"{key}_chance" in row:
-            return f"{show(mean, form)}{spread} (chance: up to {show(scale * row[f'{key}_chance'], form)})"
-        low, high = (scale * row[f"{key}_{part}"] for part in ("low", "high"))
-        return f"{show(mean, form)}{spread} [{show(low, form)}, {show(high, form)}]" if mean == mean else show(mean)
+            return f"{text} (chance: up to {show(row[f'{key}_chance'], form, scale)})"
+        if text in ("", UNDEFINED):  # a control has an AUC only
+            return text
+        low, high = (show(row[f"{key}_{end}"], form, scale) for end in ("low", "high"))
+        return f"{text} [{low}, {high}]"
 
     return cell
 
 
 def _draw(folder: Path, data: ScoredData, rows: Sequence[Row]) -> None:
-    """Figures of the probabilities of each model, averaged over its seeds; of one class, without `rows`, the histogram
-    only."""
+    """Figures of each model's probabilities, averaged over its seeds; without `rows` (one class) the histogram only."""
     title = f"{data.root.name}: {len(data.labels):,} images"
     panels = {
         f"{name}, {which}": np.mean([model.probabilities[which, "native"] for model in models], axis=0)
@@ -291,7 +282,7 @@ def _draw(folder: Path, data: ScoredData, rows: Sequence[Row]) -> None:
         names = {row["images"] for row in rows}
         for row in rows:
             better = f"{row['images']}, same source" in names
-            # The control has no interval.
+            # A control has no interval.
             if "auc_low" in row and row["auc_mean"] == row["auc_mean"] and not better:
                 values = tuple(100 * row[f"auc_{part}"] for part in ("mean", "low", "high"))
                 aucs.setdefault(row["images"], {})[row["model"]] = values

@@ -18,7 +18,7 @@ from utils import one_line, write_text
 TEMPLATE = Path(__file__).with_name("model_card.md")
 SHOWN = ("accuracy", "balanced_accuracy", "auc", "average_precision", "ece")  # of DETECTION_METRICS
 STANDARD = "A standard transfer-learning model"
-GLASS = dict.fromkeys(("both", "shared"), "A GLASS model (global view and native-resolution crops)")  # by its branches
+GLASS = dict.fromkeys(("both", "shared"), "A GLASS model (global view and native-resolution crops)")  # by branches
 GLASS |= {"global": "A GLASS model (its global view alone)", "local": "A GLASS model (native-resolution crops alone)"}
 OF_CROPS = ("num_crops", "crop_sampler", "pooling")
 SETTINGS = ("patch_size", "pretrained", "label_smoothing", "group_by", "reencode_jpeg", "main_seed")
@@ -36,22 +36,22 @@ def write_model_card(
 
     Args:
         about: the metadata of its model.safetensors.
-        test: on its own test images.
-        groups: of each of them, if images belong together; intervals are over these.
+        test: the model's predictions on its own test images.
+        groups: of each test image, if images belong together; intervals are over these groups.
     """
     provenance, fake = Provenance.read(about), test.probabilities[:, 0]
-    values = detection_metrics(fake, test.labels)
+    values = {name: value for name, value in detection_metrics(fake, test.labels).items() if np.isfinite(value)}
     intervals = bootstrap_intervals([fake], test.labels, [0.5], groups)
     metrics = [
         (DETECTION_METRICS[name].heading, *(100 * each for each in (values[name], *intervals[name])))
         for name in SHOWN
-        if name in values and np.isfinite(values[name])
+        if name in values
     ]
     data = provenance.data[-1]
     results = [
-        EvalResult("image-classification", data.name, data.name, name, float(values[name]), dataset_split="test")
+        EvalResult("image-classification", data.name, data.name, name, values[name], dataset_split="test")
         for name in ("accuracy", "auc")
-        if np.isfinite(values[name])
+        if name in values
     ]
     card_data = ModelCardData(
         library_name="pytorch",
@@ -82,5 +82,5 @@ def write_model_card(
 
 
 def in_a_cell(value: Any) -> Any:
-    """A value as a cell of a table: the names of folders and lists may hold anything."""
+    """A value, such as a folder's name, escaped for a cell of a Markdown table."""
     return value if hasattr(value, "__html__") else one_line(str(value)).replace("|", r"\|")

@@ -6,12 +6,12 @@ A PATH is a file, a folder (searched recursively), a pattern such as "photos/**/
 writes to predictions.csv the calibrated probability of fake of each image, and a verdict (fake, real or inconclusive)
 by thresholds fitted on validation images. Files that get no prediction are listed, and make the exit code 1. The same
 image gets the same prediction on every run. --precision trained computes as the run's own test did; the default, fp32,
-is reproducible across devices. Interrupted, the same command goes on from the CSV: it keeps rows of the same image,
-model, options and version.
+is reproducible across devices. After an interruption, the same command resumes from the CSV: it keeps rows of the same
+image, model, options and version.
 
 --draws T draws the crops T times, to show how much the prediction depends on them: the probability is the mean over the
-draws, ± its standard deviation, and flips is the share of the draws that alone have another verdict than the mean. If
-that is half of them or more, the verdict is inconclusive. Both are empty where the image holds but one crop.
+draws, ± their standard deviation, and flips is the share of the draws whose own verdict is not that of the mean. If
+that is half of them or more, the verdict is inconclusive. Both are empty for an image as small as a crop.
 
 --evidence DIR draws each image with its crops, the score of each alone and its effect on the score, and writes
 DIR/index.html: all images on one page that needs no network, 0.15 MB an image (1,000 images: 150 MB). --evidence-map
@@ -35,7 +35,7 @@ import tyro
 from pydantic import Field
 from tqdm import tqdm
 
-from config import Preset
+from config import Preset, must_be
 from data.images import IMAGE_ENDINGS, TRANSPARENT, TURNED, UnreadableImage
 from data.lists import check_output, read_csv, render_table, write_csv
 from data.pictures import find_images
@@ -54,8 +54,9 @@ NOTES = {
     TURNED: "an EXIF orientation, which is ignored, as in the paper: they are seen as they are stored",
     UNLIKE: "a format or size that none of its training images has, so that its verdict means little",
 }
+BAND = must_be(lambda band: band is None or 0 <= band[0] <= band[1] <= 1, "two probabilities, the smaller first")
 SHOWN = 100  # rows on the terminal; the CSV has them all
-SAVE_EVERY, SAVE_SHARE = 1.0, 0.05  # seconds between two writes of the CSV, more where they take that share of the time
+SAVE_EVERY, SAVE_SHARE = 1.0, 0.05  # seconds between two writes of the CSV; its largest share of the time
 Row = dict[str, str]  # by COLUMNS
 
 
@@ -67,13 +68,14 @@ class Options(PredictionOptions):
     paths: tyro.conf.Positional[Annotated[tuple[str, ...], Field(min_length=1)]]
     weights: Path  # model.safetensors of a run, or hf:OWNER/NAME of the Hugging Face hub
     output: Path = Path("predictions.csv")  # the CSV to write
-    band: tuple[float, float] | None = None  # inconclusive from LOW up to HIGH, instead of the model's band
+    # inconclusive from LOW up to HIGH, instead of the model's band
+    band: Annotated[tuple[float, float] | None, BAND] = None
     evidence: Path | None = None  # a folder: pictures and a page that explain the predictions
     evidence_map: bool = False  # with effect maps of whole images; much slower
 
 
 def predict(preset: Preset, weights: Path, paths: Sequence[str], **others: Any) -> None:
-    """Predict all images that `paths` name; print and write the predictions. The arguments are fields of `Options`.
+    """Predict all images that `paths` name; print and write the predictions. The arguments are the fields of `Options`.
 
     Raises:
         UserError: no weights, no images, or invalid options.
@@ -84,7 +86,7 @@ def predict(preset: Preset, weights: Path, paths: Sequence[str], **others: Any) 
     output, evidence, draws = options.output, options.evidence, options.draws
     check_output(output, COLUMNS)
     if options.evidence_map and not evidence:
-        raise UserError("--evidence-map draws into the folder of --evidence DIR: name one")
+        raise UserError("--evidence-map needs --evidence DIR, the folder that it draws into")
     images, ignored = find_images(paths)
     if ignored:
         kinds = {
@@ -101,10 +103,7 @@ def predict(preset: Preset, weights: Path, paths: Sequence[str], **others: Any) 
         sampler = detector.experiment.crop_sampler
         raise UserError(f"--draws {draws}: {detector.name} has the same crops in every draw, by its sampler {sampler}")
     if options.band:
-        real_below, fake_from = options.band
-        if not 0 <= real_below <= fake_from <= 1:
-            raise UserError(f"--band {real_below} {fake_from}: expected two probabilities, the smaller first")
-        calibration = replace(detector.calibration, real_below=real_below, fake_from=fake_from)
+        calibration = replace(detector.calibration, real_below=options.band[0], fake_from=options.band[1])
         detector = replace(detector, calibration=calibration)
     if not detector.calibrated:
         threshold = "" if options.band else ", and the threshold is 0.5"
@@ -114,15 +113,15 @@ def predict(preset: Preset, weights: Path, paths: Sequence[str], **others: Any) 
         print(f"{weights} was calibrated on {few}, which are few: its thresholds are rough", file=sys.stderr)
     if detector.calibrated and detector.other_crops:
         print(f"{weights} was calibrated with other crops than {detector.other_crops}", file=sys.stderr)
-    others = [options.band, options.batch_size, options.chunk_size, preset.settings.max_image_pixels]
-    keys = _keys(images, [sha256_of(weights), *others, *detector.depends_on()])
-    rows = {} if evidence else {row["path"]: row for row in _written(output) if row["key"] == keys.get(row["path"])}
+    choices = [options.band, options.batch_size, options.chunk_size, preset.settings.max_image_pixels]
+    keys = _hash_inputs(images, [sha256_of(weights), *choices, *detector.depends_on()])
+    rows = {} if evidence else {row["path"]: row for row in _read(output) if row["key"] == keys.get(row["path"])}
     if rows:
         print(f"{len(rows):,} of the predictions are in {output} and are kept: delete it to start over")
     missing = [path for path in images if path not in rows]
     predictions = detector.predict_all(missing, preset.settings.num_workers)
     predictions = tqdm(predictions, total=len(missing), desc="predicting", unit=" images", disable=None)
-    predictions = _saved(predictions, missing, keys, rows, output)
+    predictions = _save(predictions, missing, keys, rows, output)
     try:
         if evidence:
             write_evidence(evidence, detector, images, predictions, options.evidence_map)
@@ -151,8 +150,8 @@ def predict(preset: Preset, weights: Path, paths: Sequence[str], **others: Any) 
         sys.exit(1)
 
 
-def _keys(images: Sequence[str], others: Sequence[object]) -> dict[str, str]:
-    """Each image -> a hash of what its row depends on: the file's place, size and time, and `others`."""
+def _hash_inputs(images: Sequence[str], others: Sequence[object]) -> dict[str, str]:
+    """Image -> a hash of what its prediction depends on: the file's path, size and modification time, and `others`."""
     common, keys = json.dumps(others), {}
     for path in images:
         state = stat_of(Path(path))
@@ -161,21 +160,21 @@ def _keys(images: Sequence[str], others: Sequence[object]) -> dict[str, str]:
     return keys
 
 
-def _written(output: Path) -> list[Row]:
-    """The predictions in a CSV of ours, if there is one; files without one are tried again."""
+def _read(output: Path) -> list[Row]:
+    """The predictions in `output`, if it exists; without files that got none, which are tried again."""
     if not output.exists():
         return []
     with reading(output, "delete it"):
         return [row for row in read_csv(output) if not row["problem"]]
 
 
-def _saved(
+def _save(
     predictions: Iterator[Outcome], paths: Sequence[str], keys: Mapping[str, str], rows: dict[str, Row], output: Path
 ) -> Iterator[Outcome]:
-    """The predictions of `paths` as they come; they are added to `rows`, which are saved every few seconds."""
+    """Yield the predictions of `paths` as they come, and add them to `rows`, which are saved every few seconds."""
     due = time.monotonic() + SAVE_EVERY
     for path, found in zip(paths, predictions, strict=True):
-        rows[path] = dict(zip(COLUMNS, (path, *_cells(found), keys[path]), strict=True))
+        rows[path] = {"path": path, **_cells(found), "key": keys[path]}
         if (start := time.monotonic()) > due:
             _write(output, rows)
             due = time.monotonic() + max(SAVE_EVERY, (time.monotonic() - start) / SAVE_SHARE)
@@ -186,16 +185,16 @@ def _write(output: Path, rows: Mapping[str, Row]) -> None:
     write_csv(output, COLUMNS, (row.values() for row in rows.values()))
 
 
-def _cells(found: Outcome) -> list[str]:
-    """All but the path and the key."""
+def _cells(found: Outcome) -> Row:
+    """The columns between path and key; NaN is empty."""
     if isinstance(found, UnreadableImage):
-        return [*[""] * (len(COLUMNS) - 3), str(found)]
-    values = [getattr(found, name) for name in COLUMNS[1:-2]]
-    return [*("" if value != value else str(value) for value in values), ""]
+        return dict.fromkeys(COLUMNS[1:-2], "") | {"problem": str(found)}
+    values = {name: getattr(found, name) for name in COLUMNS[1:-2]}
+    return {name: "" if value != value else str(value) for name, value in values.items()} | {"problem": ""}
 
 
 def _summary(rows: Mapping[str, Row], draws: int) -> str:
-    """The first predictions as a table for the terminal, and how many of each verdict there are."""
+    """The first predictions as a table for the terminal, and the number of each verdict."""
     columns = ["path", "P(fake)", "verdict", "± over draws", "flips"][: 5 if draws > 1 else 3]
     forms = {"probability_fake": ".3f", "verdict": "", "standard_deviation": ".3f", "flips": ".0%"}
     table = []

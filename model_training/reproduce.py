@@ -1,12 +1,12 @@
-"""The whole reproduction: data, experiments, tables and figures, one command after the other.
+"""The complete reproduction: data, experiments, tables and figures, one command after the other.
 
     python -m model_training.reproduce                 the paper: eighteen commands on the Kaggle data
     python -m model_training.reproduce --preset demo   two models on procedural images, minutes on two CPU cores
     python -m model_training.reproduce --preset demo_local   the same, where only a region of each fake image is fake
     python -m model_training.reproduce --preset demo --all   every command of every stage at demo size
-    python -m model_training.reproduce --list          run nothing: print what is left to do, a command a line
+    python -m model_training.reproduce --list          run nothing: print the commands that are left, one a line
 
-Each command is a process of its own. What is finished is not run again, so this one can be stopped and repeated.
+Each command is a process of its own. Finished work is skipped, so this command can be stopped and repeated.
 The commands of --list, one for each study, seed, number of crops and profile, can run at once: docs/cluster.md.
 Hardware: as its commands; one CUDA GPU and many CPU cores for the paper. Hours: docs/hours.md.
 Output: the results of its commands, and the tables and figures of the paper in results/<preset>/tables/.
@@ -50,9 +50,9 @@ class Options:
 
     # every command of every stage, whatever the preset
     all_commands: Annotated[bool, tyro.conf.arg(name="all")] = False
-    # print the commands that are left, which can run at once, and run nothing
+    # run nothing: print the commands that are left, which can run at once
     list_units: Annotated[bool, tyro.conf.arg(name="list")] = False
-    # the demo images, if the preset has them, and the index: what the commands of --list need
+    # only write what the commands of --list need: the demo images, if the preset has them, and the index
     prepare: bool = False
 
 
@@ -60,8 +60,8 @@ def reproduce(preset: Preset, all_commands: bool = False, list_units: bool = Fal
     """Run the preset's commands in order and write the tables; a command that fails does not stop the others.
 
     Args:
-        list_units: print instead what is left of them, as `units_of`.
-        prepare: stop before the first of them.
+        list_units: print the commands that are left instead, see `units_of`.
+        prepare: stop before the first command.
 
     Raises:
         UserError: the data are unavailable, a stage, experiment or command does not exist, or commands failed.
@@ -79,7 +79,7 @@ def reproduce(preset: Preset, all_commands: bool = False, list_units: bool = Fal
     root, failed = preset.settings.data_root, []
     with stop_signals() as stop:
         if preset.reproduce.demo_data and (not root.exists() or (root / MARKER).exists()):
-            # it completes what an interruption left
+            # also completes images that an interruption left unfinished
             write_demo_dataset(root, preset.reproduce.demo_images, preset.reproduce.demo_data)
         if not _is_prepared(preset):
             _run(stop, "data.data_preprocess", *as_flags(preset, settings=PREPROCESS_SETTINGS))
@@ -103,7 +103,7 @@ def reproduce(preset: Preset, all_commands: bool = False, list_units: bool = Fal
 
 
 def _is_prepared(preset: Preset) -> bool:
-    """Whether the index is of as many images as the data set has."""
+    """Whether there is an index, with as many images as the data set has."""
     root, layout = preset.settings.data_root, preset.settings.data_layout
     if not (root.exists() and index_path(preset).exists()):
         return False
@@ -132,11 +132,11 @@ def commands_of(preset: Preset) -> list[tuple[str, str, str]]:
 
 
 def _print_units(preset: Preset) -> None:
-    """Print a command for each unit that is not finished, and on stderr what comes after them."""
+    """Print a command for each unfinished unit, and on stderr the command for the tables."""
     if not _is_prepared(preset):
         flags = as_flags(preset, ("reproduce",), settings=(*PREPROCESS_SETTINGS, "demo_data", "demo_images"))
         command = _line("model_training.reproduce", *flags, "--prepare")
-        raise UserError(f"{index_path(preset)} is missing or not of all images: run {command} first")
+        raise UserError(f"{index_path(preset)} is missing or lacks images: run {command} first")
     lines = [line for line, finished in units_of(preset) if not finished]
     print(*lines, sep="\n", end="\n" * bool(lines), flush=True)
     groups = ("reproduce", "tuning", "training", "num_crops")
@@ -145,15 +145,15 @@ def _print_units(preset: Preset) -> None:
 
 
 def units_of(preset: Preset) -> Iterator[tuple[str, bool]]:
-    """Each study, seed, number of crops and profile: its command, and whether it is finished.
+    """The command of each study, seed, number of crops and profile, and whether it is finished.
 
-    They depend on the index only, and each works in a folder of its own, so they can all run at once. A unit that is
+    They depend on the index only, and each works in a folder of its own, so they can all run at once. A unit that was
     finished with other settings counts as finished here; its command, the command of its stage or the tables refuse it.
     """
     studies = read_tuning_studies(preset_folder(preset) / "tuning")
     for stage, name, module in commands_of(preset):
         settings = getattr(preset, stage)
-        units: list[tuple[dict[str, tuple[int, ...]], bool]]  # what its command sets for itself, and whether finished
+        units: list[tuple[dict[str, tuple[int, ...]], bool]]  # the settings of one unit, and whether it is finished
         if stage == "tuning":
             total = settings.trials_of(name.startswith("standard_"))
             units = [({}, name in studies and not studies[name].trials_left(total))]
@@ -168,7 +168,7 @@ def units_of(preset: Preset) -> Iterator[tuple[str, bool]]:
 
 
 def _line(module: str, *arguments: str) -> str:
-    """A command as a shell takes it."""
+    """A command, quoted for a shell."""
     return shlex.join(["python", "-m", module, *arguments])
 
 
@@ -180,8 +180,8 @@ def _run(stop: StopRequest, command: str, *arguments: str) -> None:
     while process.poll() is None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(0.5)
-        if stop.requested and not passed_on:  # Ctrl-C has reached the command already; a scheduler's signal may not
-            process.terminate()  # it saves its state, which takes it a step
+        if stop.requested and not passed_on:  # Ctrl-C also reaches the command itself; a scheduler's signal may not
+            process.terminate()  # it saves its state after the current step
             passed_on = True
     if stop.requested or process.returncode == STOPPED:
         raise Stopped(f"python -m {command} ended with exit code {process.returncode}")

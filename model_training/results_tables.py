@@ -1,9 +1,9 @@
-"""Every table and figure of the paper, from whatever results exist.
+"""Every table and figure of the paper, from the results that exist.
 
     python -m model_training.results_tables
 
-Writes each table as CSV, Markdown and LaTeX and each figure as PNG to results/<preset>/tables/, prints the test
-metrics, and names what is missing. Without some of the preset's seeds it writes to a folder of its own, such as
+Writes each table as CSV, Markdown and LaTeX and each figure as PNG to results/<preset>/tables/, prints the first test
+metrics, and names what is missing. If --seeds lacks some of the preset's seeds, it writes to another folder, such as
 tables_seeds_1, and leaves the preset's tables as they are. Needs no GPU and takes seconds: run it as often as you
 like, also between experiments.
 """
@@ -26,13 +26,13 @@ from model_training.tables.table import Table
 from training.metrics import METRICS
 from utils import UserError, preset_folder, run_command
 
-SETTINGS = ("results_root", "stages", "experiments", "trials", "seeds", "crop_counts")  # that are read
+SETTINGS = ("results_root", "stages", "experiments", "trials", "seeds", "crop_counts")  # that this command reads
 
 
 def write_tables(preset: Preset) -> None:
     """Write every table and figure, print the test metrics, name what is missing.
 
-    Raises UserError without any results, for results that must not be averaged, and for an unreadable file.
+    Raises UserError if there are no results, if results must not be averaged, or if a file cannot be read.
     """
     results = preset_folder(preset)
     runs = read_results.read_runs(results, preset.training.seeds)
@@ -46,17 +46,17 @@ def write_tables(preset: Preset) -> None:
             f"such as python -m model_training.{name}_training {flags}"
         )
     found = {*runs, *studies, *(study.experiment for study in (*crop_costs, *standard_costs))}
-    if found.isdisjoint(preset.reproduce.experiments):  # of other names: those of the preset are not missed
+    if found.isdisjoint(preset.reproduce.experiments):  # only the user's own: the preset's are not called missing
         preset = replace(preset, reproduce=replace(preset.reproduce, experiments=()))
-    # What the preset reproduces and has no results is listed too, so that the tables say what is missing.
+    # Experiments of the preset without results are listed too, so that the tables say what is missing.
     runs = {name: runs.get(name, []) for name in _names(preset, "training", runs)}
     studies = {name: studies.get(name) for name in _names(preset, "tuning", studies)}
     crop_costs = _with_unmeasured(preset, "num_crops", crop_costs, "glass_")
     standard_costs = _with_unmeasured(preset, "standard_memory", standard_costs, "standard_")
 
     chosen = preset.training.seeds
-    whole = set(config.PRESETS[preset.name].training.seeds) <= set(chosen)
-    folder = results / ("tables" if whole else f"tables_seeds_{'_'.join(map(str, sorted(chosen)))}")
+    complete = set(config.PRESETS[preset.name].training.seeds) <= set(chosen)
+    folder = results / ("tables" if complete else f"tables_seeds_{'_'.join(map(str, sorted(chosen)))}")
     tables = [
         experiment_tables.table_of_test_metrics(runs, preset.training.seeds),
         experiment_tables.table_of_calibrated_metrics(runs),
@@ -83,7 +83,7 @@ def write_tables(preset: Preset) -> None:
 
 
 def _names(preset: Preset, stage: str, found: Iterable[str], family: str = "") -> list[str]:
-    """What the preset reproduces (of a family) in a stage, and what is on disk: standard, then GLASS, then others."""
+    """Names of the preset's experiments (of a family) in a stage and of those found: standard, GLASS, then others."""
     reproduced = preset.reproduce.experiments if stage in preset.reproduce.stages else ()
     names = [name for name in reproduced if name.startswith(family)]
     names += sorted(set(found).difference(names))
@@ -91,18 +91,18 @@ def _names(preset: Preset, stage: str, found: Iterable[str], family: str = "") -
 
 
 def _with_unmeasured(preset: Preset, stage: str, found: Sequence[CostStudy], family: str) -> list[CostStudy]:
-    """What was found, experiment by experiment, and an empty study for each of the family that has none."""
+    """The studies found, by experiment, and an empty one for each experiment of the family without any."""
     names = _names(preset, stage, [study.experiment for study in found], family)
     by_name = [[study for study in found if study.experiment == name] or [CostStudy(name)] for name in names]
     return list(chain.from_iterable(by_name))
 
 
 def _report(folder: Path, tables: Sequence[Table], why_not: Mapping[str, str]) -> None:
-    """Print the two tables of test metrics, how complete the others are, what was written and what is missing."""
-    in_full = ("test_metrics", "differences")
-    for table in sorted(tables, key=lambda table: table.name not in in_full):
-        if table.name in in_full:
-            print(table.markdown())
+    """Print two of the tables, how complete the others are, what was written and what is missing."""
+    printed = ("test_metrics", "differences")
+    for table in sorted(tables, key=lambda table: table.name not in printed):
+        if table.name in printed:
+            print(table.text())
         else:
             models = {row["model"] for row in table.rows}
             incomplete = {row["model"] for row in table.rows if row["missing"]}

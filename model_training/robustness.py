@@ -1,4 +1,4 @@
-"""How do detectors cope with what happens to images on their way: compression, resizing, blur, noise, cropping?
+"""How do detectors cope with what happens to images when they are shared: compression, resizing, blur, noise, cropping?
 
     python -m model_training.robustness --weights GLASS.safetensors STANDARD.safetensors --data-root ROOT
 
@@ -22,7 +22,6 @@ from model_training.evaluate import SHOWN, metric_of, metrics_row
 from model_training.inference.scores import SETTINGS, ScoringOptions, score_data
 from model_training.tables.figures import plot_strengths
 from model_training.tables.table import Table, value_of
-from models.weights import weights_file
 from training.detection_metrics import DETECTION_METRICS
 from utils import run_command
 
@@ -38,13 +37,13 @@ class Options(ScoringOptions):
 def measure_robustness(preset: Preset, **values: Any) -> None:
     """Score the preset's data set under every perturbation, and as it is; print and write the table and the figure.
 
-    `values` are of the fields of `Options`; raises UserError for weights, images or perturbations that cannot be used.
+    `values` are the fields of `Options`. Raises UserError for weights, images or perturbations that cannot be used.
     """
-    options = Options(**values | {"weights": tuple(map(weights_file, values["weights"]))})
+    options = Options(**values)
     kinds = list(dict.fromkeys(["native", *options.perturbations]))
     data = score_data(preset, options, kinds)
     folder, drawn = options.output_folder(preset, "robustness"), DETECTION_METRICS[options.metric]
-    rows = {kind: {"model": kind, "missing": ""} for kind in kinds}  # the perturbation names the row
+    rows = {kind: {"model": kind, "missing": ""} for kind in kinds}  # a row is named after its perturbation
     lines = {model: {} for model in data.models}
     for (model, seeds), kind in product(data.models.items(), kinds):
         row = metrics_row(seeds, "calibrated", kind, data)

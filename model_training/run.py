@@ -46,10 +46,10 @@ def train_and_evaluate(preset: Preset, experiment: Experiment, restart: bool = F
     metrics.json, whose presence says that the seed is finished. Until then it is resumed from checkpoint.pt.
 
     Args:
-        restart: archive what was started, and start over.
+        restart: archive the started runs, and start over.
 
     Raises:
-        UserError: no index, no weights, a folder that was started with other settings, or one that is in use.
+        UserError: no index, no weights, a run folder that was started with other settings or is in use.
         Stopped: a signal asked for it.
     """
     training = preset.training
@@ -68,19 +68,19 @@ def train_and_evaluate(preset: Preset, experiment: Experiment, restart: bool = F
 
 
 def hash_of_start(training: Training) -> dict[str, str]:
-    """What a run's settings say of the initial weights, wherever the file lies; raises UserError if there is none."""
+    """The initial weights by content, for a run's settings; empty without any. Raises UserError for a missing file."""
     initial = training.initial_weights
     if initial and not Path(initial).is_file():
-        raise UserError(f"the initial weights {initial} are no file: correct --initial-weights")
+        raise UserError(f"the initial weights {initial} are not a file: correct --initial-weights")
     return {"initial_weights_sha256": processes.on_main(lambda: sha256_of(Path(initial)))} if initial else {}
 
 
 def train_seed(
     session: Session, training: Training, experiment: Experiment, seed: int, folder: Path, start: dict[str, str]
 ) -> None:
-    """Train and test one seed in `folder`, as `train_and_evaluate` says, or report that it is finished.
+    """Train and test one seed in `folder`, see `train_and_evaluate`, or report that it is finished.
 
-    `start` is of `hash_of_start`.
+    `start` comes from `hash_of_start`.
     """
     values = resolved(session.settings, training, experiment) | {"seed": seed} | start
     with open_run(session, folder, values, results=("history.csv", "checkpoint.pt")) as run:
@@ -93,8 +93,8 @@ def train_seed(
 
 
 def _report(run: RunFolder, experiment: Experiment, seed: int, note: str) -> None:
-    metrics = read_json(run.path / "metrics.json")
-    with reading(run.path / "metrics.json"):
+    with reading(path := run.path / "metrics.json"):
+        metrics = read_json(path)
         accuracy, best = float(metrics["test"]["accuracy"]), int(metrics["best_epoch"])
         if not metrics.get("calibration", True):
             note = f", not calibrated: all validation images are of one class{note}"
@@ -125,7 +125,7 @@ class _SeedRun:
         own = {session.index.records[row].identity for row in seen}
         about["trained_on"] = sorted(own.union(earlier.get("trained_on") or ()))
         data = (*Provenance.read(earlier).data, TrainingData.of(session.index, seen))
-        about["provenance"] = Provenance(data).as_json()
+        about["provenance"] = asdict(Provenance(data))
 
         def on_epoch(history: list[EpochRecord]) -> None:
             if processes.is_main():

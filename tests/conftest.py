@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,31 +34,19 @@ from utils import find_experiment, read_json, sha256_of, write_json
 
 REPOSITORY = Path(__file__).parents[1]
 MakePreset = Callable[..., Preset]  # the toy preset with these settings
-LONG = [
-    "reliability",
-    "processes",
-    "commands",
-    "predict",
-    "evaluate",
-    "workers",
-    "list",
-    "layouts",
-    "tuning",
-    "samplers",
-    "config",
-    "ablations",
-    "training",
-    "checkpointing",
-]
+LONG = (  # test files, the longest first
+    "reliability processes commands predict evaluate workers list layouts tuning samplers config ablations training "
+    "checkpointing"
+)
 FIXTURES = Path(__file__).parent / "fixtures"
-# With a data root and a results root, the toy preset below as a user would ask for it.
+# With a data root and a results root, the toy preset below on the command line.
 TOY_SETTINGS = (
     *("--preset", "demo", "--patch-size", "32", "--valid-size", "6", "--test-size", "6"),
     *("--final-valid-fraction", "0.1", "--num-workers", "0", "--device", "cpu"),
 )
 TOY_BACKBONE = "timm:test_resnet"  # half a million parameters, a tenth of the demo's
 TOY_FLAGS = (*TOY_SETTINGS, "--backbone", TOY_BACKBONE)
-PREPROCESS_FLAGS = ("--preset", "demo", "--patch-size", "32", "--num-workers", "0")  # the same, for data_preprocess
+PREPROCESS_FLAGS = ("--preset", "demo", "--patch-size", "32", "--num-workers", "0")  # the same for data_preprocess
 
 
 def write_toy_images(root: Path, images_per_class: int = 20) -> None:
@@ -72,7 +61,7 @@ def write_toy_images(root: Path, images_per_class: int = 20) -> None:
             Image.fromarray(pixels).save(root / class_name / f"{i:04d}.{'jpg' if i % 2 else 'png'}")
 
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # of commands: tiny models, on busy cores
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # for commands: tiny models, on busy cores
 
 
 _servers = threading.local()  # one for each thread
@@ -85,17 +74,17 @@ def _server() -> Server:
 
 
 def run_module(module: str, *arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess:
-    """`python -m module arguments` in the repository, without a terminal, but for the import of the libraries."""
+    """`python -m module arguments` in the repository, without a terminal; libraries are imported already."""
     return _server().run([module, *map(str, arguments)], os.environ | ENVIRONMENT, timeout)
 
 
 def start_module(module: str, *arguments: str | Path) -> Process:
-    """The same, not waited for: in a process group of its own, its output in pipes."""
+    """The same without waiting for it: in a process group of its own, its output in pipes."""
     return _server().start([module, *map(str, arguments)], os.environ | ENVIRONMENT)
 
 
 def start_afresh(module: str, *arguments: str | Path) -> subprocess.Popen:
-    """The same in an interpreter of its own, for what one reads of its environment when it and libraries start."""
+    """The same in a new interpreter, for environment variables that libraries read when they are imported."""
     command, environment = [sys.executable, "-m", module, *map(str, arguments)], os.environ | ENVIRONMENT
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it, and so do their commands
@@ -103,23 +92,31 @@ def start_afresh(module: str, *arguments: str | Path) -> subprocess.Popen:
 
 
 def torchrun(processes: int, module: str, *arguments: str | Path) -> list[str | Path]:
-    """What `start_module` and the others take, to run a command in so many processes."""
+    """The arguments for `start_module` and the others that run a command with this number of processes."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return [*launcher, "-m", module, *arguments] if processes > 1 else [module, *arguments]
 
 
 def succeed(module: str, *arguments: str | Path, timeout: float = 300) -> str:
-    """`run_module`, which must end well; returns what it printed."""
+    """`run_module`, which must succeed; returns what it printed."""
     done = run_module(module, *arguments, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def refused(module: str, *arguments: str | Path) -> str:
-    """`run_module`, which must be refused; returns the one sentence that says why."""
+    """`run_module`, which must end with exit code 2; returns its one sentence on stderr."""
     done = run_module(module, *arguments)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     return done.stderr
+
+
+def wait_until(there: Callable[[], object], process: Process | None = None) -> None:
+    """Wait until `there()` is true or the process has ended, two minutes at most."""
+    deadline = time.monotonic() + 120
+    while not there() and (process is None or process.poll() is None):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def help_of(command: Path) -> str:
@@ -135,7 +132,7 @@ def help_of(command: Path) -> str:
 
 
 def untrained_weights(path: Path, name: str) -> Path:
-    """The weights file of the demo's experiment `name`, with patches of 32 and as its training begins."""
+    """Write the initial weights of the demo's experiment `name`, with patches of 32 pixels; returns `path`."""
     torch.manual_seed(0)
     settings = replace(config.DEMO.settings, patch_size=32, device="cpu")
     experiment = find_experiment(config.DEMO, name)
@@ -146,7 +143,7 @@ def untrained_weights(path: Path, name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data root of 40 toy images; read-only by agreement."""
+    """A data root of 40 toy images; no test writes to it."""
     root = tmp_path_factory.mktemp("data")
     write_toy_images(root)
     return root
@@ -154,14 +151,14 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def indexed(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A results root that holds nothing but the index of the toy data, made by the real command."""
+    """A results root with only the index of the toy data, made by the real command."""
     results = tmp_path_factory.mktemp("indexed")
     succeed("data.data_preprocess", *PREPROCESS_FLAGS, "--data-root", toy_data, "--results-root", results)
     return results
 
 
 def copy_index(source: Path, results: Path) -> Path:
-    """`results`, made a results root of its own with the index of `source`."""
+    """Make `results` a results root with a copy of the index in `source`; returns it."""
     shutil.copytree(source / "demo" / "dataset", results / "demo" / "dataset")
     return results
 
@@ -179,12 +176,12 @@ def trained(toy_data: Path, indexed: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def results(indexed: Path, tmp_path: Path) -> Path:
-    """A results root of the test's own, with the index of the toy data."""
+    """A new results root with the index of the toy data."""
     return copy_index(indexed, tmp_path / "results")
 
 
 def edit_index(results: Path, change: Callable[[str], str]) -> None:
-    """Change the index under `results`, vouched for as if preprocessing had written it."""
+    """Change the index under `results`, with a matching hash, as if preprocessing had written it."""
     index, statistics = (results / "demo" / "dataset" / name for name in ("index.csv", "statistics.json"))
     index.write_text(change(index.read_text()))
     write_json(statistics, read_json(statistics) | {"index_sha256": sha256_of(index)})
@@ -232,11 +229,11 @@ def toy_job(preset: Preset, name: str = "standard_resnet", epochs: int = 2, **ch
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no process is left with one while the others have nothing to do."""
-    order = {f"test_{name}.py": place for place, name in enumerate(reversed(LONG))}
-    items.sort(key=lambda item: -order.get(item.path.name, -1))
+    order = {f"test_{name}.py": place for place, name in enumerate(LONG.split())}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(autouse=True)
 def _same_torch_state() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # tiny models on busy cores: two threads wait for each other far longer than they compute
+    torch.set_num_threads(1)  # on busy cores, threads of tiny models wait for each other longer than they compute

@@ -1,4 +1,4 @@
-"""The page of `model_training.app`: a server of a test's own, what clients ask of it, and what its cards say.
+"""Helpers for the page of `model_training.app`: a server, clients, a browser, the cards that it shows.
 
     python -m tests.pages --weights FILE IMAGE docs/app.png
 
@@ -6,7 +6,9 @@ takes a picture of the page with an image dropped on it.
 """
 
 import argparse
+import html
 import importlib.util
+import re
 import shutil
 import signal
 import socket
@@ -14,7 +16,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tests.conftest import start_module
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 NUMBERS = {"probability": "probability_fake", "deviation": "standard_deviation"}  # of a card, in predictions.csv
-Card = dict[str, str]  # what a card's data attributes say: name, and problem or verdict, probability, deviation, note
+Card = dict[str, str]  # a card's data attributes: name, and problem or verdict, probability, deviation, note
 
 
 class Server:
@@ -41,7 +42,7 @@ class Server:
             self.errors += line
 
     def stop(self) -> int:
-        """As Ctrl-C does, of somebody who does not wait; the exit code."""
+        """Press Ctrl-C twice; returns the exit code."""
         for _ in range(2):
             self.process.send_signal(signal.SIGINT)
             time.sleep(0.1)
@@ -54,39 +55,28 @@ class Server:
 
 @contextmanager
 def served(weights: Path, *flags: str | Path) -> Iterator[Server]:
-    """The page, from when it answers until the end of the block."""
+    """The page, which answers until the end of the block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     process = start_module("model_training.app", "--weights", weights, "--device", "cpu", "--port", str(port), *flags)
     server = Server(process, f"http://127.0.0.1:{port}")
     try:
-        said = process.stdout.readline()
-        assert server.url in said, said + server.errors
+        message = process.stdout.readline()
+        assert server.url in message, message + server.errors
         yield server
     finally:
         server.stop()
 
 
-class _Cards(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cards: list[Card] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "article":
-            self.cards.append({name.removeprefix("data-"): value or "" for name, value in attrs})
-
-
 def cards_of(page: str) -> list[Card]:
-    """The cards of an HTML text."""
-    parser = _Cards()
-    parser.feed(page)
-    return parser.cards
+    """The data attributes of each card in an HTML text."""
+    cards = re.findall(r'<article((?:\s+[\w-]+="[^"]*")+)', page)
+    return [{name: html.unescape(value) for name, value in re.findall(r'data-(\w+)="([^"]*)"', card)} for card in cards]
 
 
-def asked(url: str, drops: Sequence[Sequence[Path]]) -> list[list[Card]]:
-    """What one client gets that drops some files, then others, and so on: the new cards of each drop."""
+def drop_files(url: str, drops: Sequence[Sequence[Path]]) -> list[list[Card]]:
+    """The new cards after each drop of some files by one client."""
     from gradio_client import Client, handle_file
 
     client, answers = Client(url, verbose=False, analytics_enabled=False, download_files=False), []
@@ -97,7 +87,7 @@ def asked(url: str, drops: Sequence[Sequence[Path]]) -> list[list[Card]]:
 
 
 def agree(card: Card, row: dict[str, str]) -> bool:
-    """Whether a card says what a row of predictions.csv says, numbers to 1e-6."""
+    """Whether a card agrees with a row of predictions.csv, numbers to 1e-6."""
     if row["problem"]:
         return card.get("problem") == row["problem"]
     numbers = [(card.get(name, ""), row[column]) for name, column in NUMBERS.items()]
@@ -107,7 +97,7 @@ def agree(card: Card, row: dict[str, str]) -> bool:
 
 
 def missing_browser() -> str:
-    """What there is not, of what a browser needs."""
+    """The programs that a browser needs and that are not installed."""
     there = {"chromium": CHROMIUM, "playwright (requirements-browser.txt)": importlib.util.find_spec("playwright")}
     return " and ".join(name for name, found in there.items() if not found)
 

@@ -1,4 +1,4 @@
-"""The effects of config.Settings, shown on the real code; those of whole commands are in test_config.py."""
+"""The effects of config.Settings, shown on the real code; those of complete commands are in test_config.py."""
 
 import io
 from collections.abc import Callable, Hashable, Mapping
@@ -19,7 +19,6 @@ from data.data_preprocess import preprocess
 from data.datasets import load_splits
 from data.index import read_index
 from data.loaders import ImageLoader, build_loader
-from hyperparameter_tuning.study import tune
 from hyperparameter_tuning.trials import fit_trial
 from hyperparameter_tuning.workers import Worker
 from model_training.run import train_and_evaluate
@@ -54,7 +53,7 @@ EFFECTS: dict[str, tuple[Observe, Mapping[Hashable, object]]] = {}
 
 
 def effect(settings: str, expected: Mapping[Hashable, object]) -> Callable[[Observe], Observe]:
-    """Enter a function (lab, value) -> what can be observed, and what is expected for each value of the settings."""
+    """Register a function (lab, value) -> what can be observed, with the expected observation for each value."""
 
     def enter(observe: Observe) -> Observe:
         EFFECTS.update(dict.fromkeys(settings.split(), (observe, expected)))
@@ -64,7 +63,7 @@ def effect(settings: str, expected: Mapping[Hashable, object]) -> Callable[[Obse
 
 
 def refusal(action: Callable[[], object]) -> str:
-    """The sentence with which it is refused, if it is."""
+    """The sentence of its UserError; "" without one."""
     try:
         action()
     except UserError as error:
@@ -116,22 +115,6 @@ effect(
 effect("Settings.main_seed", {606: True, 607: False})(  # whether the test images are those of seed 606
     lambda lab, seed: load_splits(lab.preset(main_seed=seed))[1].test == load_splits(lab.preset())[1].test
 )
-effect("Settings.cache_limit_gb", {1e-5: True, 1.0: False})(
-    lambda lab, limit: (
-        f"more than cache_limit_gb = {limit}"
-        in refusal(
-            lambda: preprocess(lab.preset(results_root=lab.folder / str(limit), cache_limit_gb=limit), ("views",))
-        )
-    )
-)
-
-
-effect("Tuning.study_storage", {"": False, "sqlite:///s.db": True})(
-    lambda lab, url: (
-        f"{url}: it must be postgresql+psycopg://"
-        in refusal(lambda: tune(lab.running(tuning=Tuning(1, 1, 1, 1, study_storage=url)), STANDARD))
-    )
-)
 
 
 @effect("Tuning.heartbeat_seconds", {1: "timeout=11s", 60: "timeout=70s"})
@@ -180,19 +163,6 @@ def sizes_by_list(lab: Lab, per_class: int) -> list[int]:
     index, _ = load_splits(preset)
     assert [record.path for record in index.records] == chosen and index.fingerprint != every.fingerprint
     return split_sizes(preset)[:3]
-
-
-@effect("Settings.data_layout", {"auto": [1, 0, 0], "l.csv:0=real": [1, 0, 0], "l.csv:0=fake": [0, 1, 1]})
-def labels_by_layout(lab: Lab, layout: str) -> list[int]:
-    root = lab.folder / f"by {layout}"
-    for number, name in enumerate(("0_real/a.png", "1_fake/b.png", "1_fake/c.png")):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 40), (number, 0, 0)).save(root / name)
-    (root / "l.csv").write_text("path,label\n0_real/a.png,0\n1_fake/b.png,1\n1_fake/c.png,1\n")
-    layout = layout if layout == "auto" else f"{root / layout}"
-    preset = lab.preset(data_root=root, results_root=lab.folder / f"of {root.name}", data_layout=layout)
-    preprocess(preset)
-    return [record.label for record in sorted(read_index(preset).records, key=lambda record: record.path)]
 
 
 @effect("Settings.group_by Settings.hold_out", {("000[0-2]",): 10, ("000[0-4]",): 14})
@@ -274,7 +244,7 @@ def the_last_learning_rate(lab: Lab, eta_min: float) -> float:
 @effect("Settings.precision", {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32})
 def dtype_of_a_forward_pass(lab: Lab, precision: str) -> torch.dtype:
     runtime = build_runtime(lab.preset(precision=precision).settings)
-    assert runtime.precision == "fp32"  # which is all that a CPU is asked for; CUDA's part is in test_gpu.py
+    assert runtime.precision == "fp32"  # always so on a CPU; CUDA's part is in test_gpu.py
     with replace(runtime, precision=precision).autocast():
         return nn.Linear(2, 2)(torch.ones(1, 2)).dtype
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from data.lists import read_csv
 from tests.campaigns.kills import state_of
-from tests.conftest import TOY_SETTINGS, copy_index, refused, start_module, succeed
+from tests.conftest import TOY_SETTINGS, copy_index, refused, start_module, succeed, wait_until
 from training.detection_metrics import paired_differences
 from utils import STOPPED
 
@@ -86,7 +85,7 @@ def test_the_table_is_what_histories_and_predictions_say(finished: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_grid_that_was_killed_and_stopped_ends_as_if_it_had_not_been_and_grows(
+def test_an_interrupted_grid_ends_like_an_uninterrupted_one_and_can_be_extended(
     finished: Path, toy_data: Path, results: Path
 ) -> None:
     command = (COMMAND, *FLAGS, *GRID, "--data-root", toy_data, "--results-root", results)
@@ -95,9 +94,8 @@ def test_a_grid_that_was_killed_and_stopped_ends_as_if_it_had_not_been_and_grows
         (signal.SIGKILL, "random_mean/seed_1/checkpoint.pt"),
         (signal.SIGTERM, "local/seed_1/run.json"),
     ):
-        process, deadline = start_module(*command, "--checkpoint-every", "2"), time.monotonic() + 120
-        while not (folder / there).exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
+        process = start_module(*command, "--checkpoint-every", "2")
+        wait_until((folder / there).exists, process)
         os.killpg(process.pid, killed)
         printed, errors = process.communicate(timeout=60)
         assert process.returncode == (-killed if killed == signal.SIGKILL else STOPPED), errors
@@ -120,13 +118,13 @@ def test_a_grid_that_was_killed_and_stopped_ends_as_if_it_had_not_been_and_grows
     assert [*table_of(results)] == [*VARIANTS[:3], "k_2", "standard"] and table_of(results)["k_2"]["num_crops"] == "2"
     assert printed.count("(finished before)") == len(before) == 4 * 3
     assert before == {path: path.stat().st_mtime_ns for path in before}
-    said = refused("model_training.results_tables", "--preset", "demo", "--results-root", results)
-    assert "holds no results yet" in said  # of its own
+    message = refused("model_training.results_tables", "--preset", "demo", "--results-root", results)
+    assert "holds no results yet" in message  # of its own
     assert "label_smoothing = 0.1, now 0.3: pass --restart" in refused(*command, "--label-smoothing", "0.3")
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (("--samplers", "five"), "num_crops is 4: crop_sampler five takes 5"),
         (("--experiment", "standard_resnet"), "standard_resnet is no GLASS model"),
@@ -134,8 +132,8 @@ def test_a_grid_that_was_killed_and_stopped_ends_as_if_it_had_not_been_and_grows
         (("--learning-rates", "1", "1"), "it must be one or more values, each once"),
     ],
 )  # fmt: skip
-def test_a_grid_that_cannot_be_is_refused(flags: tuple[str, ...], said: str, toy_data: Path, results: Path) -> None:
-    assert said in refused(COMMAND, *FLAGS, *flags, "--data-root", toy_data, "--results-root", results)
+def test_an_impossible_grid_is_refused(flags: tuple[str, ...], message: str, toy_data: Path, results: Path) -> None:
+    assert message in refused(COMMAND, *FLAGS, *flags, "--data-root", toy_data, "--results-root", results)
     assert not (results / "demo" / "ablations").exists()
 
 
@@ -147,6 +145,6 @@ def test_a_training_that_fails_does_not_stop_the_others(toy_data: Path, results:
     save_file(weights, file := tmp_path / "weights.safetensors")
     grid = "--samplers random --poolings mean --branches both --learning-rates 1 --no-standard"
     flags = (*FLAGS, *grid.split(), "--weights-files", f"timm:resnet10t={file}")
-    said = refused(COMMAND, *flags, "--data-root", toy_data, "--results-root", results)
-    assert "2 trainings failed: stratified_attention seed 1 failed: the model's outputs are infinite" in said
+    message = refused(COMMAND, *flags, "--data-root", toy_data, "--results-root", results)
+    assert "2 trainings failed: stratified_attention seed 1 failed: the model's outputs are infinite" in message
     assert [row["missing"] for row in table_of(results).values()] == ["seed 1, 2 not run"] * 2

@@ -1,11 +1,11 @@
-"""The page to drop images on: in a browser, and asked by several clients at once."""
+"""The page of `model_training.app`: in a browser, and with several clients at once."""
 
 import glob
 import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -16,9 +16,9 @@ import pytest
 
 from data.lists import read_csv
 from model_training.app import PAGES
-from tests.conftest import refused, run_module, untrained_weights
+from tests.conftest import refused, run_module, untrained_weights, wait_until
 from tests.odd_images import write_odd_images
-from tests.pages import Card, Server, agree, asked, browsed, cards_of, missing_browser, served
+from tests.pages import Card, Server, agree, browsed, cards_of, drop_files, missing_browser, served
 
 gradio_client = pytest.importorskip("gradio_client", reason="the page needs gradio (requirements-app.txt)")
 
@@ -68,13 +68,13 @@ def page(server: Server) -> Iterator[Any]:
         yield page
 
 
-def test_several_clients_at_once_get_what_predict_says(
+def test_several_clients_at_once_get_the_numbers_of_predict(
     server: Server, scratch: Path, rows: dict[Path, dict[str, str]]
 ) -> None:
     paths = list(rows)
     drops = [[paths[n::4][i : i + 3] for i in range(0, len(paths[n::4]), 3)] for n in range(4)]
     with ThreadPoolExecutor(4) as clients:
-        answers = list(clients.map(asked, [server.url] * 4, drops))
+        answers = list(clients.map(drop_files, [server.url] * 4, drops))
     for drop, cards in zip(chain(*drops), chain(*answers), strict=True):
         assert [card["name"] for card in cards] == [path.name for path in drop]
         for path, card in zip(drop, cards, strict=True):
@@ -84,7 +84,7 @@ def test_several_clients_at_once_get_what_predict_says(
 
 
 def cards_in(page: Any, number: int) -> list[Card]:
-    """The cards, once there are so many."""
+    """The cards, once there are `number` of them."""
     page.wait_for_function(f"document.querySelectorAll('.card').length >= {number}")
     return cards_of(page.content())
 
@@ -127,15 +127,15 @@ def test_a_browser_shows_what_predict_says_and_a_map_on_request(
 
 def test_a_port_that_is_taken_and_crops_of_a_model_without_are_refused(server: Server, scratch: Path) -> None:
     port = server.url.rpartition(":")[2]
-    said = refused("model_training.app", "--weights", scratch / "model.safetensors", "--port", port)
-    assert f"127.0.0.1:{port} cannot be listened on, as it is taken" in said and "GRADIO_SERVER_PORT" not in said
+    message = refused("model_training.app", "--weights", scratch / "model.safetensors", "--port", port)
+    assert f"127.0.0.1:{port} cannot be listened on, as it is taken" in message and "GRADIO_SERVER_PORT" not in message
     assert "host is" in refused("model_training.app", "--weights", scratch / "model.safetensors", "--host", "")
     standard = untrained_weights(scratch / "standard.safetensors", "standard_resnet")
-    said = refused("model_training.app", "--weights", standard, "--num-crops", "4")
-    assert "looks at the whole image and draws no crops" in said
+    message = refused("model_training.app", "--weights", standard, "--num-crops", "4")
+    assert "looks at the whole image and draws no crops" in message
 
 
-def test_a_page_is_kept_for_so_many_and_a_map_is_drawn_after_a_pause(
+def test_the_images_of_the_last_pages_are_kept_and_a_map_is_drawn_after_a_pause(
     server: Server, rows: dict[Path, dict[str, str]]
 ) -> None:
     client = gradio_client.Client(server.url, verbose=False, analytics_enabled=False, download_files=False)
@@ -152,8 +152,8 @@ def test_a_page_is_kept_for_so_many_and_a_map_is_drawn_after_a_pause(
     time.sleep(0.5)
     job = {"fn_index": 1, "data": [None, None], "event_data": {"number": "1"}, "session_hash": first}
     web.post("/queue/join", json=job).raise_for_status()
-    with web.stream("GET", "/queue/data", params={"session_hash": first}) as said:
-        assert "tiles over the whole image" in next(line for line in said.iter_lines() if "process_completed" in line)
+    with web.stream("GET", "/queue/data", params={"session_hash": first}) as events:
+        assert "tiles over the whole image" in next(line for line in events.iter_lines() if "process_completed" in line)
     assert [card["name"] for card in cards(text)] == ["photo.JPG", text.name]
     for number in range(PAGES):
         client.session_hash = f"another{number}"
@@ -162,15 +162,7 @@ def test_a_page_is_kept_for_so_many_and_a_map_is_drawn_after_a_pause(
     assert [card["name"] for card in cards(text)] == [text.name]
 
 
-def wait_for(there: Callable[[], object]) -> None:
-    """Until something is so, half a minute at most."""
-    deadline = time.monotonic() + 30
-    while not there():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_uploads_go_after_an_hour_even_those_that_were_broken_off(server: Server, scratch: Path) -> None:
+def test_uploads_are_removed_after_an_hour_even_those_that_were_broken_off(server: Server, scratch: Path) -> None:
     (uploads,) = (scratch / "uploads").glob("app_*")
     address = tuple(server.url.split("/")[2].split(":"))
     part = "--x\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n\r\n"
@@ -178,11 +170,11 @@ def test_uploads_go_after_an_hour_even_those_that_were_broken_off(server: Server
     before = set(uploads.iterdir())
     with socket.create_connection(address) as client:
         client.sendall(f"{head}Content-Length: 9000\r\n\r\n{part}".encode() + bytes(99))
-        wait_for(lambda: set(uploads.iterdir()) - before)
+        wait_until(lambda: set(uploads.iterdir()) - before)
     time.sleep(0.5)  # until what was sent is written
     (broken_off,) = set(uploads.iterdir()) - before
     os.utime(broken_off, (0, 0))
-    wait_for(lambda: not broken_off.exists())
+    wait_until(lambda: not broken_off.exists())
 
 
 def test_no_address_is_fetched_for_a_client(server: Server) -> None:
@@ -191,7 +183,7 @@ def test_no_address_is_fetched_for_a_client(server: Server) -> None:
         address = f"http://127.0.0.1:{other.getsockname()[1]}/a.png"
         file = {"path": address, "url": address, "meta": {"_type": "gradio.FileData"}}
         client = gradio_client.Client(server.url, verbose=False, analytics_enabled=False)
-        *_, said = client.predict([file], api_name="/examine")
-        assert [card["problem"] for card in cards_of(said)] == ["No such file or directory"]
+        *_, message = client.predict([file], api_name="/examine")
+        assert [card["problem"] for card in cards_of(message)] == ["No such file or directory"]
         with pytest.raises(TimeoutError):
             other.accept()

@@ -109,7 +109,7 @@ def test_the_reproduction_runs_its_commands_then_the_tables_and_says_why(toy_dat
     arguments = [*TOY_SETTINGS, "--data-root", toy_data, "--results-root", tmp_path, "--epochs", "1", "--seeds", "3"]
     printed = succeed("model_training.reproduce", *arguments)
     order = [printed.index(f"-m model_training.{name}_training") for name in ("standard_resnet", "glass_resnet")]
-    assert order == sorted(order) and printed.index("no evidence about real generators") > order[1]
+    assert order == sorted(order) and printed.index("no evidence about real generators") > order[1]  # closing_words
     assert (tmp_path / "demo" / "tables_seeds_3" / "test_metrics.md").exists()
     assert (tmp_path / "demo" / "glass_resnet" / "seed_3" / "metrics.json").exists()
 
@@ -135,7 +135,7 @@ def test_the_benchmark_of_training_leaves_a_table(tmp_path: Path) -> None:
     assert "### Training" in report.read_text() and "| glass_vit |" in report.read_text()
 
 
-def test_the_floor_of_hand_made_features_stands_beside_trained_models(toy_data: Path, tmp_path: Path) -> None:
+def test_hand_made_features_are_compared_with_trained_models(toy_data: Path, tmp_path: Path) -> None:
     write_toy_images(root := tmp_path / "data", 60)
     places = ("--preset", "demo", "--data-root", root, "--results-root", tmp_path, "--group-by", "stem")
     split = ("--valid-size", "0.15", "--test-size", "0.25", "--final-valid-fraction", "0.1")
@@ -158,8 +158,8 @@ def test_the_floor_of_hand_made_features_stands_beside_trained_models(toy_data: 
     assert f"| standard_resnet minus hand-made | all | native | {aucs[2] - np.mean(aucs[:2]):+.1f} [" in printed
     printed = succeed(*floor, *split, "--test-root", toy_data)
     assert f"40 images of {toy_data}, 20 of them fake" in printed and "interval over 20 pairs]" in printed
-    said = refused(*floor, "--valid-size", "0.15", "--test-size", "0.2", "--predictions", predictions)
-    assert f"{predictions} cannot be read (ValueError: it has 30 images, and not those 24 that are tested)" in said
+    message = refused(*floor, "--valid-size", "0.15", "--test-size", "0.2", "--predictions", predictions)
+    assert f"{predictions} cannot be read (ValueError: it has 30 images, and not those 24 that are tested)" in message
 
 
 def test_hand_made_features_of_a_known_image() -> None:

@@ -1,8 +1,6 @@
 """Every setting in config.py has an effect, shown on the real code, and the paper's are docs/method.md's."""
 
-import contextlib
 import inspect
-import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -18,18 +16,17 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import config
 from config import CostSettings, LogUniform, NumCrops, Preset, Reproduce, StandardMemory, Training, Tuning
-from data.lists import read_csv
 from data.views import ViewSettings
 from hyperparameter_tuning.search_spaces import suggest_experiment
-from hyperparameter_tuning.study import build_live_study, tune
+from hyperparameter_tuning.study import build_live_study
 from model_training.ablations import variants_of
-from model_training.reproduce import commands_of, reproduce
+from model_training.reproduce import commands_of
 from model_training.run import train_and_evaluate
 from models.build import build_model
 from num_crops.sweep import sweep
 from standard_memory.profile import profile
 from tests.conftest import FIXTURES, MakePreset
-from tests.setting_effects import EFFECTS, GLASS, STANDARD, Lab, Observe, batch, effect, refusal
+from tests.setting_effects import EFFECTS, GLASS, STANDARD, Lab, Observe, effect
 from training.checkpoints import Checkpoint
 from training.optimizer import parameter_groups
 from training.runs import seed_folder
@@ -55,19 +52,6 @@ def steps_of(action: Callable[..., None], *arguments: object) -> int:
     return len(steps)
 
 
-@effect("Tuning.trials Tuning.epochs", {(1, 2): [1, 2], (2, 1): [2, 1]})
-def epochs_of_trials(lab: Lab, value: tuple[int, int]) -> list[int]:
-    trials, epochs = value
-    tuning = Tuning(epochs=epochs, trials=trials, min_resource=1, max_resource=1)
-    preset = lab.running(tuning=tuning)
-    for experiment in (GLASS, STANDARD):
-        tune(preset, experiment)
-        file = preset_folder(preset) / "tuning" / experiment.name / "study.db"
-        found = optuna.load_study(study_name=experiment.name, storage=f"sqlite:///{file}").trials
-        assert len(found) == trials and {len(trial.intermediate_values) for trial in found} <= {epochs, 1}
-    return [trials, len(found[0].intermediate_values)]
-
-
 @effect(
     "Tuning.min_resource Tuning.max_resource Tuning.reduction_factor",
     {(5, 25, 3): {5, 15}, (2, 25, 3): {2, 6, 18}, (5, 14, 3): {5}, (5, 25, 2): {5, 10, 20}},
@@ -85,24 +69,6 @@ def epochs_at_which_worse_and_worse_trials_are_pruned(lab: Lab, value: tuple[int
                 break
         study.tell(trial, -number)
     return steps
-
-
-@effect(
-    "Training.epochs Training.seeds GlassExperiment.name",
-    {(1, (3, 4)): {"seed_3": 1, "seed_4": 1}, (2, (5,)): {"seed_5": 2}},
-)
-def lines_of_histories(lab: Lab, value: tuple[int, tuple[int, ...]]) -> dict[str, int]:
-    preset = lab.running(training=Training(epochs=value[0], seeds=value[1]))
-    train_and_evaluate(preset, replace(GLASS, name="renamed"))
-    files = preset_folder(preset).glob("renamed/*/history.csv")
-    return {file.parent.name: len(read_csv(file)) for file in sorted(files)}
-
-
-@effect("Settings.tensorboard", {True: 1, False: 0})
-def folders_for_tensorboard(lab: Lab, value: bool) -> int:
-    preset = lab.running(training=Training(epochs=1, seeds=(1,)))
-    train_and_evaluate(replace(preset, settings=replace(preset.settings, tensorboard=value)), STANDARD)
-    return len(list(preset.settings.results_root.rglob("tensorboard")))
 
 
 @effect("Settings.checkpoint_every", {0: 2, 2: 2 + 2 * 4, 7: 2 + 2})  # two epochs of eight steps
@@ -133,28 +99,21 @@ MODES = {  # epochs, batch_size, quick, warmup_steps, measured_steps -> steps of
 }  # fmt: skip
 
 
-@effect(" ".join(f"NumCrops.{field.name}" for field in fields(NumCrops) if field.name != "crop_counts"), MODES)
-def steps_of_a_sweep(lab: Lab, mode: tuple) -> int:
-    return steps_of(sweep, lab.running(num_crops=NumCrops(*mode, (1,))), GLASS)
-
-
 @effect(
-    " ".join(f"StandardMemory.{field.name}" for field in fields(StandardMemory)) + " StandardExperiment.name", MODES
+    " ".join(f"{study}.{field.name}" for study in ("NumCrops", "StandardMemory") for field in fields(CostSettings))
+    + " GlassExperiment.name StandardExperiment.name",
+    MODES,
 )
-def steps_of_a_profile(lab: Lab, mode: tuple) -> int:
-    preset = lab.running(standard_memory=StandardMemory(*mode))
-    steps = steps_of(profile, preset, replace(STANDARD, name="renamed"))
-    assert list(preset_folder(preset).glob(f"standard_memory/renamed/{'quick' if mode[2] else 'full'}/costs.csv"))
-    return steps
-
-
-@effect("NumCrops.crop_counts", {(2,): [2], (1, 2, 3): [1, 2, 3]})
-def measured_crop_counts(lab: Lab, counts: tuple[int, ...]) -> list[int]:
-    study = NumCrops(crop_counts=counts, batch_size=4, quick=True, warmup_steps=0, measured_steps=1)
-    preset = lab.running(num_crops=study)
-    sweep(preset, GLASS)
-    files = sorted((preset_folder(preset) / "num_crops" / GLASS.name / "quick").glob("k_*/costs.csv"))
-    return [int(row["num_crops"]) for file in files for row in read_csv(file)]
+def steps_of_cost_studies(lab: Lab, mode: tuple) -> int:
+    preset = lab.running(num_crops=NumCrops(*mode, (1,)), standard_memory=StandardMemory(*mode))
+    steps = {
+        steps_of(sweep, preset, replace(GLASS, name="mine")),
+        steps_of(profile, preset, replace(STANDARD, name="mine")),
+    }
+    for study in ("num_crops/mine/*/k_1", "standard_memory/mine/*"):
+        (costs,) = preset_folder(preset).glob(f"{study}/costs.csv")
+        assert ("quick" if mode[2] else "full") in costs.parts
+    return steps.pop() if len(steps) == 1 else -1
 
 
 VARIANTS = ["stratified_attention", "grid_mean", "local", "standard"]
@@ -196,26 +155,6 @@ def commands_of_a_reproduction(lab: Lab, value: tuple[str, str]) -> list[str]:
 
 
 @effect(
-    "Reproduce.demo_data Reproduce.demo_images",
-    {("", 1): (0, 0), ("whole", 1): (2, 0), ("local", 1): (2, 1), ("whole", 2): (4, 0)},
-)
-def written_images_and_masks(lab: Lab, value: tuple[str, int]) -> tuple[int, int]:
-    data = lab.folder / "_".join(map(str, value))
-    settings = lab.preset(data_root=data, results_root=lab.folder / f"results {data.name}").settings
-    demo = Reproduce(stages=(), demo_data=value[0], demo_images=value[1])
-    refusal(lambda: reproduce(replace(config.DEMO, settings=settings, reproduce=demo)))  # "": of no data
-    return len([*data.glob("[fr]*/*")]), len([*data.glob("masks/fake/*")])
-
-
-@effect("Reproduce.closing_words", {"Farewell.": "Farewell.", "Good night.": "Good night."})
-def the_last_words(lab: Lab, words: str) -> str:
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        reproduce(replace(lab.preset(), reproduce=Reproduce(stages=(), closing_words=words)))
-    return printed.getvalue().splitlines()[-1]
-
-
-@effect(
     " ".join(f"GlassExperiment.{name}" for name in ("lr_global", "lr_local", "lr_atten_class", "wd_global", "wd_local"))
     + " StandardExperiment.lr StandardExperiment.weight_decay",
     {"glass": [(0.1, 0.4), (0.2, 0.5), (0.3, 0.0)], "standard": [(0.1, 0.2)]},
@@ -251,12 +190,6 @@ def kinds_of_pools(lab: Lab, pooling: str) -> str:
     return type(build_model(replace(GLASS, pooling=pooling), lab.preset().settings).attention).__name__
 
 
-@effect("GlassExperiment.branches", {"both": 2, "global": 1, "local": 2})
-def views_of_a_batch(lab: Lab, branches: str) -> int:
-    *views, _ = batch(lab.preset(), replace(GLASS, branches=branches))
-    return len(views)
-
-
 @effect("LogUniform.low LogUniform.high", {(3e-3, 4e-3): True, (5e-3, 6e-3): True})
 def suggestions_lie_in_the_search_space(lab: Lab, value: tuple[float, float]) -> bool:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
@@ -266,6 +199,21 @@ def suggestions_lie_in_the_search_space(lab: Lab, value: tuple[float, float]) ->
     return all(value[0] <= each.lr_local <= value[1] for each in found)
 
 
+SHOWN_ELSEWHERE = {  # setting -> the tests that show its effect
+    "Settings.cache_limit_gb": "test_pixel_cache.py",
+    "Settings.data_layout": "test_layouts.py",
+    "Settings.tensorboard": "test_tensorboard.py",
+    "Tuning.study_storage": "test_workers.py",
+    "Tuning.trials": "test_tuning.py",
+    "Tuning.epochs": "test_tuning.py",
+    "Training.epochs": "test_commands.py",
+    "Training.seeds": "test_commands.py",
+    "NumCrops.crop_counts": "test_commands.py",
+    "Reproduce.demo_data": "test_demo_data.py",
+    "Reproduce.demo_images": "test_demo_data.py",
+    "Reproduce.closing_words": "test_commands.py",
+    "GlassExperiment.branches": "test_samplers.py",
+}
 OBSERVATIONS = {observe: (setting, expected) for setting, (observe, expected) in reversed(EFFECTS.items())}
 
 
@@ -275,7 +223,7 @@ def test_every_setting_has_its_effect(observe: Observe, lab: Lab) -> None:
     assert {value: observe(lab, value) for value in expected} == expected
 
 
-def test_an_effect_is_shown_of_every_setting() -> None:
+def test_the_effect_of_every_setting_is_shown() -> None:
     classes = [
         item
         for item in vars(config).values()
@@ -284,7 +232,10 @@ def test_an_effect_is_shown_of_every_setting() -> None:
     settings = {
         f"{owner.__name__}.{f.name}" for owner in classes if owner not in (Preset, CostSettings) for f in fields(owner)
     }
-    assert EFFECTS.keys() == settings
+    assert EFFECTS.keys() | SHOWN_ELSEWHERE.keys() == settings and not EFFECTS.keys() & SHOWN_ELSEWHERE.keys()
+    for setting, file in SHOWN_ELSEWHERE.items():
+        name = setting.partition(".")[2]
+        assert re.search(rf"\b{name}|--{name.replace('_', '-')}", (Path(__file__).parent / file).read_text()), setting
 
 
 def test_the_paper_preset_holds_the_numbers_of_the_method() -> None:

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from tests.conftest import (
     refused,
     start_module,
     succeed,
+    wait_until,
 )
 from tests.proc import children_of, workers_of
 from training.stopping import stop_signals
@@ -37,15 +37,9 @@ TRAINING = "model_training.standard_resnet_training"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="finds child processes in /proc")
 
 
-def wait_for(there: Callable[[], bool], process: Process) -> None:
-    deadline = time.monotonic() + 120
-    while not there() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-
-
 def stop(process: Process, there: Callable[[], bool]) -> tuple[str, str]:
     """Ask the command to stop once something is there; returns what it printed."""
-    wait_for(there, process)
+    wait_until(there, process)
     process.terminate()
     printed = process.communicate(timeout=60)
     assert process.returncode == STOPPED, printed
@@ -106,7 +100,7 @@ def stopped(run: Run, stopped_once: Path, tmp_path: Path) -> Run:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("campaign", "times"), [(kills.training("glass_resnet"), 1), (kills.TUNING, 1)])
-def test_killed_commands_end_as_if_they_had_not_been(
+def test_killed_commands_end_like_uninterrupted_ones(
     campaign: kills.Campaign, times: int, toy_data: Path, tmp_path: Path
 ) -> None:
     small = replace(campaign, flags=(*campaign.flags, "--backbone", TOY_BACKBONE))
@@ -140,9 +134,9 @@ def test_a_signal_to_all_of_a_jobs_processes_saves_and_leaves_with_its_own_code(
 ) -> None:
     process = start_module(*run.command("--num-workers", str(workers)))
     if workers:  # while they start: a resource tracker is there, and a server that has yet to import what they need
-        wait_for(lambda: len(children_of(process.pid)) == 2, process)
+        wait_until(lambda: len(children_of(process.pid)) == 2, process)
     else:
-        wait_for(run.checkpoint.exists, process)
+        wait_until(run.checkpoint.exists, process)
     os.killpg(process.pid, getattr(signal, name))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == STOPPED, errors
@@ -168,7 +162,7 @@ def test_a_signal_between_two_trainings_is_not_lost(moment: str, run: Run) -> No
 
 def test_an_interrupt_that_ends_the_reader_of_the_output_too_still_saves(run: Run) -> None:
     process = start_module(*run.command("--epochs", "50"))
-    wait_for(run.checkpoint.exists, process)
+    wait_until(run.checkpoint.exists, process)
     process.stdout.close()  # as Ctrl-C does in `... 2>&1 | tee log`
     process.stderr.close()
     process.send_signal(signal.SIGINT)
@@ -186,7 +180,7 @@ def test_a_data_error_in_a_loading_process_ends_the_command(run: Run, toy_data: 
 @linux
 def test_a_killed_loading_process_becomes_a_sentence_and_the_training_resumes(run: Run) -> None:
     process = start_module(*run.command("--num-workers", "1"))
-    wait_for(run.checkpoint.exists, process)
+    wait_until(run.checkpoint.exists, process)
     for worker in workers_of(process):
         os.kill(worker, signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
@@ -239,11 +233,11 @@ def test_a_second_process_on_a_run_folder_is_refused(toy_data: Path, results: Pa
     ):
         with locked_folder(folder):
             of_command = PREPROCESS_FLAGS if module.startswith("data.") else TOY_FLAGS
-            said = refused(module, *of_command, "--data-root", toy_data, "--results-root", results)
-        assert f"{folder} is in use by another process" in said
+            message = refused(module, *of_command, "--data-root", toy_data, "--results-root", results)
+        assert f"{folder} is in use by another process" in message
 
 
-def test_a_lock_and_half_files_of_a_process_that_died_do_not_block(tmp_path: Path) -> None:
+def test_the_lock_and_half_written_files_of_a_dead_process_do_not_block(tmp_path: Path) -> None:
     holder = f"import sys, time; from pathlib import Path; from utils import locked_folder, replacing\n" \
         f"with locked_folder(Path({str(tmp_path)!r})), replacing(Path({str(tmp_path / 'x')!r})) as t:\n" \
         f"    t.write_text('half'); print('held', flush=True); time.sleep(60)"  # fmt: skip
@@ -264,13 +258,13 @@ def test_a_stopped_training_is_not_resumed_with_other_settings(stopped: Run) -> 
         (("--label-smoothing", "0.2"), "label_smoothing = 0.1, now 0.2"),
         (("--main-seed", "7"), "main_seed = 606, now 7"),
     ):
-        said = refused(*stopped.command(*flag))
-        assert difference in said and "pass --restart" in said
+        message = refused(*stopped.command(*flag))
+        assert difference in message and "pass --restart" in message
     metadata = stopped.folder / "run.json"
     for damage in (metadata.unlink, lambda: metadata.write_text("{")):
         damage()
-        said = refused(*stopped.command("--label-smoothing", "0.2"))
-        assert f"{metadata} cannot be read" in said and "pass --restart" in said
+        message = refused(*stopped.command("--label-smoothing", "0.2"))
+        assert f"{metadata} cannot be read" in message and "pass --restart" in message
 
 
 def test_a_training_resumed_under_other_versions_says_so_and_records_where(stopped: Run) -> None:
@@ -280,9 +274,9 @@ def test_a_training_resumed_under_other_versions_says_so_and_records_where(stopp
     before = {"from": "epoch 1", "commit": "0123abc", "versions": now["versions"] | {"torch": "1.0"}}
     write_json(path, metadata | {"environments": [before]})
     epochs = len((stopped.folder / "history.csv").read_text().splitlines()) - 1
-    said = stopped.finish()
-    line = next(line for line in said.splitlines() if "resumes at" in line)
-    assert re.search(rf"standard_resnet seed \d+: resumed at epoch ({epochs}|{epochs + 1}), step \d+\n", said), said
+    text = stopped.finish()
+    line = next(line for line in text.splitlines() if "resumes at" in line)
+    assert re.search(rf"standard_resnet seed \d+: resumed at epoch ({epochs}|{epochs + 1}), step \d+\n", text), text
     assert f"commit 0123abc -> {now['commit']}, torch 1.0 -> {torch.__version__.partition('+')[0]}" in line
     found = read_json(path)["environments"]
     assert found == [before, now | {"from": found[1]["from"]}]
@@ -294,17 +288,17 @@ def test_a_sweep_that_was_stopped_in_its_first_crop_count_is_not_resumed_with_ot
     command = run.command(*flags, module="num_crops.num_crops_resnet")
     checkpoint = run.results / "demo" / "num_crops" / "glass_resnet" / "full" / "k_1" / "checkpoint.pt"
     stop(start_module(*command), checkpoint.exists)
-    said = refused(*command, "--label-smoothing", "0.3")
-    assert "label_smoothing = 0.1, now 0.3: pass --restart" in said
+    message = refused(*command, "--label-smoothing", "0.3")
+    assert "label_smoothing = 0.1, now 0.3: pass --restart" in message
 
 
 def test_restart_archives_what_was_started_and_starts_over(stopped: Run) -> None:
     before = {path.name: path.read_bytes() for path in stopped.folder.iterdir()}
     kept = stopped.results / "demo" / "archive" / "standard_resnet" / "seed_1_1"
     process = start_module(*stopped.command("--restart"))
-    said, errors = stop(process, lambda: kept.exists() and stopped.checkpoint.exists())
+    message, errors = stop(process, lambda: kept.exists() and stopped.checkpoint.exists())
     assert "run the same command without --restart again to resume" in errors
-    assert f"archived: {kept}" in said
+    assert f"archived: {kept}" in message
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
     stopped.finish()
     assert list(kept.parent.iterdir()) == [kept]
@@ -312,13 +306,13 @@ def test_restart_archives_what_was_started_and_starts_over(stopped: Run) -> None
 
 def test_a_training_with_a_damaged_checkpoint_starts_over_without_it(stopped: Run) -> None:
     stopped.checkpoint.write_bytes(stopped.checkpoint.read_bytes()[:-100])
-    said = refused(*stopped.command())
-    assert f"cannot resume from {stopped.checkpoint}" in said and "delete it" in said and "--restart" in said
+    message = refused(*stopped.command())
+    assert f"cannot resume from {stopped.checkpoint}" in message and "delete it" in message and "--restart" in message
     stopped.checkpoint.unlink()
     stopped.finish()
 
 
-def test_outputs_that_are_no_numbers_are_not_believed(run: Run, tmp_path: Path) -> None:
+def test_a_training_with_outputs_that_are_not_finite_is_refused(run: Run, tmp_path: Path) -> None:
     """What batch normalisation remembers counts in evaluation alone: training goes well, and validation cannot."""
     weights = timm.create_model(TOY_BACKBONE.removeprefix("timm:")).state_dict()
     for name in weights:
@@ -326,6 +320,6 @@ def test_outputs_that_are_no_numbers_are_not_believed(run: Run, tmp_path: Path) 
             weights[name].fill_(-3e38)
     save_file(weights, file := tmp_path / "weights.safetensors")
     for _ in range(2):
-        said = refused(*run.command("--weights-files", f"{TOY_BACKBONE}={file}"))
-        assert "outputs are infinite or not a number for 3 of 3 images (fake/" in said
+        message = refused(*run.command("--weights-files", f"{TOY_BACKBONE}={file}"))
+        assert "outputs are infinite or not a number for 3 of 3 images (fake/" in message
     assert not (run.folder / "history.csv").exists()

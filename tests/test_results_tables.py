@@ -38,7 +38,7 @@ def preset(tmp_path: Path) -> Preset:
     return three_seeds(tmp_path)
 
 
-def test_what_a_preset_does_not_reproduce_is_not_missing(preset: Preset, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_experiments_than_the_presets_are_not_missing(preset: Preset, capsys: pytest.CaptureFixture[str]) -> None:
     preset = replace(preset, reproduce=config.DEMO.reproduce)
     write_run(preset, "glass_resnet", 100, 0.9)
     write_tables(preset)
@@ -69,7 +69,7 @@ def test_means_deviations_and_paired_differences_are_those_of_the_seeds(preset: 
     assert "glass_resnet: only one seed in common with standard_resnet" in text(preset, "differences.md")
 
 
-def test_what_is_trained_on_other_data_is_not_subtracted_and_copies_do_not_count_twice(preset: Preset) -> None:
+def test_models_of_other_data_are_not_subtracted_and_copies_do_not_count_twice(preset: Preset) -> None:
     write_runs(preset, {"glass_vit": GLASS})
     for seed in GLASS:
         write_run(preset, "standard_vit", seed, 0.8, dataset_fingerprint="f2")
@@ -82,7 +82,7 @@ def test_what_is_trained_on_other_data_is_not_subtracted_and_copies_do_not_count
         write_tables(preset)
 
 
-def test_what_is_missing_or_was_not_asked_for_is_named(preset: Preset, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_results_and_ignored_seeds_are_named(preset: Preset, capsys: pytest.CaptureFixture[str]) -> None:
     write_runs(preset, {"glass_vit": {100: 0.9, 200: None}})
     write_run(preset, "glass_vit", 5, 0.1, settings={"epochs": 1})  # a quick try, which must not block the tables
     gone = home(preset) / "tables" / "training_curves_glass_resnet.png"

@@ -93,7 +93,7 @@ def test_loaders_are_built_and_images_opened_in_one_place() -> None:
     assert all("formats" in {keyword.arg for keyword in call.keywords} for call in opened)  # or programs may be started
 
 
-def test_one_file_knows_of_other_processes() -> None:
+def test_one_file_uses_torch_distributed() -> None:
     knowing = {
         named(path) for path in SOURCES if any(name.startswith("torch.distributed") for name in imports_of(path))
     }

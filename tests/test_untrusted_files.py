@@ -44,8 +44,8 @@ def test_pipes_and_devices_are_not_opened(toy_data: Path, tmp_path: Path) -> Non
     os.mkfifo(root / "fake" / "pipe.jpg")
     (root / "fake" / "zero.jpg").symlink_to("/dev/zero")
     flags = ("--results-root", tmp_path / "results", "--cache-root", tmp_path / "cache", "--cache")
-    said = succeed("data.data_preprocess", *PREPROCESS_FLAGS, "--data-root", root, *flags, timeout=60)
-    assert "fake/pipe.jpg  not a file" in said and "fake/zero.jpg  not a file" in said
+    message = succeed("data.data_preprocess", *PREPROCESS_FLAGS, "--data-root", root, *flags, timeout=60)
+    assert "fake/pipe.jpg  not a file" in message and "fake/zero.jpg  not a file" in message
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
@@ -83,7 +83,7 @@ BAD = {  # name: content, beginning of its reason; None where it gives an image
 }
 
 
-def test_each_bad_file_is_an_image_or_has_its_reason(tmp_path: Path, toy_preset: MakePreset) -> None:
+def test_each_bad_file_is_decoded_or_refused_with_a_reason(tmp_path: Path, toy_preset: MakePreset) -> None:
     root = tmp_path / "images"
     (root / "real" / "folder called x.jpg").mkdir(parents=True)
     NOISE.save(root / "real" / "folder called x.jpg" / "inside.png")

@@ -1,12 +1,10 @@
-"""What tests ask of the results root `trained`: its models, what they said of the test split, commands on it."""
+"""Helpers for the results root `trained`: its weights, its predictions, its detectors, commands on it."""
 
 from pathlib import Path
 
 from data.lists import read_csv
 from model_training.inference.detector import Detector, PredictionOptions, load_detector
-from tests.conftest import (
-    succeed,
-)
+from tests.conftest import succeed
 
 SAME = 1e-5  # logits; what the order of sums may change
 
@@ -20,7 +18,7 @@ def predictions_of(results: Path, name: str) -> list[dict[str, str]]:
 
 
 def predict_flags(path: Path, folder: Path) -> tuple[str | Path, ...]:
-    """Of the command that predicts with the weights in `path`, and writes p.csv."""
+    """Flags of model_training.predict with the weights in `path`; it writes p.csv to `folder`."""
     return "--weights", path, "--device", "cpu", "--output", folder / "p.csv"
 
 

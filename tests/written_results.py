@@ -1,4 +1,4 @@
-"""Result files as experiments write them, with numbers of the test's own."""
+"""Result files as experiments write them, with numbers that a test chooses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace

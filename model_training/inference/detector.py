@@ -31,7 +31,7 @@ from training.runs import git_commit, library_versions
 from training.runtime import Runtime, build_runtime
 from utils import UserError, checked
 
-HEADS = {"heads.head.1.weight", "classifier.2.1.weight", "fc.1.weight"}  # of standard vit, convnext and resnet
+HEADS = {"heads.head.1.weight", "classifier.2.1.weight", "fc.1.weight"}  # last layers of standard vit, convnext, resnet
 SMALL, UNLIKE = "smaller than a crop", "unlike its training images"  # notes
 UNCALIBRATED = Calibration(1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.0, 0, 0)
 
@@ -41,31 +41,31 @@ class PredictionOptions:
     """How a detector predicts; batch and chunk size change its results by rounding at most."""
 
     draws: Count = 1  # T, how often each image's crops are drawn; the mean counts, if most draws confirm it
-    # of the forward pass on CUDA, where fp32 is without TF32; trained: as in the model's own test (predictions.csv)
+    # of the forward pass on CUDA; fp32 is without TF32; trained: as in the model's own test (predictions.csv)
     precision: Literal["fp32", "bf16", "fp16", "trained"] = "fp32"
     batch_size: Count = 8  # images that are processed together
     chunk_size: Count = 64  # views that a backbone encodes at a time
     backbone: str | None = None  # of a checkpoint (.pt) of the author's code, which does not say it: vit, resnet, ...
-    num_crops: Crops | None = None  # likewise, of a GLASS model; of other weights: instead of the K of their training
-    crop_sampler: CropSampler | None = None  # instead of that of the training, such as all: every tile of an image
+    num_crops: Crops | None = None  # likewise, for a GLASS model; for other weights: instead of the K of their training
+    crop_sampler: CropSampler | None = None  # instead of the sampler of the training, such as all: every tile
 
     def __post_init__(self) -> None:
         checked(self)
 
     @property
     def crops(self) -> dict[str, Any]:
-        """What they say of a GLASS model's crops."""
+        """Those options that choose a GLASS model's crops, if they are given."""
         return {name: value for name in ("num_crops", "crop_sampler") if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The outputs of a model for one image and T draws of its K crops; standard models have one draw of no crops."""
+    """The outputs of a model for one image and T draws of its K crops; for a standard model T = 1 and K = 0."""
 
     values: np.ndarray  # (T,), logit of fake minus logit of real
     boxes: np.ndarray  # (T, K, 4)
     attention: np.ndarray  # (T, K); sums to one over the crops
-    effects: np.ndarray  # (T, K), evidence for fake: the fall of the score without the crop; NaN if K = 1
+    effects: np.ndarray  # (T, K), evidence for fake: how much the score falls without the crop; NaN if K = 1
     alone: np.ndarray  # (T, K), the score if a crop were the only one
 
 
@@ -84,10 +84,10 @@ class Prediction:
     width: int  # of the image, in pixels
     height: int
     scores: Scores
-    note: str = ""  # what makes it less certain than it looks: SMALL, those of `data.images.notes_on`, UNLIKE (in what)
+    note: str = ""  # what makes it less reliable: SMALL, notes of `data.images.notes_on`, UNLIKE (and how)
 
 
-Outcome = Prediction | UnreadableImage  # of a file
+Outcome = Prediction | UnreadableImage  # for a file
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Detector:
     calibration: Calibration
     runtime: Runtime
     options: PredictionOptions = PredictionOptions()
-    other_crops: str = ""  # what is asked for instead of the crops that it was trained with, in words
+    other_crops: str = ""  # the crop options that differ from those of its training, as "num_crops = 3"
     provenance: Provenance = field(default_factory=Provenance)  # what it was trained and tested on
 
     @property
@@ -116,16 +116,16 @@ class Detector:
 
     @property
     def num_crops(self) -> int:
-        """K, or 0 of a model that looks at no crops."""
+        """K, or 0 for a model without crops."""
         return ViewSettings.of(self.settings, self.experiment, 0).num_crops
 
     @property
     def draws_differ(self) -> bool:
-        """Whether an image may have other crops in another draw."""
+        """Whether two draws may have different crops."""
         return self.num_crops > 0 and getattr(self.experiment, "crop_sampler", None) not in FIXED
 
     def depends_on(self) -> list[Any]:
-        """What its scores depend on besides weights and images, JSON-ready; rounding by batches is left out."""
+        """What its scores depend on besides weights and images, for JSON; batch sizes change rounding only."""
         numerics = self.runtime.precision, self.settings.matmul_precision, self.runtime.device.type
         sampler = getattr(self.experiment, "crop_sampler", "")
         model = self.experiment.backbone, self.num_crops, sampler, self.options.draws
@@ -153,7 +153,7 @@ class Detector:
             yield from group
 
     def predict_pictures(self, pictures: Iterable[Picture | UnreadableImage]) -> Iterator[Outcome]:
-        """Those of a batch; its images' pixels are not needed once their views are made."""
+        """The predictions for one batch; each picture is released once its views are made."""
         seen: list[tuple[int, int, tuple[str, ...], str] | UnreadableImage] = []  # width, height, notes, format
 
         def readable() -> Iterator[Picture]:
@@ -168,14 +168,14 @@ class Detector:
             yield one if isinstance(one, UnreadableImage) else self._prediction(next(scores), *one)
 
     def _prediction(self, scores: Scores, width: int, height: int, notes: tuple[str, ...], format: str) -> Prediction:
-        if not np.isfinite(scores.values).all():  # which the thresholds would call inconclusive
+        if not np.isfinite(scores.values).all():  # else NaN would be called inconclusive
             raise UserError(
                 f"{self.name} gives outputs that are infinite or not a number: use other weights, or --precision fp32"
             )
         fake = self.calibration.probabilities(scores.values)
         mean, raw = float(fake.mean()), float(expit(scores.values).mean())
         verdict, deviation, flips = self.calibration.verdict(mean), float("nan"), float("nan")
-        if (scores.boxes != scores.boxes[0]).any():  # else there is one draw, or but one crop in the image
+        if (scores.boxes != scores.boxes[0]).any():  # not if T = 1, or if the image is as small as a crop
             deviation = float(fake.std(ddof=1))
             flips = float(np.mean([self.calibration.verdict(one) != verdict for one in fake]))
             verdict = verdict if flips < 0.5 else "inconclusive"
@@ -185,10 +185,9 @@ class Detector:
         note = "; ".join(found)
         return Prediction(mean, verdict, deviation, flips, raw, width, height, scores, note)
 
-    @torch.no_grad()
     def score(self, pictures: Iterable[Picture], boxes: np.ndarray | None = None) -> list[Scores]:
-        """Scores of pictures, which are consumed one by one; `boxes` (T, K, 4) are used instead of drawing them."""
-        with self.runtime.switched():
+        """Scores of pictures, which are consumed one by one; if `boxes` (T, K, 4) are given, no crops are drawn."""
+        with torch.no_grad(), self.runtime.switched():
             return self._score(pictures, boxes)
 
     def _score(self, pictures: Iterable[Picture], boxes: np.ndarray | None) -> list[Scores]:
@@ -204,7 +203,7 @@ class Detector:
                 of_picture = picture.boxes(views, self.options.draws) if boxes is None else boxes
                 global_views.append(picture.resized(views))
                 if boxes is None and self.model.num_chosen:
-                    features, chosen = self._chosen(global_views[-1], of_picture.shape[1])
+                    features, chosen = self._choose_crops(global_views[-1], of_picture.shape[1])
                     encoded.append(features)
                     of_picture = of_picture[:, chosen]
                 drawn.append(of_picture)
@@ -215,7 +214,7 @@ class Detector:
         of_pictures = crop_features.split([of_picture.shape[0] * of_picture.shape[1] for of_picture in drawn])
         return list(map(self._classify, global_features, of_pictures, drawn))
 
-    def _chosen(self, global_view: np.ndarray, places: int) -> tuple[torch.Tensor, np.ndarray]:
+    def _choose_crops(self, global_view: np.ndarray, places: int) -> tuple[torch.Tensor, np.ndarray]:
         """Features (1, D) of a global view, and which K of the `places` the model looks at."""
         batch = self.runtime.to_device(self.model, [torch.from_numpy(global_view)[None].movedim(-1, -3)])
         with self.runtime.autocast():
@@ -257,9 +256,9 @@ def load_detector(
     max_image_pixels: int = Settings.max_image_pixels,
     options: PredictionOptions | None = None,
 ) -> Detector:
-    """The model of a weights file, which holds everything needed to rebuild it: nothing is downloaded or unpickled.
+    """The model in a weights file, which holds everything needed to rebuild it: nothing is downloaded or unpickled.
 
-    Or of a checkpoint of the author's code; what that lacks is in the options.
+    For a checkpoint of the author's code, the options say what the file does not.
 
     In fp32, CPU and GPU agree to about 1e-5; with `PredictionOptions(precision="trained")` the detector differs from
     the predictions.csv of the run by the rounding of its precision at most. A model that chooses its crops itself
@@ -271,13 +270,12 @@ def load_detector(
     path, options = Path(path), options or PredictionOptions()
     about = _about_checkpoint(path, options) if written_by_torch(path) else read_about(path)
     try:
-        experiment, settings, calibration = _described(about)
+        experiment, settings, calibration = _parse_about(about)
         provenance = Provenance.read(about)
     except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{path} does not describe a model of this version ({error}): train it again") from None
     if options.backbone not in (None, experiment.backbone):
-        own = f"its backbone is {experiment.backbone}, not {options.backbone}"
-        raise UserError(f"{path} says itself that {own}: leave that option out")
+        raise UserError(f"{path} has the backbone {experiment.backbone}, not {options.backbone}: leave out --backbone")
     other_crops = ""
     if isinstance(experiment, GlassExperiment) and experiment.branches != "global":
         trained, experiment = asdict(experiment), replace(experiment, **options.crops)
@@ -286,7 +284,7 @@ def load_detector(
     if options.precision != "trained":
         settings = replace(settings, precision=options.precision, matmul_precision="highest")
     settings = replace(settings, device=device, max_image_pixels=max_image_pixels, compile=False, pretrained=False)
-    ViewSettings.of(settings, experiment, 0)  # which refuses crops that cannot be drawn
+    ViewSettings.of(settings, experiment, 0)  # refuses crops that cannot be drawn
     runtime = build_runtime(checked(settings))
     model = build_model(experiment, settings)
     load_model(path, model)
@@ -295,10 +293,10 @@ def load_detector(
 
 
 def _about_checkpoint(path: Path, options: PredictionOptions) -> dict[str, Any]:
-    """What is known of a checkpoint of the author's code, as `read_about` gives it; no calibration is.
+    """Metadata for a checkpoint of the author's code, in the form of `read_about`, without a calibration.
 
     Raises:
-        UserError: it is something else, or the options lack what it does not say.
+        UserError: it is something else, or options are missing that it needs.
     """
     state, backbone = read_state_dict(path), options.backbone or ""
     name = re.sub(r"[^\w.-]", "_", path.stem).lstrip(".")
@@ -319,8 +317,8 @@ def _about_checkpoint(path: Path, options: PredictionOptions) -> dict[str, Any]:
     return {"experiment": asdict(experiment), "settings": {}}
 
 
-def _described(about: Mapping[str, Any]) -> tuple[Experiment, Settings, Calibration]:
-    """What the metadata of a weights file says; but for settings of the training's files and device."""
+def _parse_about(about: Mapping[str, Any]) -> tuple[Experiment, Settings, Calibration]:
+    """What the metadata of a weights file describes; settings about the training's files and device are ignored."""
     kind = GlassExperiment if "num_crops" in about["experiment"] else StandardExperiment
     experiment = checked(kind(**about["experiment"]))
     left_out = {"data_root", "results_root", "cache_root", "weights_files", "channels_last", "author_runtime"}

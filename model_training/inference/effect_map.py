@@ -1,4 +1,4 @@
-"""Where in an image a GLASS model finds its evidence: crops slid over all of it, each with its effect on the score."""
+"""Where in an image a GLASS model finds its evidence: crops that cover all of it, each with its effect on the score."""
 
 from dataclasses import dataclass
 
@@ -25,27 +25,24 @@ class EffectMap:
         return self.scores.boxes[0]
 
 
-def effect_map(detector: Detector, picture: Picture, stride: int | None = None) -> EffectMap:
+def effect_map(detector: Detector, picture: Picture) -> EffectMap:
     """The effect of each part of the picture on the score, compared with the rest of it.
 
     Effects sum to about zero, because a tile is left out in favour of the others: the map shows which parts look more
-    generated than the rest of this picture. `stride` is in pixels from one tile to the next, give or take half of what
-    they overlap; default half the patch.
-    Raises UserError for a model without crops, or a stride that leaves gaps.
+    generated than the rest of this picture. Neighbouring tiles overlap by about half.
+    Raises UserError for a model without crops.
     """
     P, (width, height) = detector.settings.patch_size, picture.image.size
-    stride = P // 2 if stride is None else stride
     if not detector.num_crops:
         raise UserError(f"{detector.name} looks at the whole image and has no crops, which an effect map needs")
-    if not 1 <= stride <= P:
-        raise UserError(f"stride is {stride}: it must be from 1 to the patch size, {P}")
-    boxes = tile_boxes(height, width, P, stride, crop_generator(detector.settings.main_seed, picture.key, TILES))
+    generator = crop_generator(detector.settings.main_seed, picture.key, TILES)
+    boxes = tile_boxes(height, width, P, max(1, P // 2), generator)
     (scores,) = detector.score([picture], boxes=boxes[None])
     return EffectMap(spread(len(boxes) * scores.effects[0], boxes, height, width), scores)
 
 
 def spread(values: np.ndarray, boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Values (N,) of boxes (N, 4) that cover an image -> float32 (H, W), the mean of those that cover a pixel."""
+    """Values (N,) of boxes (N, 4) that cover an image -> float32 (H, W): each pixel's mean over the boxes on it."""
     total, count = np.zeros((2, height, width), np.float32)
     for value, (top, left, tall, wide) in zip(values, boxes.tolist(), strict=True):
         covered = np.s_[top : top + tall, left : left + wide]

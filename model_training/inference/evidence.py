@@ -15,21 +15,21 @@ from model_training.inference.page_parts import FILE_QUALITY, embedded, jpeg, te
 from utils import UserError, locked_folder, replacing, write_text
 
 MARKER = ".evidence"  # in a folder that this module made
-THUMBNAIL = (192, 128)  # shown at half its size
+THUMBNAIL = (192, 128)  # pixels; shown at half this size
 
 
 def write_evidence(
     folder: Path, detector: Detector, paths: Sequence[str], predictions: Iterable[Outcome], with_map: bool = False
 ) -> None:
-    """Write the pictures of each image and index.html to `folder`, as predictions come in.
+    """Write the pictures of each image and index.html to `folder`, while the predictions are computed.
 
-    Each image is decoded once more and written at once, so that no more than a few are in memory. Pictures of an
-    earlier call are removed. Raises UserError for a folder that holds something else.
+    Each image is decoded a second time and drawn at once, so that only a few are in memory. Pictures of an earlier call
+    are removed. Raises UserError for a folder that holds something else.
     """
     _check_folder(folder, paths)
     settings = detector.settings
     pictures = read_pictures(paths, settings.max_image_pixels, workers=1, reencode_jpeg=settings.reencode_jpeg)
-    unreadable: dict[str, str] = {}  # complete when the page comes to it
+    unreadable: dict[str, str] = {}  # filled by images(), which the page uses first
 
     def images() -> Iterator[tuple[str, Prediction, str, list[tuple[str, str, str]]]]:
         for number, (path, prediction, picture) in enumerate(zip(paths, predictions, pictures, strict=True), 1):
@@ -54,7 +54,7 @@ def write_evidence(
 
 def _check_folder(folder: Path, paths: Sequence[str]) -> None:
     if folder.exists() and not (folder / MARKER).exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--evidence {folder}: it holds something else; name a folder that is new or empty")
+        raise UserError(f"--evidence {folder}: it holds other files; name a folder that is new or empty")
     inside = next((path for path in paths if folder.resolve() in Path(path).resolve().parents), None)
     if inside:
         raise UserError(f"--evidence {folder}: {inside} is an image in it; name another folder")
@@ -62,8 +62,8 @@ def _check_folder(folder: Path, paths: Sequence[str]) -> None:
 
 def _save(folder: Path, number: int, path: str, kind: str, image: Image.Image) -> tuple[str, str, str]:
     """Write a picture; returns its file name, its kind, and the picture for the page."""
-    harmless = re.sub(r"[^\w.-]+", "_", Path(path).stem)[:40]  # 160 bytes at most, as file systems count
-    name = f"{number:04d}_{harmless}{'' if kind == 'evidence' else '_map'}.jpg"
+    stem = re.sub(r"[^\w.-]+", "_", Path(path).stem)[:40]  # 160 bytes in UTF-8 at most
+    name = f"{number:04d}_{stem}{'' if kind == 'evidence' else '_map'}.jpg"
     with replacing(folder / name) as temporary:
         temporary.write_bytes(jpeg(image, **FILE_QUALITY))
     return name, kind, embedded(image)

@@ -1,4 +1,4 @@
-"""A prediction -> a picture that explains it: vermillion is evidence for fake, blue for real, with signs beside it."""
+"""A prediction -> a picture that explains it: vermillion is evidence for fake, blue for real; numbers have signs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ PLAIN, BOLD = (ImageFont.truetype(FONTS / name, 13) for name in ("DejaVuSans.ttf
 
 # ---------------------------------------------------------------------------------------------------- pictures
 def draw_evidence(picture: Picture, prediction: Prediction) -> Image.Image:
-    """The image with the crops of its first draw outlined, numbered by effect and listed, some at native size."""
+    """The image with the crops of its first draw outlined and numbered by effect; some at native size; their table."""
     boxes, attention, alone, effects = ranked(prediction)
     parts = [outlined(picture, boxes[:SHOWN_ROWS], effects[:SHOWN_ROWS])]
     if len(boxes):
@@ -36,7 +36,7 @@ def draw_evidence(picture: Picture, prediction: Prediction) -> Image.Image:
 
 
 def ranked(prediction: Prediction) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of the crops of the first draw, those with the largest effects first: boxes, attention, scores alone, effects."""
+    """Boxes, attention, scores alone and effects of the first draw's crops, the largest effects first."""
     scores = prediction.scores
     effects = np.where(np.abs(scores.effects[0]) < ROUNDING, 0, scores.effects[0])
     order = np.lexsort((-scores.attention[0], -np.abs(effects)))
@@ -44,12 +44,12 @@ def ranked(prediction: Prediction) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
 
 
 def draw_map(picture: Picture, found: EffectMap) -> Image.Image:
-    """What `map_parts` gives, in one picture."""
+    """`map_parts` in one picture."""
     return _page(*map_parts(picture, found))
 
 
 def map_parts(picture: Picture, found: EffectMap, largest: int = MAP_LARGEST) -> tuple[list[str], list[Image.Image]]:
-    """Lines of text; the image, and the scores of single tiles and the map of effects over it, each with its scale."""
+    """Lines of text; and pictures: the image, the scores of single tiles on it, and the map of effects on it."""
     N, score = len(found.boxes), found.scores.values[0]
     whole, _ = _shown(picture.image, largest)
     if N == 1:
@@ -109,9 +109,9 @@ def _blank(width: int, height: int) -> Image.Image:
     return Image.new("RGB", (width, height), PAPER)
 
 
-# ----------------------------------------------------------------------------------------------- what is shown
+# ------------------------------------------------------------------------------------------- parts of a picture
 def _lines(prediction: Prediction) -> list[str]:
-    """What is said above the pictures."""
+    """The text above the pictures."""
     (draws, K), deviation = prediction.scores.attention.shape, prediction.standard_deviation
     over_draws = f" ± {deviation:.3f} over {draws} draws, flips {prediction.flips:.0%}"
     over_draws = over_draws if deviation == deviation else ""
@@ -126,7 +126,7 @@ def _lines(prediction: Prediction) -> list[str]:
 
 
 def _shown(image: Image.Image, largest: int) -> tuple[Image.Image, float]:
-    """The image shrunk to `largest` pixels a side, or a tiny one enlarged by a whole factor; and its scale."""
+    """The image shrunk to `largest` pixels a side, or a tiny one enlarged by an integer; and its scale."""
     side = max(image.size)
     scale = largest / side if side > largest else max(1, SMALLEST // side)
     size = tuple(max(1, round(scale * length)) for length in image.size)
@@ -135,7 +135,7 @@ def _shown(image: Image.Image, largest: int) -> tuple[Image.Image, float]:
 
 
 def outlined(picture: Picture, boxes: np.ndarray, effects: np.ndarray) -> Image.Image:
-    """The whole image with outlines and their numbers."""
+    """The whole image with the boxes (N, 4) outlined and numbered."""
     whole, scale = _shown(picture.image, LARGEST)
     canvas = _blank(max(whole.width, SMALLEST), max(whole.height, SMALLEST))
     canvas.paste(whole)
@@ -156,7 +156,7 @@ def outlined(picture: Picture, boxes: np.ndarray, effects: np.ndarray) -> Image.
 
 
 def _free_place(outline: np.ndarray, others: np.ndarray, badges: np.ndarray, size: tuple[int, int]) -> list[int]:
-    """Where a number goes: at its outline, covering no other number and, where possible, no outline."""
+    """Where to put a number: at its outline, over no other number and, if possible, over no outline."""
     (left, top, right, bottom), (wide, tall) = outline.tolist(), BADGE
     columns = [*range(left - 2, right, 2), *range(left - 4, left - wide, -2)]
     rows = (top - 2 - tall, top + 3, bottom + 2, bottom - 3 - tall)  # above, below, inside
@@ -192,7 +192,7 @@ def _native_crop(picture: Picture, number: int, box: np.ndarray, effect: float) 
 
 
 def _table(attention: np.ndarray, alone: np.ndarray, effects: np.ndarray) -> Image.Image:
-    """A line for each crop: number, attention, score alone, effect, and its bar to the left (real) or right (fake)."""
+    """A row for each crop: number, attention, score alone, effect, and a bar to the left (real) or right (fake)."""
     ends, middle, reach = (100, 160, 220), 310, 85
     largest, more = np.nanmax(np.abs(effects), initial=0) or 1, max(0, len(effects) - SHOWN_ROWS)
     attention, alone, effects = (values[:SHOWN_ROWS] for values in (attention, alone, effects))
@@ -233,7 +233,7 @@ def _tinted(grey: np.ndarray, share: np.ndarray) -> np.ndarray:
 
 
 def _colour_bar(largest: float, ends: Sequence[str], height: int) -> Image.Image:
-    """The scale of the colours, from +largest at the top to -largest, with `ends` above and below."""
+    """The colour scale, from +largest at the top to -largest, with the texts `ends` above and below."""
     bar = _blank(90, height)
     draw = ImageDraw.Draw(bar)
     top, bottom = LINE, height - LINE

@@ -1,4 +1,4 @@
-"""What pages of predictions are made of: their templates, and pictures that lie within them."""
+"""Parts of the pages that show predictions: templates, and pictures embedded in them."""
 
 import base64
 import io
@@ -15,9 +15,9 @@ from model_training.inference.effect_map import effect_map
 from model_training.inference.evidence_pictures import SHOWN_CROPS, SHOWN_ROWS, map_parts, outlined, ranked
 from model_training.tables.table import show
 
-FILE_QUALITY = {"quality": 92, "subsampling": "4:4:4"}  # single pixels of crops can still be told apart
+FILE_QUALITY = {"quality": 92, "subsampling": "4:4:4"}  # keeps single pixels of crops distinct
 MAP_SIDE = 380  # pixels
-PAGE_QUALITY = {"quality": 70}  # of larger pictures in a page
+PAGE_QUALITY = {"quality": 70}  # for larger pictures in a page
 
 
 @cache
@@ -43,11 +43,7 @@ def embedded(image: Image.Image, **options: int | str) -> str:
 
 
 def card(detector: Detector, number: int, name: str, found: Outcome, picture: Picture | UnreadableImage) -> str:
-    """What is said of one image: its verdict and evidence, or why there is none.
-
-    Args:
-        number: by which the card can be found in its page.
-    """
+    """The HTML for one image: its verdict and evidence, or why there is none. `number` is its anchor in the page."""
     parts = template("card.html").module
     if isinstance(found, UnreadableImage):
         return parts.problem(number, name, str(found))
@@ -63,6 +59,6 @@ def card(detector: Detector, number: int, name: str, found: Outcome, picture: Pi
 
 
 def map_card(detector: Detector, picture: Picture) -> str:
-    """The map of an image, for its card."""
+    """The HTML of the effect map of an image."""
     lines, pictures = map_parts(picture, effect_map(detector, picture), MAP_SIDE)
     return template("card.html").module.map(lines, [(one.size, embedded(one, **FILE_QUALITY)) for one in pictures])

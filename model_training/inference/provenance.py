@@ -1,7 +1,7 @@
-"""Whose answer it is: what a model was trained on, how it did on its own test, and which images are unlike those."""
+"""Where a verdict comes from: the model's training data, its own test, and how an image differs from that data."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -23,13 +23,13 @@ class TrainingData:
     fake: int  # images
     real: int
     formats: tuple[str, ...]  # of the files
-    shortest: int  # side of an image, in pixels
+    shortest: int  # side of any image, in pixels
     longest: int
-    drawn: bool = False  # by this project's program, as demo data are
+    drawn: bool = False  # whether the images are demo data
 
     @staticmethod
     def of(index: Index, rows: Iterable[int]) -> "TrainingData":
-        """Of the index's `rows`."""
+        """The images in these `rows` of the index."""
         records = [index.records[row] for row in rows]
         counts = [sum(record.label == label for record in records) for label in range(len(CLASSES))]
         sides = [side for record in records for side in (record.width, record.height)]
@@ -49,11 +49,11 @@ class Tested:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Of a weights file.
+    """What the metadata of a weights file says about training and test.
 
     Args:
-        data: of the model's own training, last, and of those that its weights went through before.
-        test: None before it was tested.
+        data: of each training that the weights went through, the model's own last.
+        test: None before the test.
     """
 
     data: tuple[TrainingData, ...] = ()
@@ -61,22 +61,18 @@ class Provenance:
 
     @staticmethod
     def read(about: Mapping[str, Any]) -> "Provenance":
-        """What the metadata of a weights file says; an earlier version, and the author's code, say nothing.
+        """From the metadata of a weights file; empty for an earlier version and for the author's code.
 
-        Raises UserError if that is not what `as_json` gives.
+        Raises UserError for metadata of another form.
         """
         try:
             return TypeAdapter(Provenance).validate_python(about.get("provenance", {}))
         except ValidationError as error:
             raise UserError(f"provenance: {first_line(error)}") from None
 
-    def as_json(self) -> dict[str, Any]:
-        """What `read` takes, as "provenance" of the metadata."""
-        return asdict(self)
-
     @property
     def sentence(self) -> str:
-        """For whoever reads a verdict."""
+        """Training and test in words, to be shown beside a verdict."""
         if not self.data:
             return "The weights do not say what they were trained on, nor how they did in a test of their own."
         *earlier, own = self.data
@@ -94,11 +90,7 @@ class Provenance:
         )
 
     def unlike(self, width: int, height: int, format: str) -> list[str]:
-        """In what an image differs from all that the model was trained on: format, size.
-
-        Args:
-            format: of the file; empty if there is none.
-        """
+        """How an image differs from all training images: its format (empty if unknown), "smaller", "larger"."""
         if not self.data:
             return []
         found = []

@@ -1,4 +1,4 @@
-"""Variants of a GLASS experiment, trained -> their table."""
+"""Trained variants of a GLASS experiment -> their table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from training.metrics import METRICS, NAN, Metric
 from training.progress import best_epoch
 
 SHOWN = {"valid_accuracy": Metric("validation accuracy")} | {name: METRICS[name] for name in ("accuracy", "auc_score")}
-COMPARED = {"auc_score": "auc", "accuracy": "accuracy"}  # as `paired_differences` calls them
+COMPARED = {"auc_score": "auc", "accuracy": "accuracy"}  # name in METRICS -> name in DETECTION_METRICS
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Variant:
     """A variant, and its finished runs with the learning rates that were chosen for it."""
 
     name: str
-    experiment: Experiment  # with any of its learning rates
-    factor: float | None  # of its learning rates; None: not all that are to be tried are finished
+    experiment: Experiment  # whose learning rates do not matter
+    factor: float | None  # of its learning rates; None: not all factors are tried yet
     runs: Sequence[Run]  # one a seed
     missing: Sequence[str]  # sentences
 
@@ -57,14 +57,14 @@ def table_of_ablations(
         f"Differences are from {paper.name} (the paper's setting) in percentage points, with 95% bootstrap intervals "
         f"over {len(groups):,} {kind} of the test split, for these seeds.",
         "Images/s: of training, the median over epochs; memory: the peak over epochs.",
-        *(["K is of training; in the test, the sampler all looks at every tile."] if every_tile else []),
+        *(["K is that of training; in the test, the sampler all takes every tile."] if every_tile else []),
         *notes, *undefined, *notes_of(about),
     ]  # fmt: skip
     return Table("ablations", title, rows, columns, notes)
 
 
 def _row(variant: Variant) -> Row:
-    """The beginning of a row: what the variant is; NaN for parts that it has not."""
+    """The first columns of a row, which describe the variant; NaN for parts that it does not have."""
     experiment, row = variant.experiment, {"model": variant.name}
     without_crops = isinstance(experiment, StandardExperiment) or experiment.branches == "global"
     for column, name in (("sampler", "crop_sampler"), ("pooling", "pooling"), ("num_crops", "num_crops")):

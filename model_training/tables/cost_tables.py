@@ -9,8 +9,8 @@ from training.cost import Cost
 from training.metrics import NAN, fit_line
 
 WARM_UP = (
-    "Memory is the peak after compilation; warming up, the peak of the steps before, with compilation. The paper's "
-    "protocol, the maximum over all epochs, the first with compilation included, has the larger of the two."
+    "Memory is the peak after compilation; warming up, the peak of the steps before, with compilation. The paper "
+    "reports the larger of the two: the maximum over all epochs, including the first, which compiles."
 )
 
 
@@ -32,7 +32,7 @@ def table_of_crop_costs(studies: Sequence[CostStudy], expected_crops: Sequence[i
 
 
 def table_of_crop_cost_lines(studies: Sequence[CostStudy]) -> Table:
-    """A row a study: the least-squares lines of memory and of time against the number of crops."""
+    """A row a study: least-squares lines of memory and of time against the number of crops."""
     rows = []
     for study in studies:
         row = _row(study) | {"n": len(study.costs)}
@@ -58,7 +58,7 @@ def table_of_crop_cost_lines(studies: Sequence[CostStudy]) -> Table:
 
 
 def table_of_standard_costs(preset: Preset, studies: Sequence[CostStudy], crop_studies: Sequence[CostStudy]) -> Table:
-    """A row a study of a standard model; beside it GLASS in the same mode, at the K that config.py has."""
+    """A row for each study of a standard model, with GLASS in the same mode, at the K in config.py, beside it."""
     tuned_crops = {known.name: known.num_crops for known in preset.experiments if isinstance(known, GlassExperiment)}
     by_name = {(study.experiment, study.mode): study for study in crop_studies}
     rows, used = [], []
@@ -96,7 +96,7 @@ def _costs(cost: Cost | None, prefix: str = "") -> Row:
 
 
 def _cost_columns(studies: Sequence[CostStudy], heading: str = "", prefix: str = "") -> dict[str, Cell]:
-    """Columns of the costs; each kind of memory has two of its own, so that no column mixes two."""
+    """Columns of the costs; each kind of memory has two columns of its own, so that no column mixes kinds."""
     measured = [study for study in studies if study.mode]
     columns = {}
     for study in measured:
@@ -111,7 +111,7 @@ def _cost_columns(studies: Sequence[CostStudy], heading: str = "", prefix: str =
 
 
 def _memory_cell(kind: str | None, prefix: str, key: str) -> Cell:
-    """The memory of rows of this kind and of rows that have none yet; nothing for rows of another kind."""
+    """The memory in rows of this kind and in rows that are not measured; empty in rows of another kind."""
 
     def cell(row: Row) -> str:
         other_kind = row[f"{prefix}memory_kind"] not in (kind, None)
@@ -121,7 +121,7 @@ def _memory_cell(kind: str | None, prefix: str, key: str) -> Cell:
 
 
 def _cost_notes(studies: Sequence[CostStudy]) -> list[str]:
-    """How the numbers were measured, and so which of them can be compared."""
+    """Notes on how the numbers were measured, and so which of them can be compared."""
     measured = [study for study in studies if study.mode]
     notes = [WARM_UP] if measured else []
     if len({study.memory_kind for study in measured}) > 1:

@@ -17,7 +17,7 @@ from training.runs import first_difference
 
 COMPARED_METRICS = ("accuracy", "auc_score", "f1_score", "ece")
 
-# What an experiment sets for itself, each name once: here a GLASS model and its standard model are meant to differ.
+# The fields of both kinds of experiments; a GLASS model and its standard model may differ in these.
 _names = dict.fromkeys(field.name for kind in (StandardExperiment, GlassExperiment) for field in fields(kind))
 HYPERPARAMETERS = [name for name in _names if name not in ("name", "backbone")]
 
@@ -44,9 +44,9 @@ def table_of_calibrated_metrics(runs: Mapping[str, Sequence[Run]]) -> Table:
     experiments = [({"model": name, "n": len(found)}, found, []) for name, found in by_seed.items() if found]
     columns, rows, undefined = means(CALIBRATED_METRICS, experiments)
     note = (
-        "In percent, but the negative log-likelihood (nats); fake is the positive class. Probabilities are calibrated, "
-        "and the thresholds chosen, on the validation images; accuracy, balanced accuracy and F1 are at the threshold "
-        "that was the best for balanced accuracy there."
+        "In percent, except for the negative log-likelihood (nats); fake is the positive class. Probabilities are "
+        "calibrated, and thresholds chosen, on the validation images; accuracy, balanced accuracy and F1 are at the "
+        "threshold with the best balanced accuracy there."
     )
     title = "Calibrated test metrics, mean ± sample standard deviation over n seeds"
     return Table("calibrated_metrics", title, rows, columns, [note, *undefined])
@@ -55,10 +55,13 @@ def table_of_calibrated_metrics(runs: Mapping[str, Sequence[Run]]) -> Table:
 def means(
     metrics: Mapping[str, Metric], experiments: Iterable[tuple[Row, Mapping[int, Values], list[str]]], percent: str = ""
 ) -> tuple[dict[str, Cell], list[Row], list[str]]:
-    """Columns and rows of means and standard deviations; notes of what is not defined and so not in its mean.
+    """Columns and rows of means and standard deviations, and notes on undefined values, which are left out of means.
 
-    A metric that one of the seeds lacks has no mean: it would be over fewer seeds than the row says. `experiments` are
-    the beginning of a row, values by seed and what is missing; `percent` ends the names of such columns of the CSV.
+    A metric that one of the seeds lacks has no mean: it would be over fewer seeds than the row says.
+
+    Args:
+        experiments: for each row its first columns, the values by seed, and sentences on what is missing.
+        percent: suffix of the CSV's columns that are in percent.
     """
     keys = {name: name + percent * (metric.unit == "%") for name, metric in metrics.items()}
     rows, notes = [], []
@@ -81,7 +84,7 @@ def means(
 
 
 def missing_seeds(runs: Sequence[Run], expected: Sequence[int]) -> list[str]:
-    """A sentence for the seeds that are not finished, and one for those of which there is no run."""
+    """A sentence for the seeds that are not finished, and one for those without a run."""
     unfinished = [run.seed for run in runs if not run.test]
     absent = [seed for seed in expected if seed not in [run.seed for run in runs]]
     seeds = {"not finished": unfinished, "not run": absent}
@@ -90,14 +93,12 @@ def missing_seeds(runs: Sequence[Run], expected: Sequence[int]) -> list[str]:
 
 # ---------------------------------------------------------------------------------- GLASS against standard
 def table_of_differences(runs: Mapping[str, Sequence[Run]]) -> Table:
-    """A row for each GLASS experiment whose standard one is there: glass_mine minus standard_mine, seed by seed."""
-    rows, notes = (
-        [],
-        [
-            "Over the seeds that both models have, on the same test images; Student's t interval of the paired "
-            "differences: of other seeds, not of other images; of two or three, it may reach beyond what is possible."
-        ],
-    )
+    """A row for each GLASS experiment with a standard one: glass_mine minus standard_mine, seed by seed."""
+    rows: list[Row] = []
+    notes = [
+        "Over the seeds that both models have, on the same test images; Student's t interval of the paired "
+        "differences: for other seeds, not other images; with two or three seeds, it may reach beyond what is possible."
+    ]
     for glass in runs:
         standard = glass.replace("glass_", "standard_", 1)
         if standard == glass or standard not in runs:
@@ -137,7 +138,7 @@ def _paired_interval(pairs: Sequence[tuple[float | None, float | None]]) -> tupl
 
 # --------------------------------------------------------------------------------------------------- tuning
 def table_of_hyperparameters(preset: Preset, studies: Mapping[str, TuningStudy | None]) -> Table:
-    """A row a study: its trials, and the best one's values; below, these as lines of config.py."""
+    """A row a study: its trials, and the values of the best one; below the table, these as lines of config.py."""
     rows, code = [], []
     for name, study in studies.items():
         best = study.best if study else None
@@ -170,7 +171,7 @@ def _missing_trials(preset: Preset, name: str, study: TuningStudy | None) -> str
 
 
 def _line_of_config(preset: Preset, name: str, study: TuningStudy) -> str:
-    """The experiment with the best trial's values, to paste into config.py; the others are as in the study's run."""
+    """The experiment with the best trial's values, to paste into config.py; other fields as in the study's run."""
     known = {experiment.name: asdict(experiment) for experiment in preset.experiments}
     values = {**known.get(name, {}), **study.metadata["settings"], **study.best.params, "name": name}
     kind = StandardExperiment if "lr" in values else GlassExperiment

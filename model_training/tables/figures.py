@@ -1,4 +1,4 @@
-"""Numbers -> figures, as PNG and without a display; knows no result file."""
+"""Numbers -> figures, as PNG, without a display. Reads no result files."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,10 +37,10 @@ STYLE = {
 def _panels(
     path: Path, title: str, count: int, size: tuple[float, float], sharey: bool = False
 ) -> Iterator[list[Axes]]:
-    """`count` axes side by side, each of `size` inches; written to `path` when the block ends well."""
+    """`count` axes side by side, each of `size` inches; written to `path` when the block ends without an error."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(size[0] * count, size[1]), layout="constrained")
-        figure.suptitle(title, parse_math=False)  # which may name a folder
+        figure.suptitle(title, parse_math=False)  # it may contain a folder's name with "$"
         yield list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png")
@@ -76,7 +76,7 @@ def plot_training_curve(path: Path, title: str, histories: Mapping[str, Sequence
 
 
 def plot_reliability(path: Path, title: str, probabilities: Mapping[str, np.ndarray], labels: np.ndarray) -> None:
-    """Accuracy against confidence, from probabilities (N,) of fake, a panel each; how many, below; labels are (N,)."""
+    """Accuracy against confidence, and a histogram; a panel for each probabilities (N,) of fake; labels are (N,)."""
     with _panels(path, title, len(probabilities), (2.9, 3.0)) as axes:
         for axis, (name, fake) in zip(axes, probabilities.items(), strict=True):
             confidence, right = np.maximum(fake, 1 - fake), (fake >= 0.5) == (labels == 0)
@@ -129,7 +129,7 @@ def plot_aucs(path: Path, title: str, aucs: Mapping[str, Mapping[str, tuple[floa
 
 
 def plot_score_histograms(path: Path, title: str, models: Mapping[str, np.ndarray], labels: np.ndarray) -> None:
-    """How probabilities of fake are spread over fake and real images, a panel a model."""
+    """Histograms of the probabilities of fake for fake and for real images, a panel a model."""
     edges = np.linspace(0, 1, 31)
     with _panels(path, title, len(models), (3.0, 2.6), sharey=True) as axes:
         for axis, (name, fake) in zip(axes, models.items(), strict=True):
@@ -203,7 +203,7 @@ def plot_test_metrics(path: Path, title: str, scores: Mapping[str, Mapping[str, 
     backbone = {name: name.partition("_")[2] if family[name] in FAMILY_COLOURS else name for name in scores}
     backbones = list(dict.fromkeys(backbone.values()))
     order = sorted(scores, key=lambda name: backbones.index(backbone[name]))
-    # From the top; a new backbone stands a little apart.
+    # From the top, with a gap before each backbone.
     at = {name: 1.5 + place + 0.5 * backbones.index(backbone[name]) for place, name in enumerate(order)}
     metrics = list(dict.fromkeys(metric for of_name in scores.values() for metric in of_name))
     with _panels(path, title, len(metrics), (3.2, 0.9 + 0.3 * max(at.values())), sharey=True) as axes:
@@ -250,7 +250,7 @@ def plot_tuning_importance(path: Path, title: str, importances: Mapping[str, flo
 def plot_ablations(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """AUC of each variant, with its standard deviation over seeds; and against its training speed.
 
-    `rows` are of the table of ablations, the paper's setting first; those without a value are named only.
+    `rows` come from the table of ablations, the paper's setting first; rows without a value get a label only.
     """
     styles = [(colour, marker) for marker in "osD^v" for colour in (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)]
     with _panels(path, title, 2, (3.6, 1.2 + 0.19 * max(8, len(rows)))) as (by_name, by_speed):

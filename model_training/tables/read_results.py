@@ -1,4 +1,4 @@
-"""Result folders -> dataclasses: runs, cost studies and Optuna studies. Reads only, and knows no table."""
+"""Result folders -> dataclasses: runs, cost studies and Optuna studies. Writes nothing."""
 
 import sqlite3
 from collections import defaultdict
@@ -28,31 +28,31 @@ MEMORY_KINDS = {CUDA_MEMORY: "peak GPU memory", CPU_MEMORY: "memory kept for the
 
 
 def provenance_of(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """What a table's notes say of where its numbers come from: label -> text."""
+    """Where a table's numbers come from, for its notes: label -> text."""
     environments = metadata["environments"]
     return {
-        "Data set fingerprint": _in_words(metadata.get("dataset_fingerprint")),
-        "Commit": _changes(environments, "commit"),
-        "Versions": _changes(environments, "versions"),
-        "Hardware": _in_words(metadata.get("hardware")),
+        "Data set fingerprint": _as_text(metadata.get("dataset_fingerprint")),
+        "Commit": _describe_changes(environments, "commit"),
+        "Versions": _describe_changes(environments, "versions"),
+        "Hardware": _as_text(metadata.get("hardware")),
     }
 
 
-def _changes(environments: Sequence[Mapping[str, Any]], key: str) -> str:
-    """What holds throughout, or "abc from epoch 1, then def from epoch 7"."""
-    by_text = groupby(environments, key=lambda environment: _in_words(environment[key]))
+def _describe_changes(environments: Sequence[Mapping[str, Any]], key: str) -> str:
+    """The value, if it never changed, else as "abc from epoch 1, then def from epoch 7"."""
+    by_text = groupby(environments, key=lambda environment: _as_text(environment[key]))
     changes = [(text, next(same)["from"]) for text, same in by_text]
     return changes[0][0] if len(changes) == 1 else ", then ".join(f"{text} from {start}" for text, start in changes)
 
 
-def _in_words(value: Any) -> str:
+def _as_text(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {item}" for name, item in value.items())
     return str(value or "unknown")
 
 
 # ----------------------------------------------------------------------------------------------------- runs
-Values = Mapping[str, float | None]  # metric -> value; None: the file is older than the metric, NaN: it is not defined
+Values = Mapping[str, float | None]  # metric -> value; None: the file is older than the metric; NaN: not defined
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,10 @@ class Run:
 
 
 def read_runs(results: Path, seeds: Sequence[int]) -> dict[str, list[Run]]:
-    """Experiment -> its runs of these seeds, in their order; those that failed before their first epoch are ignored.
+    """Experiment -> its runs, by seed; runs that failed before the end of their first epoch are ignored.
 
-    Raises UserError if a file cannot be read, a run is of another seed than its folder's, or two finished runs differ.
+    Raises UserError if a file cannot be read, if a run has another seed than its folder, or if the settings of two
+    finished runs differ.
     """
     runs = defaultdict(list)
     for seed in sorted(seeds):
@@ -82,7 +83,7 @@ def read_runs(results: Path, seeds: Sequence[int]) -> dict[str, list[Run]]:
 
 
 def _check_alike(found: Sequence[tuple[Path, Mapping[str, Any]]], what: str) -> None:
-    """Raise UserError if two of these runs differ so that `what` would mean nothing."""
+    """Raise UserError if two of these runs have different settings, so that `what` would mean nothing."""
     for folder, metadata in found[1:]:
         first, difference = found[0][0], first_difference(found[0][1], metadata, ignore=("seed",))
         if difference:
@@ -92,12 +93,12 @@ def _check_alike(found: Sequence[tuple[Path, Mapping[str, Any]]], what: str) -> 
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the training in this run folder is finished, and so not done again: metrics.json is written last."""
+    """Whether the training in this run folder is finished and will not be repeated: metrics.json is written last."""
     return (folder / "metrics.json").exists()
 
 
 def read_run(folder: Path, seed: int) -> Run:
-    """The run of this seed in `folder`, which has its history; raises UserError as `read_runs`."""
+    """The run of this seed in `folder`, which must have a history.csv; raises UserError as `read_runs`."""
     metadata, path = read_metadata(folder / "run.json"), folder / "history.csv"
     if metadata["settings"].get("seed", seed) != seed:
         raise UserError(
@@ -115,9 +116,9 @@ def read_run(folder: Path, seed: int) -> Run:
 
 
 def read_fakes(path: Path, names: Sequence[str]) -> np.ndarray:
-    """Probability of fake of each test image (N,), in the predictions.csv of a finished run.
+    """Probability of fake of each test image (N,), from the predictions.csv of a finished run.
 
-    Raises UserError if the file cannot be read, or is of other images than these `names`.
+    Raises UserError if the file cannot be read, or has other images than these `names`.
     """
     with reading(path, "give the data root and the settings of that training, or run it again"):
         rows = read_csv(path)
@@ -128,14 +129,14 @@ def read_fakes(path: Path, names: Sequence[str]) -> np.ndarray:
 
 
 def _epoch_record(row: Mapping[str, str]) -> EpochRecord:
-    """A row of history.csv; NaN in columns that the file lacks, as one of an older version may."""
+    """A row of history.csv; NaN for columns that a file of an older version lacks."""
     names = [item.name for item in fields(EpochRecord)]
     values: dict[str, Any] = {name: float(row[name] or "") if name in row else NAN for name in names}
     return EpochRecord(**values | {"epoch": int(row["epoch"]), "valid_accuracy": float(row["valid_accuracy"])})
 
 
 def _values(metrics: Mapping[str, Metric], found: Mapping[str, Any]) -> Values:
-    """The values of a table of metrics in a file, checked; ValueError names one that is out of range."""
+    """The values of these metrics in a file; raises ValueError for one that is out of its range."""
     if not isinstance(found, dict):
         raise ValueError(f"metrics are {found}")
     values: dict[str, float | None] = {}
@@ -150,7 +151,7 @@ def _values(metrics: Mapping[str, Metric], found: Mapping[str, Any]) -> Values:
 # --------------------------------------------------------------------------------------------- cost studies
 @dataclass(frozen=True)
 class CostStudy:
-    """What was measured in one mode: the cost of each crop count, or of a standard model, whose crop count is None."""
+    """The costs measured in one mode, by crop count, which is None for a standard model."""
 
     experiment: str
     mode: str | None = None  # full or quick; None: nothing was measured
@@ -159,19 +160,19 @@ class CostStudy:
 
     @property
     def memory_kind(self) -> str | None:
-        """What its memory is; numbers of two kinds cannot be compared."""
+        """How memory was measured; numbers of two kinds cannot be compared."""
         return self.metadata.get("memory_kind")
 
     @property
     def memory_text(self) -> str:
-        """The kind of its memory, in words."""
+        """The kind of memory, for a heading."""
         return MEMORY_KINDS.get(self.memory_kind, str(self.memory_kind))
 
     @property
     def epoch_time_text(self) -> str:
-        """How its epoch time was found, in words."""
+        """How the epoch time was measured, for a heading."""
         if self.mode == "full":
-            compilation = self.metadata["settings"].get("compilation", "in the first epoch")  # of an earlier version
+            compilation = self.metadata["settings"].get("compilation", "in the first epoch")  # in earlier versions
             return f"full: mean of whole epochs, compilation {compilation}"
         return f"quick: epoch time extrapolated from {self.metadata['settings'].get('measured_steps')} steps"
 
@@ -179,12 +180,12 @@ class CostStudy:
 def read_cost_studies(folder: Path) -> list[CostStudy]:
     """The full studies, then the quick ones; `folder` is results/<preset>/num_crops or .../standard_memory.
 
-    Raises UserError if a file cannot be read, or two crop counts of a study were measured under different settings.
+    Raises UserError if a file cannot be read, or if crop counts of a study were measured with different settings.
     """
     studies = []
     for mode in ("full", "quick"):
         for home in folder.glob(f"*/{mode}"):
-            paths = (home / "costs.csv", *home.glob("k_*/costs.csv"))  # the first: standard, or of an earlier version
+            paths = (home / "costs.csv", *home.glob("k_*/costs.csv"))  # the first: standard, or an earlier version
             parts = [(read_costs(path), path.parent) for path in paths if path.exists()]
             parts.sort(key=lambda part: [k or 0 for k in part[0]])
             found = [(folder, read_metadata(folder / "run.json")) for _, folder in parts]
@@ -200,7 +201,7 @@ def read_cost_studies(folder: Path) -> list[CostStudy]:
 # ------------------------------------------------------------------------------------------- Optuna studies
 @dataclass(frozen=True)
 class TuningStudy:
-    """One Optuna study, and the metadata that it ran with."""
+    """One Optuna study, and the metadata of its run."""
 
     study: optuna.Study
     metadata: Mapping[str, Any]
@@ -211,7 +212,7 @@ class TuningStudy:
         return [trial for trial in self.trials if trial.state == state]
 
     def trials_left(self, total: int) -> int:
-        """How many trials it lacks; pruned and failed ones count."""
+        """How many trials are left; pruned and failed ones count as done."""
         return max(0, total - sum(trial.state.is_finished() for trial in self.trials))
 
     @property
@@ -221,7 +222,7 @@ class TuningStudy:
 
 
 def read_tuning_studies(folder: Path) -> dict[str, TuningStudy]:
-    """Experiment -> its study, read without a change to its file; `folder` is results/<preset>/tuning."""
+    """Experiment -> its study, opened read-only; `folder` is results/<preset>/tuning."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     studies = {}
     for path in folder.glob("*/study.db"):

@@ -1,18 +1,20 @@
-"""A table: rows of values, and how CSV, Markdown and LaTeX show them; knows no result file."""
+"""A table: rows of values, written as CSV, Markdown and LaTeX. Reads no result files."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from data.lists import write_csv
+from data.lists import render_table, write_csv
 from utils import write_text
 
-MISSING = "missing"  # how None is shown: a value that is still to come
-UNDEFINED = "n/a"  # how NaN is shown: a value that there cannot be
+MISSING = "missing"  # shown for None: a value that is not computed yet
+TERMINAL_WIDTH = 80
+UNDEFINED = "n/a"  # shown for NaN: a value that does not exist
 
 Row = dict[str, Any]  # column of the CSV -> value
 Cell = Callable[[Row], str]  # what Markdown and LaTeX show of a row
@@ -25,18 +27,18 @@ LATEX_ESCAPES = {character: rf"\{character}" for character in "&%$#_{}"} | {
 
 @dataclass(frozen=True)
 class Table:
-    """One table. Each row names its `model`, and in `missing` what it lacks ("" if nothing)."""
+    """One table. Each row has a `model`, and in `missing` what it lacks ("" if nothing)."""
 
     name: str
     title: str
     rows: list[Row]
-    columns: dict[str, Cell]  # under their headings
+    columns: dict[str, Cell]  # heading -> cells
     notes: list[str] = field(default_factory=list)
     code: list[str] = field(default_factory=list)  # Python, below the Markdown
 
     @property
     def missing(self) -> list[str]:
-        """What is missing, by name, each once."""
+        """What is missing, by model, each once."""
         return list(dict.fromkeys(f"{row['model']}: {row['missing']}" for row in self.rows if row["missing"]))
 
     def write(self, folder: Path) -> None:
@@ -54,6 +56,14 @@ class Table:
         code = ["", "```python", *self.code, "```"] if self.code else []
         notes = [f"- {note}" for note in self._all_notes()]
         return "\n".join([f"# {self.title}", "", *lines, "", *notes, *code]).rstrip() + "\n"
+
+    def text(self) -> str:
+        """For a terminal: the first columns, as many as fit in TERMINAL_WIDTH characters, then the notes."""
+        columns, rows = list(self.columns), self._cells()
+        widths = [max(map(len, column)) + 2 for column in zip(columns, *rows, strict=True)]
+        count = sum(end - 2 <= TERMINAL_WIDTH for end in accumulate(widths))
+        table = render_table(columns[:count], [row[:count] for row in rows])
+        return "\n".join([self.title, "", table, "", *(f"- {note}" for note in self._all_notes()), ""])
 
     def latex(self) -> str:
         """A booktabs table, shrunk to the page if it is wider."""
@@ -85,17 +95,17 @@ class Table:
 
 def _latex(text: str) -> str:
     escaped = text.translate(str.maketrans(LATEX_ESCAPES))
-    return re.sub(r"(?<![\w$-])-(?=\d)", "$-$", escaped)  # a minus sign, where it is no hyphen
+    return re.sub(r"(?<![\w$-])-(?=\d)", "$-$", escaped)  # a minus sign, not a hyphen
 
 
 # ---------------------------------------------------------------------------------------------------- cells
-def show(value: Any, form: str = "") -> str:
-    """A value as text; `form` is a format specification of numbers, such as ".2f"."""
+def show(value: Any, form: str = "", scale: float = 1) -> str:
+    """A value as text; numbers times `scale`, in a format such as ".2f"."""
     if value is None:
         return MISSING
     if isinstance(value, str):
         return value
-    return format(value, form) if value == value else UNDEFINED
+    return format(scale * value, form) if value == value else UNDEFINED
 
 
 def value_of(key: str, form: str = "") -> Cell:
@@ -103,22 +113,23 @@ def value_of(key: str, form: str = "") -> Cell:
     return lambda row: show(row.get(key), form)
 
 
-def mean_and_std_of(key: str) -> Cell:
-    """<key>_mean ± <key>_std."""
+def mean_and_std_of(key: str, scale: float = 1, form: str = ".2f") -> Cell:
+    """<key>_mean ± <key>_std; empty for a row without these columns."""
 
     def cell(row: Row) -> str:
-        mean, std = (show(row[f"{key}_{part}"], ".2f") for part in ("mean", "std"))
+        if f"{key}_mean" not in row:
+            return ""
+        mean, std = (show(row[f"{key}_{part}"], form, scale) for part in ("mean", "std"))
         return mean if std in (MISSING, UNDEFINED) else f"{mean} ± {std}"
 
     return cell
 
 
 def interval_of(key: str, scale: float = 1, form: str = "+.2f") -> Cell:
-    """<key> [<key>_low, <key>_high], with signs; values are multiplied by `scale`."""
+    """<key> [<key>_low, <key>_high], with signs."""
 
     def cell(row: Row) -> str:
-        values = [row[name] for name in (key, f"{key}_low", f"{key}_high")]
-        middle, low, high = (show(value if value is None else scale * value, form) for value in values)
+        middle, low, high = (show(row[name], form, scale) for name in (key, f"{key}_low", f"{key}_high"))
         return middle if middle in (MISSING, UNDEFINED) else f"{middle} [{low}, {high}]"
 
     return cell
@@ -126,7 +137,7 @@ def interval_of(key: str, scale: float = 1, form: str = "+.2f") -> Cell:
 
 # ---------------------------------------------------------------------------------------------------- notes
 def notes_of(named: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """One note for each label: the value that all names, which may repeat, share, or each value with its names."""
+    """One note for each label: its value if all names have the same one, else each value with its names."""
     by_label: dict[str, dict[str, dict[str, None]]] = {}  # label -> value as text -> names, each once
     for name, values in named:
         for label, value in values.items():

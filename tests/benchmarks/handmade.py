@@ -1,4 +1,4 @@
-"""What does a detector without any network reach? The floor that a GLASS has to beat, on the same splits.
+"""How good is a detector without any network? The baseline that a GLASS has to beat, on the same splits.
 
     python -m tests.benchmarks.handmade --preset own --data-root ROOT
         [--predictions results/own/NAME/seed_100/predictions.csv ...] [--test-root OTHER] [--scores FILE]
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from config import Preset, Seeds, Settings
 from data.images import UnreadableImage, read_image, reencoded
-from data.index import read_index, used_images
+from data.index import read_index
 from data.layouts import read_data_set
 from data.lists import check_output, write_csv
 from data.splits import split_index
@@ -111,8 +111,9 @@ def measure(preset: Preset, **values: Any) -> None:
     for (name, seed), fake in zip(keys, fakes, strict=True):
         probabilities = {(which, "native"): fake for which in ("calibrated", "raw")}
         models.setdefault(name, []).append(ScoredModel(seed.removeprefix("seed_"), UNCALIBRATED, probabilities))
-    listed = {image.path: image for image in used_images(settings)}
-    grouped = sources_and_groups(settings, [listed[path] for path in paths])
+    every = read_data_set(settings.data_root, settings.data_layout).images
+    listed = {image.path: image for image in every}
+    grouped = sources_and_groups(settings, [listed[path] for path in paths], every)
     data = ScoredData(settings.data_root.resolve(), settings.data_list, labels, *grouped, models, unreadable, [])
     rows = [{"model": name, "missing": ""} | metrics_row(of, "raw", "native", data) for name, of in models.items()]
     columns = {"model": value_of("model"), "AUC": metric_of("auc"), "accuracy": metric_of("accuracy")}

@@ -4,7 +4,7 @@
                                        [--patch-size 224] [--small-backbone 0|1] [--json FILE] [--markdown FILE]
 
 A GLASS of two ResNet-50 with random weights (with --small-backbone 1, of two ResNet-10), on all cores. Without
---data-root, one synthetic image of so many megapixels, under as many names as there are images.
+--data-root, one synthetic image of --megapixels, under --images names.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""The page to drop images on, asked by many clients at once: nothing lost, the numbers of `predict`, bounded memory.
+"""The page of `model_training.app` with many clients at once: no answer lost, numbers of `predict`, bounded memory.
 
     python -m tests.campaigns.app [--requests 200] [--clients 8] [--seed 1] [--weights FILE]
 
-FILES files of every kind, whole and damaged ones, texts, one pixel and MAX_PIXELS of them, are uploaded one a request,
-in an order drawn with the seed, to a server on two cores. The exit code is 1 if an answer is missing or is not that of
-`predict` (texts equal, numbers to 1e-6), a traceback is printed, or the server has held MEGABYTES or more.
+FILES files of every kind (intact and damaged ones, texts, from one pixel to MAX_PIXELS) are uploaded one a request, in
+an order drawn with the seed, to a server on two cores. The exit code is 1 if an answer is missing or differs from that
+of `predict` (texts equal, numbers to 1e-6), a traceback is printed, or the server has used MEGABYTES or more.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from data.lists import read_csv
 from tests.campaigns.mutated_images import originals
 from tests.conftest import run_module, untrained_weights
 from tests.odd_images import noise, saved
-from tests.pages import agree, asked, served
+from tests.pages import agree, drop_files, served
 from tests.proc import peak_bytes
 
 FILES, MEGABYTES = 50, 3000
@@ -35,7 +35,7 @@ ENDINGS = {"jpeg": "jpg", "mpo": "jpg", "apng": "png", "pgm": "pgm", "postscript
 
 
 def write_files(folder: Path) -> list[Path]:
-    """Whole images of every kind; large, tiny and odd ones; no images; and the others cut short, up to FILES."""
+    """Images of every kind; large, tiny and odd ones; files that are no images; and truncated ones, up to FILES."""
     wide = Image.fromarray(np.tile(np.arange(20_000, dtype=np.uint16).astype(np.uint8), (MAX_PIXELS // 20_000, 1)))
     files = {f"{kind}.{ENDINGS.get(kind.split()[0], kind.split()[0])}": data for kind, data in originals().items()}
     whole = list(files.items())
@@ -71,7 +71,7 @@ if __name__ == "__main__":
     paths = write_files(scratch / "files")
     weights = given.weights or untrained_weights(scratch / "model.safetensors", "glass_resnet")
     flags = ("--weights", weights, "--device", "cpu", "--draws", "5", "--output", scratch / "predictions.csv")
-    said = run_module("model_training.predict", *flags, *paths, timeout=900).stderr
+    message = run_module("model_training.predict", *flags, *paths, timeout=900).stderr
     rows = {Path(row["path"]): row for row in read_csv(scratch / "predictions.csv")}
 
     requests = (paths * -(-given.requests // len(paths)))[: given.requests]
@@ -79,7 +79,7 @@ if __name__ == "__main__":
     drops = [[[path] for path in requests[n :: given.clients]] for n in range(given.clients)]
     start = time.monotonic()
     with served(weights) as server, ThreadPoolExecutor(given.clients) as clients:
-        answers = list(clients.map(asked, [server.url] * given.clients, drops))
+        answers = list(clients.map(drop_files, [server.url] * given.clients, drops))
         seconds, megabytes = time.monotonic() - start, peak_bytes(server.process.pid) / 1e6
     lost, different, problems = 0, 0, 0
     for (path,), cards in zip(chain(*drops), chain(*answers), strict=True):
@@ -88,7 +88,7 @@ if __name__ == "__main__":
         if not all(agree(card, rows[path]) for card in cards):
             different += 1
             print(f"{path.name}: {cards} differs from {rows[path]}")
-    tracebacks = (said + server.errors).count("Traceback")
+    tracebacks = (message + server.errors).count("Traceback")
     print(
         f"{len(paths)} files, {len(requests)} requests of {given.clients} clients: {lost} lost, {different} unlike "
         f"predict, {problems} refused with a reason, {tracebacks} tracebacks; at most "

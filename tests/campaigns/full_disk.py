@@ -1,10 +1,10 @@
-"""A disk that is full at each write of a training: one sentence, and the training resumes when there is room.
+"""A disk that is full at each write of a training: one sentence, and the training resumes once there is space.
 
     python -m tests.campaigns.full_disk [--runs 16]
 
-Needs root, who may mount a small file system in memory. A training runs on disks of growing size until one has room
-for all; each that fills up is then made larger and the same command given again, which must end as the training that
-was never interrupted. Exit code 1 if one does not.
+Needs root, to mount a small file system in memory. A training runs on disks of growing size until one is large enough;
+each that fills up is then enlarged and the same command run again, which must end like a training that was never
+interrupted. Exit code 1 if one does not.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def run(runs: int, scratch: Path) -> list[str]:
         megabytes = 0.3 + needed * number / runs
         with small_disk(scratch / f"disk {number}", megabytes) as disk:
             shutil.copytree(ready, disk, dirs_exist_ok=True)
-            # In turn: the state saved within epochs, so that it is written first, and only between them.
+            # In turn: the state is saved within epochs too, so that it is written first, or only between them.
             every = ("--checkpoint-every", "2" if number % 2 else "0")
             command = (*campaign.command(data, disk), *every)
             done = run_module(*command)

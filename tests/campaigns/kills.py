@@ -8,8 +8,8 @@
     python -m tests.campaigns.kills workers [--kills 12] [--seed 1]     four of 40 trials; two restarts of the server
 
 Toy size, on the CPU. A moment is drawn between the command's first line of work and its expected end; a command that
-finishes first is started in another folder, until there were as many kills. Exit code 1 if a single file differs; of
-workers (tests/toy_workers.py), if a trial is lost or doubled or a worker hangs or fails.
+finishes first is started in another folder, until there were enough kills. Exit code 1 if a single file differs; for
+workers (tests/toy_workers.py), if a trial is lost or doubled, or a worker hangs or fails.
 """
 
 import argparse
@@ -37,8 +37,8 @@ from tests.proc import children_of
 from tests.reference_studies import STUDIES
 from tests.toy_workers import shake
 
-MEASURED = ("epoch_seconds", "images_per_second", "data_wait_share")  # of the history; differ from run to run
-State = dict[str, object]  # what must come out the same, by name
+MEASURED = ("epoch_seconds", "images_per_second", "data_wait_share")  # columns of a history that differ between runs
+State = dict[str, object]  # file -> what must be the same in it
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Campaign:
     """A command to kill.
 
     Args:
-        started: pattern of a file below a folder of results and cache that is there once a kill counts.
-        indexed: whether the command begins with the index of its data.
-        processes: that torchrun starts; one of them is killed.
+        started: pattern of a file below a folder of results and cache that exists once the command works.
+        indexed: whether the command needs the index of its data.
+        processes: number that torchrun starts; one of them is killed.
     """
 
     module: str
@@ -62,10 +62,7 @@ class Campaign:
         return torchrun(self.processes, self.module, *self.flags, "--data-root", data, *places)
 
     def kill(self, process: Process, random_: random.Random) -> int:
-        """The command with all its processes, or, under torchrun, which ends the others, one; returns how many kills.
-
-        That is none where they are at their end.
-        """
+        """Kill the command, or one of the processes of torchrun; returns the number of kills, 0 if all had ended."""
         if self.processes == 1:
             os.killpg(process.pid, signal.SIGKILL)
             return 1
@@ -75,14 +72,14 @@ class Campaign:
         return min(1, len(running))
 
     def folder(self, data: Path, path: Path) -> Path:
-        """`path`, made ready for the command."""
+        """Prepare `path` for the command; returns it."""
         if self.indexed:
             roots = ("--data-root", data, "--results-root", path / "results")
             succeed("data.data_preprocess", *PREPROCESS_FLAGS, *roots)
         return path
 
     def run(self, kills: int, seed: int, data: Path, scratch: Path) -> list[str]:
-        """Kill so many times; returns a sentence for each file that came out different."""
+        """Kill this many times; returns a sentence for each file that is different in the end."""
         random_, ready = random.Random(seed), self.folder(data, scratch / "ready")
         ready.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
@@ -116,7 +113,7 @@ class Workers:
     """Four workers on one study, three trials and more for each kill, with two restarts of the server."""
 
     def run(self, kills: int, seed: int, data: Path, scratch: Path) -> list[str]:
-        """Kill so many times; returns a sentence for each thing that is wrong."""
+        """Kill this many times; returns a sentence for each thing that is wrong."""
         results = scratch / "results"
         succeed("data.data_preprocess", *PREPROCESS_FLAGS, "--data-root", data, "--results-root", results)
         with Postgres() as server:
@@ -138,7 +135,7 @@ TUNING = Campaign(
 PREPROCESSING = Campaign(
     "data.data_preprocess", (*PREPROCESS_FLAGS, "--cache", "--num-workers", "2"), "cache/*/views_*/*/*", indexed=False
 )
-CAMPAIGNS = {  # and how often each is killed unless another number is asked for
+CAMPAIGNS = {  # and the default number of kills
     "training": ((training("glass_resnet"), training("standard_convnext")), 40),
     "processes": ((training("glass_resnet", 2), training("standard_convnext", 3)), 20),
     "tuning": ((TUNING,), 20),
@@ -159,9 +156,9 @@ def digest(data: bytes) -> str:
 
 
 def state_of(folder: Path) -> State:
-    """What a folder holds, file by file, but for what was archived.
+    """What a folder holds, file by file, without archives.
 
-    Histories count without their seconds, studies as their trials, weights by tensor, pictures and metadata by name.
+    Histories without their times, studies as their trials, weights by tensor, pictures and metadata only by name.
     """
     state: State = {}
     for path in sorted(folder.rglob("*")):

@@ -8,8 +8,9 @@ another's tail, sizes in headers overwritten) and read as training reads them, e
 of at most MEGABYTES (Linux). The exit code is 1 if a file crashed it, hung, took more, or gave anything but an image or
 `UnreadableImage`; such files are kept.
 
-With --commands, the files are a data set, BATCH at a time, of `data_preprocess`, `data_audit` and `predict`, which must
-end in COMMAND_SECONDS and as told, print no traceback, and start none of the PROGRAMS that image libraries know.
+With --commands, `data_preprocess`, `data_audit` and `predict` get the files as data sets of BATCH each. They must end
+within COMMAND_SECONDS with an expected exit code, without a traceback, and must start none of the PROGRAMS that image
+libraries know.
 """
 
 import argparse
@@ -24,8 +25,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing import TimeoutError, get_context
 from pathlib import Path
 
 import numpy as np
@@ -143,19 +143,17 @@ def change_size(data: bytearray, random_: random.Random, _: list[bytes]) -> None
 DAMAGE = (flip_bits, truncate, overwrite, remove_or_insert, splice, change_size)
 
 
-def read_all(connection: Connection) -> None:
-    """In a process of its own: read each file it is sent; answer the outcome, its seconds and the peak memory."""
-    while True:
-        path = connection.recv()
-        start = time.perf_counter()
-        try:
-            image = read_image(path, PAPER.settings.max_image_pixels)
-            outcome = "image" if image.mode == "RGB" and min(image.size) > 0 else f"wrong: {image.mode} {image.size}"
-        except UnreadableImage as error:
-            outcome = f"reason: {error}" if str(error).strip() else "wrong: no reason"
-        except BaseException as error:
-            outcome = f"wrong: {type(error).__name__}: {error}"
-        connection.send((outcome, time.perf_counter() - start, peak_bytes() // 2**20))
+def read_one(path: Path) -> tuple[str, float, int]:
+    """Read a file, in a process of its own; returns the outcome, its seconds and the peak memory in MB."""
+    start = time.perf_counter()
+    try:
+        image = read_image(path, PAPER.settings.max_image_pixels)
+        outcome = "image" if image.mode == "RGB" and min(image.size) > 0 else f"wrong: {image.mode} {image.size}"
+    except UnreadableImage as error:
+        outcome = f"reason: {error}" if str(error).strip() else "wrong: no reason"
+    except BaseException as error:
+        outcome = f"wrong: {type(error).__name__}: {error}"
+    return outcome, time.perf_counter() - start, peak_bytes() // 2**20
 
 
 def damaged_files(files: int, seed: int) -> Iterator[tuple[str, str, bytes]]:
@@ -175,22 +173,14 @@ def run(files: int, seed: int, folder: Path) -> tuple[Counter, list[str], float,
     """Damage and read; returns outcomes by kind, what went wrong, the longest time, and the peak memory in MB."""
     context = get_context("spawn")
     outcomes: Counter = Counter()
-    wrong, longest, peak = [], 0.0, 0
-    process = connection = None
+    wrong, longest, peak, process = [], 0.0, 0, context.Pool(1)
     for number, (kind, damage, data) in enumerate(damaged_files(files, seed)):
         path = folder / f"{number:05d}.jpg"
         path.write_bytes(data)
-        if process is None or not process.is_alive():
-            connection, theirs = context.Pipe()
-            process = context.Process(target=read_all, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-        connection.send(path)
         try:
-            outcome, seconds, memory = connection.recv() if connection.poll(SECONDS) else ("hung", SECONDS, 0)
-        except EOFError:
-            process.join()
-            outcome, seconds, memory = f"crashed with exit code {process.exitcode}", 0.0, 0
+            outcome, seconds, memory = process.apply_async(read_one, (path,)).get(SECONDS)
+        except TimeoutError:
+            outcome, seconds, memory = "hung or crashed", SECONDS, 0
         longest, peak = max(longest, seconds), max(peak, memory)
         if memory > MEGABYTES:
             outcome = f"took {memory} MB"
@@ -200,16 +190,14 @@ def run(files: int, seed: int, folder: Path) -> tuple[Counter, list[str], float,
         else:
             outcomes[kind, "wrong"] += 1
             wrong.append(f"{path} ({kind}, {damage}): {outcome}")
-        if outcome == "hung" or memory > MEGABYTES:
-            process.kill()
-            process.join()
-    if process:
-        process.kill()
+            process.terminate()
+            process = context.Pool(1)
+    process.terminate()
     return outcomes, wrong, longest, peak
 
 
 def run_commands(files: int, seed: int, folder: Path) -> tuple[Counter, list[str]]:
-    """Damage, and give all to the commands; returns what `predict` said by kind, and what went wrong."""
+    """Damage, and run the commands on all; returns the outcomes of `predict` by kind, and what went wrong."""
     from tests.conftest import ENVIRONMENT, PREPROCESS_FLAGS, REPOSITORY, untrained_weights  # with torch; see proc.py
 
     trap, started = folder / "bin", folder / "started"
@@ -238,13 +226,13 @@ def run_commands(files: int, seed: int, folder: Path) -> tuple[Counter, list[str
             ("data.data_audit", (0,), *audited),
             ("model_training.predict", (0, 1), "--weights", weights, "--device", "cpu", "--output", output, batch),
         ):
-            command, told = [sys.executable, "-m", module, *map(str, flags)], dict(capture_output=True, text=True)
-            done = subprocess.run(command, cwd=REPOSITORY, env=environment, timeout=COMMAND_SECONDS, **told)
+            command, pipes = [sys.executable, "-m", module, *map(str, flags)], dict(capture_output=True, text=True)
+            done = subprocess.run(command, cwd=REPOSITORY, env=environment, timeout=COMMAND_SECONDS, **pipes)
             if done.returncode not in codes or "Traceback" in done.stderr or started.exists():
                 wrong.append(f"{module} on {batch}: exit code {done.returncode}, {done.stderr[-2000:]}")
         for row in read_csv(output):
             kind = Path(row["path"]).stem.partition(" ")[2].rpartition(" ")[0]
-            if kind:  # not one of the whole files
+            if kind:  # not one of the intact files
                 outcomes[kind, "reason" if row["problem"] else "image" if row["verdict"] else "wrong"] += 1
     return outcomes, wrong
 

@@ -34,8 +34,8 @@ SEED = 100
 class Difference:
     """Relative differences between the two loops, and the losses that were compared.
 
-    weight: norm of the difference over norm, of all weights and statistics together: one by one says nothing, since
-    Adam makes steps of rounding noise for a bias whose true gradient is zero, as before batch normalisation.
+    weight: norm of the difference over norm, of all weights and statistics together; not one by one, since Adam makes
+    steps of rounding noise for a bias whose true gradient is zero, as before batch normalisation.
     """
 
     loss: float  # the largest
@@ -65,7 +65,7 @@ def compare(preset: Preset, experiment: Experiment, epochs: int) -> Difference:
 def plainly(
     model: nn.Module, experiment: Experiment, preset: Preset, images: tuple[ImageDataset, ImageDataset], epochs: int
 ) -> list[tuple[float, float]]:
-    """The equations, one after the other; returns training and validation loss of each epoch."""
+    """The equations of docs/method.md, in order; returns training and validation loss of each epoch."""
     glass, smoothing, eta_min = isinstance(experiment, GlassExperiment), preset.settings.label_smoothing, 1e-6
     groups = [(list(model.parameters()), getattr(experiment, "lr", 0), getattr(experiment, "weight_decay", 0))]
     if glass:

@@ -1,4 +1,4 @@
-"""One training by 1, 2 and 3 processes, and resumed with another number of them: how far numbers differ.
+"""One training with 1, 2 and 3 processes, and resumed with another number of them: how much the numbers differ.
 
     python -m tests.campaigns.processes [--epochs 3]
 
