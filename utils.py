@@ -248,7 +248,7 @@ def find_experiment(preset: Preset, name: str) -> Experiment:
     """The experiment called `name` in the preset, such as glass_vit."""
     known = {experiment.name: experiment for experiment in preset.experiments}
     if name not in known:
-        raise UserError(f"preset {preset.name} has no experiment {name}: it has {', '.join(known)}")
+        raise UserError(f"preset {preset.name} has no experiment {name}, but {', '.join(known)}: add it in config.py")
     return known[name]
 
 

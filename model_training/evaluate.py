@@ -36,6 +36,7 @@ from training.detection_metrics import (
     paired_differences,
     sources_apart,
 )
+from training.metrics import in_percent
 from utils import run_command
 
 SHOWN = ("auc", "balanced_accuracy")  # in tables with models or formats side by side
@@ -50,8 +51,8 @@ THRESHOLDS = {  # fields of Calibration
     "fake_from": "verdict fake",
 }
 NOTE = (
-    "In percent, except for the negative log-likelihood (nats); [{}]; fake is the positive class. An interval of zero "
-    "width says that all resamples of these images give the same value, such as 100%, not that other images would."
+    "Values are {}; [{}]; fake is the positive class. An interval of zero width says that all resamples of these "
+    "images give the same value, such as 100%, not that other images would."
 )
 ABOVE = (
     "The score depends on what sets real images of these sources apart, such as camera, compression or subject: if "
@@ -90,7 +91,7 @@ def evaluate_weights(preset: Preset, **values: Any) -> None:
 
 
 def _tables(data: ScoredData, kinds: Sequence[str]) -> list[Table]:
-    notes, controls = [NOTE.format(data.interval), *data.notes()], _controls(data, kinds)
+    notes, controls = [NOTE.format(in_percent(DETECTION_METRICS), data.interval), *data.notes()], _controls(data, kinds)
     calibrated = _rows(data, kinds, "calibrated") + controls
     columns = COUNTS | {metric.label: metric_of(name) for name, metric in DETECTION_METRICS.items()}
     title = "Evaluation: calibrated probabilities, the model's own threshold"

@@ -232,6 +232,8 @@ def test_the_effect_of_every_setting_is_shown() -> None:
     settings = {
         f"{owner.__name__}.{f.name}" for owner in classes if owner not in (Preset, CostSettings) for f in fields(owner)
     }
+    missing = settings - EFFECTS.keys() - SHOWN_ELSEWHERE.keys()
+    assert not missing, f"no test shows the effect of {missing}: add one to tests/setting_effects.py"
     assert EFFECTS.keys() | SHOWN_ELSEWHERE.keys() == settings and not EFFECTS.keys() & SHOWN_ELSEWHERE.keys()
     for setting, file in SHOWN_ELSEWHERE.items():
         name = setting.partition(".")[2]

@@ -124,7 +124,7 @@ def test_a_metric_that_is_newer_than_a_result_or_not_defined_for_a_seed_is_named
     assert "standard_vit: Confidence, incorrect is not defined for seed 200" in text(preset, "test_metrics.md")
     changed = {"ece_percent_mean": "", "ece_percent_std": "", "missing": "ECE of seed 200"}
     assert csv_rows(preset, "test_metrics")["glass_vit"] == before | changed
-    assert line_of(preset, "test_metrics", "glass_vit").endswith("| missing |")
+    assert "| missing |" in line_of(preset, "test_metrics", "glass_vit")
     assert line_of(preset, "differences", "glass_vit").endswith("| +0.00 [+0.00, +0.00] | missing |")
 
 

@@ -1,6 +1,6 @@
 """Probabilities and labels -> the paper's test metrics; no torch. docs/method.md, Experiments 2."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,6 +39,14 @@ class Metric:
     def scale(self) -> int:
         """Factor from its value to what is shown."""
         return 100 if self.unit == "%" else 1
+
+
+def in_percent(metrics: Mapping[str, Metric]) -> str:
+    """For titles and notes: "in percent", and which of the metrics are not."""
+    others = [
+        f"{metric.label}{metric.unit and f' ({metric.unit})'}" for metric in metrics.values() if metric.unit != "%"
+    ]
+    return f"in percent, except for {', '.join(others)}" if others else "in percent"
 
 
 def compute_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:

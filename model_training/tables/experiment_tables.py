@@ -12,7 +12,7 @@ from config import GlassExperiment, Preset, StandardExperiment
 from model_training.tables.read_results import Run, TuningStudy, Values, provenance_of
 from model_training.tables.table import Cell, Row, Table, interval_of, listed, mean_and_std_of, notes_of, value_of
 from training.detection_metrics import CALIBRATED_METRICS
-from training.metrics import METRICS, NAN, Metric
+from training.metrics import METRICS, NAN, Metric, in_percent
 from training.runs import first_difference
 
 COMPARED_METRICS = ("accuracy", "auc_score", "f1_score", "ece")
@@ -34,7 +34,7 @@ def table_of_test_metrics(runs: Mapping[str, Sequence[Run]], expected_seeds: Seq
     finished_runs = [(name, run) for name, of_name in runs.items() for run in of_name if run.test]
     about = notes_of((name, provenance_of(run.metadata)) for name, run in finished_runs)
     notes = ["F1, precision and recall are weighted by class size.", *undefined, *about]
-    title = "Test metrics in percent, mean ± sample standard deviation over n seeds"
+    title = f"Test metrics {in_percent(METRICS)}, mean ± sample standard deviation over n seeds"
     return Table("test_metrics", title, rows, columns, notes)
 
 
@@ -44,7 +44,7 @@ def table_of_calibrated_metrics(runs: Mapping[str, Sequence[Run]]) -> Table:
     experiments = [({"model": name, "n": len(found)}, found, []) for name, found in by_seed.items() if found]
     columns, rows, undefined = means(CALIBRATED_METRICS, experiments)
     note = (
-        "In percent, except for the negative log-likelihood (nats); fake is the positive class. Probabilities are "
+        f"Values are {in_percent(CALIBRATED_METRICS)}; fake is the positive class. Probabilities are "
         "calibrated, and thresholds chosen, on the validation images; accuracy, balanced accuracy and F1 are at the "
         "threshold with the best balanced accuracy there."
     )
