@@ -33,7 +33,7 @@ from data.audit.files import AuditedFile, audit_files
 from data.audit.header_classifier import HeaderAudit, auc, audit_headers, header_matrix
 from data.audit.matching import CALIPER, match_pairs
 from data.index import Index, dataset_folder, used_images
-from data.layouts import LABELS, Listed
+from data.layouts import LABELS
 from data.lists import check_output, name_of_root, render_table, write_csv
 from data.preparation.report import report_left_out
 from data.records import CLASSES, ImageRecord
@@ -76,7 +76,7 @@ def audit(preset: Preset, match: Path | None = None, caliper: float = CALIPER, n
         check_output(match, MATCH_COLUMNS)
     files = used_images(settings)
     with locked_folder(folder):
-        found = audit_files(settings, [(image.path, image.label) for image in files])
+        found = audit_files(settings, files)
         parts = parts_of_splits(settings, files)
         report_left_out(folder, [(file.path, file.problem) for file in found])
         images = [file for file in found if not file.problem]
@@ -95,14 +95,12 @@ def audit(preset: Preset, match: Path | None = None, caliper: float = CALIPER, n
         print(f"\nTables and figures: {folder}")
 
 
-def parts_of_splits(settings: Settings, files: Sequence[Listed]) -> list[dict[str, str]]:
-    """For each file the part of the two splits that it is in; none, and the reason is printed, for too few files."""
-    from data.datasets import split_index  # here: torch takes seconds
+def parts_of_splits(settings: Settings, files: Sequence[ImageRecord]) -> list[dict[str, str]]:
+    """For each file its part of the two splits; if there are too few files, prints that, and gives none."""
+    from data.splits import split_index  # here: torch takes seconds
 
-    records = tuple(ImageRecord(image.path, image.label, 0, "", "", "", 0, 0, "") for image in files)
-    given = {f"{name}s": tuple(getattr(image, name) for image in files) for name in ("part", "source")}
     try:
-        _, splits = split_index(Index(settings.data_root, records, **given), settings)
+        _, splits = split_index(Index(settings.data_root, tuple(files)), settings)
     except UserError as error:
         print(f"Splits are left out of the audit: {error}")
         return [{} for _ in files]

@@ -58,11 +58,9 @@ def preprocess(preset: Preset, cache: Sequence[Kind] | None = None) -> None:
     kinds: tuple[Kind, ...] = () if cache is None else (VIEWS,) if cache == (VIEWS,) else (PIXELS, VIEWS)
     data, started = read_data_set(root, preset.settings.data_layout), time.perf_counter()
     print(data.described(), flush=True)
-    files = [(image.path, image.label) for image in data.images]
-    caching = building(preset.settings, kinds, files) if kinds else nullcontext()
+    caching = building(preset.settings, kinds, data.images) if kinds else nullcontext()
     with locked_folder(folder), caching as builder:  # both before all the checking
-        images = check_images(preset.settings, files, builder)
-        records = [image.record for image in images]
+        records = check_images(preset.settings, data.images, builder)
         for label, class_name in enumerate(CLASSES):
             problems = [record.problem for record in records if record.label == label]
             if all(problems):
@@ -70,12 +68,12 @@ def preprocess(preset: Preset, cache: Sequence[Kind] | None = None) -> None:
                     f"none of the {len(problems)} {class_name} images under {root} can be decoded "
                     f"(the first: {problems[0]}): fix them, or set --data-root"
                 )
-        statistics = measure(root, records, [image.sums for image in images], data)
+        statistics = measure(root, records, data)
         (folder / "statistics.json").unlink(missing_ok=True)
-        write_index(index_path(preset), records, () if data.plain else data.images)
-        # After the index, which it vouches for: that it is whole, and of which data root.
+        write_index(index_path(preset), records, data.plain)
+        # After the index, since it says that the index is complete, and to which data root it belongs.
         write_json(folder / "statistics.json", statistics | {"index_sha256": sha256_of(index_path(preset))})
-        print(f"Checked {len(files):,} images of {root.absolute()} in {time.perf_counter() - started:.1f} s")
+        print(f"Checked {len(records):,} images of {root.absolute()} in {time.perf_counter() - started:.1f} s")
         for kind in kinds:
             readable = statistics["images"] - statistics["unreadable"]
             print(f"Pixel cache: {kind} of {readable:,} images in {builder.cache.folders[kind]}")

@@ -41,18 +41,20 @@ def split_index(index: Index, settings: Settings) -> tuple[Index, Splits]:
     Raises UserError for too few images, and for lists, groups and sources that are not there.
     """
     if settings.data_list:
-        index = index.of(read_list(settings.data_list, index.root, [record.path for record in index.records]))
+        listed = read_list(settings.data_list, index.root, [record.path for record in index.records])
+        index = replace(index, records=tuple(record for record in index.records if record.path in listed))
     labels, sizes = index.labels, (settings.valid_size, settings.test_size)
     fraction, seed = settings.final_valid_fraction, settings.main_seed
     if settings.group_by == "none":
         if settings.hold_out:
             raise UserError("hold_out names groups, and group_by is none: set --group-by")
     else:
-        groups = groups_of([record.path for record in index.records], settings.group_by, index.sources)
+        paths, sources = ([getattr(record, name) for record in index.records] for name in ("path", "source"))
+        groups = groups_of(paths, settings.group_by, sources)
         if len(set(groups)) == len(groups):
             print(f"--group-by {settings.group_by}: no two images of {index.root} have the same group")
         index = replace(index, groups=tuple(groups))
-    if any(index.parts):
+    if any(record.part for record in index.records):
         return index, Splits(*map(index.readable, given_split(index, settings)))
     if not index.groups:
         train, valid, test = split_indices(labels, *sizes, seed)
@@ -71,7 +73,7 @@ def given_split(index: Index, settings: Settings) -> tuple[list[int], ...]:
     """
     labels, groups, seed = index.labels, index.groups or [record.path for record in index.records], settings.main_seed
     out = held_out(index.groups, settings.hold_out)
-    parts = ["test" if groups[row] in out else part for row, part in enumerate(index.parts)]
+    parts = ["test" if groups[row] in out else record.part for row, record in enumerate(index.records)]
     given, valid, test = ([row for row, part in enumerate(parts) if part == of] for of in ("train", "valid", "test"))
     train, final, drawn = given, (given, valid), "" if valid else f" (of the {len(given):,} of train)"
     if drawn:
@@ -198,19 +200,17 @@ def _draw_groups(
 
 # ---------------------------------------------------------------------------------------------------- groups
 def groups_of(paths: Sequence[str], group_by: str, sources: Sequence[str] = ()) -> list[str]:
-    """The group of each image, whose `paths` begin with fake/ or real/ unless their `sources` are given.
+    """The group of each image; names are normalised by `comparable`.
 
-    `group_by` is stem (the file name without its ending, as of pairs), folder (the source, or the first folder below
-    fake/ or real/; an image of none is a group of its own), or FILE.csv:COLUMN. Names are as `comparable` makes them.
+    `group_by` is stem (the file name without its ending, which the images of a pair share), folder (the source; an
+    image without one is a group of its own; only this needs `sources`), or FILE.csv:COLUMN.
     Raises UserError for another kind, and for a CSV that cannot be read, lacks an image or gives one name two groups.
     """
     paths = list(map(comparable, paths))
     if group_by == "stem":
         return [PurePosixPath(path).stem for path in paths]
-    if group_by == "folder" and sources:
-        return [comparable(source) if source else path for source, path in zip(sources, paths, strict=True)]
     if group_by == "folder":
-        return [parts[1] if len(parts := PurePosixPath(path).parts) > 2 else path for path in paths]
+        return [comparable(source) if source else path for source, path in zip(sources, paths, strict=True)]
     file, _, column = group_by.rpartition(":")
     if not file or not column:
         raise UserError(f"group_by is {group_by}: expected none, stem, folder or FILE.csv:COLUMN")

@@ -93,7 +93,7 @@ def test_names_are_compared_as_they_look(evaluate: Callable[..., list[str | Path
     write_toy_images(root, 3)
     for file in [*root.glob("*/*")]:  # as on a disk that macOS wrote
         file.rename(file.with_name(normalize("NFD", f"{named} {file.name}")))
-    images = [normalize("NFC", path) for path, *_ in read_data_set(root).images][:5]
+    images = [normalize("NFC", image.path) for image in read_data_set(root).images][:5]
     lines = [f"{'./' * (number % 2)}{path},{normalize('NFC', named)}\n" for number, path in enumerate(images)]
     (root / "list.csv").write_text("path,source\n" + "".join(lines), encoding="utf-8")
     succeed(*evaluate(root, "--data-list", root / "list.csv", "--group-by", f"{root / 'list.csv'}:source"))

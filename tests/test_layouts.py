@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -121,20 +122,20 @@ def test_a_given_split_is_what_a_training_uses(make: object, tmp_path: Path) -> 
     rows = read_csv(tmp_path / "results" / "demo" / "dataset" / "index.csv")
     assert {row["path"] for row in tested} == {row["path"] for row in rows if row["part"] == "test"}
     wrong = refused("model_training.standard_resnet_training", *flags, "--epochs", "1", "--data-layout", "fake_real")
-    assert "index.csv is of the layout " in wrong and ", not of fake_real: run python -m data.data_preprocess" in wrong
+    assert "index.csv has the layout " in wrong and ", not fake_real: run python -m data.data_preprocess" in wrong
 
 
 def test_what_is_drawn_from_train_keeps_groups_and_given_parts_count_in_the_fingerprint() -> None:
     names = [(label, part, number) for label in (0, 1) for part in ("train", "test") for number in range(20)]
-    records = tuple(ImageRecord(f"{c}/{p}/{n}.png", c, 1, "", "PNG", "RGB", 9, 9, "") for c, p, n in names)
-    index = Index(Path("x"), records, parts=tuple(part for _, part, _ in names))
-    index, splits = split_index(index, Settings(group_by="stem", valid_size=0.2, hold_out=("3",)))
+    records = tuple(ImageRecord(f"{label}/{part}/{n}.png", label, part=part) for label, part, n in names)
+    index, splits = split_index(Index(Path("x"), records), Settings(group_by="stem", valid_size=0.2, hold_out=("3",)))
     stems = [{Path(records[row].path).stem for row in rows} for rows in (splits.train, splits.valid, splits.test)]
     assert len(splits.valid) == 8 and not stems[0] & stems[1] and len(splits.test) == 42  # 3 of train and of test
     assert sorted(splits.final_train + splits.final_valid) == sorted(splits.train + splits.valid)
-    assert index.fingerprint != Index(Path("x"), records, groups=index.groups).fingerprint
+    without_parts = replace(index, records=tuple(replace(record, part="") for record in records))
+    assert index.fingerprint != without_parts.fingerprint
     with pytest.raises(UserError, match="x gives leaves no images of both classes to train"):
-        split_index(Index(Path("x"), records, parts=("test",) * 80), Settings())
+        split_index(Index(Path("x"), tuple(replace(record, part="test") for record in records)), Settings())
 
 
 def test_given_splits_are_kept_however_they_are_spelt(tmp_path: Path) -> None:
@@ -143,16 +144,15 @@ def test_given_splits_are_kept_however_they_are_spelt(tmp_path: Path) -> None:
             for is_fake, name in enumerate(("real", "fake")):
                 put(tmp_path / root / place.format(name) / "0.png", bool(is_fake))
         data = read_data_set(tmp_path / root)
-        assert Counter(image[1:] for image in data.images) == dict.fromkeys(
-            ((label, part, "sd") for label in (0, 1) for part in ("train", "test")), 1
-        )
+        found = sorted((image.label, image.part, image.source) for image in data.images)
+        assert found == [(label, part, "sd") for label in (0, 1) for part in ("test", "train")]
         assert "Split as given: 2 test, 2 train" in data.described() and not data.plain
 
 
 WRONG = {  # files -> the layout, and what is said
     ("real/fake/a.png", "fake/a.png"): ("auto", "real/fake/a.png lies in folders of both classes, so that labels"),
     ("g/real/fake/a.png", "g/fake/a.png"): ("auto", "real/fake/a.png lies in folders of both classes, so that labels"),
-    ("g/0_fake/a.png", "g/1_real/a.png"): ("auto", "has 0_fake, 1_real, so that labels might be turned round"),
+    ("g/0_fake/a.png", "g/1_real/a.png"): ("auto", "has 0_fake, 1_real, so that labels might be reversed"),
     ("g/0_real/a.png", "g/1_fake/a.png", "h/ai/a.png", "h/nature/a.png"): (
         "auto",
         "has 0_real, 1_fake, ai, na",
@@ -202,7 +202,7 @@ def test_an_index_of_fake_and_real_folders_is_as_it_ever_was(toy_data: Path, ind
     assert heading == "path,label,bytes,content,format,mode,width,height,problem,key"
     expected = [(f"{name}/{path.name}", label) for label, name in enumerate(("fake", "real"))
                 for path in sorted((toy_data / name).iterdir())]  # fmt: skip
-    assert [image[:2] for image in read_data_set(toy_data).images] == expected
+    assert [(image.path, image.label) for image in read_data_set(toy_data).images] == expected
     rows = read_csv(indexed / "demo" / "dataset" / "index.csv")
     text = "\n".join(sorted(f"{r['path']}\0{r['label']}\0{r['content']}\0True" for r in rows))
     fingerprint = f"40-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -23,7 +23,6 @@ from data.cache.builder import building
 from data.cache.pixel_cache import PIXELS, VIEWS, cache_folder, layout_folder, mapped_files
 from data.data_preprocess import preprocess
 from data.datasets import ImageDataset, load_splits
-from data.layouts import read_data_set
 from data.loaders import build_loader
 from data.views import ViewSettings
 from tests.conftest import PREPROCESS_FLAGS, REPOSITORY, MakePreset, refused, start_module, succeed, write_toy_images
@@ -226,11 +225,8 @@ def test_bytes_and_free_space_are_printed_first_and_too_little_is_refused(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, 800_000))
     preprocess(preset, (PIXELS,))  # what is there already needs no more room
     assert "MB of it still to be written; 0.8 MB are free there" in capsys.readouterr().out
-    images = [
-        Image.open(preset.settings.data_root / name).size
-        for name, *_ in read_data_set(preset.settings.data_root).images
-    ]
-    stored = sum(3 * width * height for width, height in images) + len(images) * (2 * 3 * 32**2 + 1024)
+    sizes = [Image.open(path).size for path in preset.settings.data_root.glob("*/*")]
+    stored = sum(3 * width * height for width, height in sizes) + len(sizes) * (2 * 3 * 32**2 + 1024)
     assert sum(map(len, contents(preset).values())) == stored
 
 

@@ -102,7 +102,7 @@ def test_groups_that_leave_a_split_without_a_class_are_refused(
 def test_what_a_group_is(tmp_path: Path) -> None:
     paths = ["fake/sd/a.png", "fake/b.png", "real/sd/a.jpg", "real/x/y/c.jpg"]
     assert groups_of(paths, "stem") == ["a", "b", "a", "c"]
-    assert groups_of(paths, "folder") == ["sd", "fake/b.png", "sd", "x"]
+    assert groups_of(paths, "folder", ["sd", "", "sd", "x"]) == ["sd", "fake/b.png", "sd", "x"]
     (tmp_path / "m.csv").write_text("camera,file\nK,a.png\nL,fake/b.png\nM,a.jpg\nN,c.jpg\n")
     assert groups_of(paths, f"{tmp_path}/m.csv:camera") == ["K", "L", "M", "N"]
     assert held_out(["K", "L", "LL"], ["L*"]) == {"L", "LL"}
