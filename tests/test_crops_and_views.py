@@ -21,7 +21,7 @@ from data.index import read_index
 from data.loaders import EpochBatches, build_loader
 from data.perturbations import GRID, kind_and_strength, perturbation
 from data.pictures import read_pictures
-from data.views import Picture, ViewSettings, cut_crops, global_view, standard_view
+from data.views import Picture, ViewSettings, cut_crops, global_view
 from tests.conftest import FIXTURES, REPOSITORY, MakePreset, write_toy_images
 from utils import UserError, find_experiment
 
@@ -75,12 +75,6 @@ def test_local_crops_are_the_pixels_of_the_image_at_native_resolution() -> None:
     cut_crops(pixels, boxes, crops)
     for crop, (top, left, *_) in zip(crops, boxes.tolist(), strict=True):
         assert np.array_equal(crop, pixels[top : top + 64, left : left + 64])
-
-
-def test_standard_view_is_pillows_bilinear_resize_of_bytes() -> None:
-    image = Image.fromarray(reference_image("97x151"))
-    expected = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR))
-    assert np.array_equal(standard_view(image, 32), expected)
 
 
 def test_crop_generators_tell_seed_image_and_epoch_or_draw_apart() -> None:
@@ -162,27 +156,30 @@ def test_evaluation_and_prediction_look_at_the_same_views(toy_preset: MakePreset
                     assert np.array_equal(views[1][number].permute(0, 2, 3, 1), crops)
 
 
-def test_a_renamed_image_keeps_its_crops_of_evaluation(tmp_path: Path, toy_preset: MakePreset) -> None:
+@pytest.fixture
+def own_preset(tmp_path: Path, toy_preset: MakePreset) -> Preset:
+    """The toy preset with images of the test's own, which it may change."""
     write_toy_images(tmp_path / "images", images_per_class=10)
-    preset = toy_preset(data_root=tmp_path / "images", results_root=tmp_path / "results")
+    return toy_preset(data_root=tmp_path / "images", results_root=tmp_path / "results")
+
+
+def test_a_renamed_image_keeps_its_crops_of_evaluation(own_preset: Preset) -> None:
     found = []
     for _ in range(2):
-        preprocess(preset)
-        index = read_index(preset)
+        preprocess(own_preset)
+        index = read_index(own_preset)
         dataset = ImageDataset(index, range(20), ViewSettings(32, num_crops=3), 10**6)
         contents = [record.content for record in index.records]
         crops = dataset.__getitems__([(row, None) for row in range(20)])[1]
         found.append(dict(zip(contents, zip(crops, strict=True), strict=True)))
-        for number, path in enumerate(sorted((tmp_path / "images" / "fake").iterdir())):
+        for number, path in enumerate(sorted((index.root / "fake").iterdir())):
             path.rename(path.with_name(f"{100 - number}{path.suffix}"))
     assert list(found[0]) != list(found[1]) and equal(*found)
 
 
-def test_a_file_that_changed_after_preprocessing_is_named(tmp_path: Path, toy_preset: MakePreset) -> None:
-    write_toy_images(tmp_path / "images", images_per_class=10)
-    preset = toy_preset(data_root=tmp_path / "images", results_root=tmp_path / "results")
-    preprocess(preset)
-    index, splits = load_splits(preset)
+def test_a_file_that_changed_after_preprocessing_is_named(own_preset: Preset) -> None:
+    preprocess(own_preset)
+    index, splits = load_splits(own_preset)
     dataset = ImageDataset(index, splits.train, ViewSettings(32, standard=True), max_pixels=10**6)
     path = index.root / dataset.names[0]
     path.write_bytes(path.read_bytes() + b"more")

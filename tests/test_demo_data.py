@@ -71,19 +71,8 @@ def test_demo_data_are_written_and_the_next_command_printed(
 @pytest.mark.slow
 def test_local_traces_are_reproduced_and_their_masks_are_no_images(tmp_path: Path) -> None:
     root, results, predictions = (tmp_path / name for name in ("images/data", "results", "predictions.csv"))
-    command = (
-        "model_training.reproduce",
-        *LOCAL_FLAGS,
-        "--demo-images",
-        "10",
-        "--epochs",
-        "1",
-        "--seeds",
-        "3",
-        "--experiments",
-        "glass_resnet",
-    )
-    command += ("--data-root", root, "--results-root", results)
+    few = ("--demo-images", "10", "--epochs", "1", "--seeds", "3", "--experiments", "glass_resnet")
+    command = ("model_training.reproduce", *LOCAL_FLAGS, *few, "--data-root", root, "--results-root", results)
     succeed(*command)
     written = files_of(root)
     for mask in (root / "masks" / "fake").iterdir():
