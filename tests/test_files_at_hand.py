@@ -77,7 +77,7 @@ FILES = {  # name: content, and what is said of it where it is left out
     "stored turned.tif": (saved(PHOTO, "TIFF", exif=TURNED), ""),
     "opaque.png": (rgba((0, 0, 0), 255), ""),
     "16 bit.tif": (saved(Image.fromarray(np.full((90, 80), 300, np.uint16)), "TIFF"), ""),
-    "wholly transparent.png": (saved(Image.new("RGBA", (90, 80), (200, 0, 0, 0)), "PNG"), "wholly transparent: "),
+    "fully transparent.png": (saved(Image.new("RGBA", (90, 80), (200, 0, 0, 0)), "PNG"), "fully transparent: "),
     "float.tif": (saved(Image.fromarray(np.ones((90, 80), np.float32)), "TIFF"), "its samples have 32 bits or a sign"),
     "integer.tif": (saved(Image.fromarray(np.ones((90, 80), np.int32)), "TIFF"), "its samples have 32 bits or a sign"),
     "raw photo.tif": (saved(PHOTO, "TIFF", tiffinfo={254: 1}), f"the preview of a raw photo, {UNSUPPORTED}"),
