@@ -27,7 +27,7 @@ COLUMNS = tuple(field.name for field in fields(ImageRecord) if field.name not in
 class Index:
     """A data set in the order of torchvision's ImageFolder: all fake files by name, then all real ones.
 
-    Equal data sets have equal fingerprints, wherever they lie. `cache` is where their decoded pixels are, if anywhere.
+    Equal data sets have equal fingerprints, in whichever folder. `cache` has their decoded pixels, if there is one.
     """
 
     root: Path
@@ -58,7 +58,7 @@ class Index:
         return f"{len(rows)}-{digest[:16]}"
 
     def readable(self, rows: list[int]) -> list[int]:
-        """`rows` without the images that cannot be decoded; the others keep their order."""
+        """`rows` without the images that cannot be decoded, in the same order."""
         return [row for row in rows if not self.records[row].problem]
 
 
@@ -68,7 +68,7 @@ def dataset_folder(preset: Preset) -> Path:
 
 
 def index_path(preset: Preset) -> Path:
-    """Where the index of the preset's data set lies: results/<preset>/dataset/index.csv."""
+    """The index of the preset's data set: results/<preset>/dataset/index.csv."""
     return dataset_folder(preset) / "index.csv"
 
 

@@ -279,7 +279,7 @@ else:
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("split", "has a split '../escaped', which is no name of a folder"), ("path", "row 0 has its image in ")],
+    [("split", "has a split '../escaped', which is no folder name"), ("path", "row 0 has its image in ")],
 )
 def test_a_hugging_face_data_set_neither_reads_nor_writes_outside(kind: str, reason: str, tmp_path: Path) -> None:
     pytest.importorskip("datasets.load", reason="requirements-datasets.txt is not installed")

@@ -1,4 +1,4 @@
-"""The audit of each file: its header, its hashes, and whether it can be decoded."""
+"""Audits one file: its header, its hashes, and whether it can be decoded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

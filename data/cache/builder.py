@@ -30,7 +30,7 @@ class CacheBuilder:
     reencode_jpeg: int
 
     def find(self, image: ImageRecord) -> ImageRecord | None:
-        """`image` with what was measured when its content was written; None unless all its files are there."""
+        """`image` with what was measured when its files were written; None unless all of them are there."""
         try:
             with open(self.cache.path(VIEWS, image), "rb") as file:
                 file.seek(2 * 3 * self.cache.patch_size**2)

@@ -1,4 +1,4 @@
-"""Statistics, tables and a figure of a data set, and the files that are left out of it."""
+"""Statistics, tables and a figure of a data set, and the files in it that are not used."""
 
 import math
 from collections.abc import Sequence
@@ -76,7 +76,7 @@ def moments(records: Sequence[ImageRecord]) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------------- tables
 def tables(statistics: dict[str, Any]) -> dict[str, tuple[list[str], list[list[Any]]]]:
-    """The report's tables, as columns and rows, by name, which is their file's name too."""
+    """The report's tables, as columns and rows, by name, which is also the name of their file."""
     classes = statistics["classes"].items()
     modes = list(dict.fromkeys(mode for _, values in classes for mode in values["modes"]))
     averages = ("images", "unreadable", "mean_width", "mean_height")
@@ -107,9 +107,9 @@ def tables(statistics: dict[str, Any]) -> dict[str, tuple[list[str], list[list[A
 
 
 def report_left_out(folder: Path, problems: Sequence[tuple[str, str]], ignored: Sequence[str] = ()) -> None:
-    """Name the unreadable files with their reasons, and the files that are hidden or do not end as an image does.
+    """Print and write the unreadable files with their reasons, and print the ignored files.
 
-    `problems` are path and reason of all images; the reason is empty for a readable one.
+    `problems` are the path and reason of all images; the reason is empty for a readable one.
     """
     unreadable = [(path, problem) for path, problem in problems if problem]
     write_csv(folder / "unreadable.csv", ["path", "problem"], unreadable)
