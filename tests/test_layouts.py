@@ -203,7 +203,7 @@ def test_a_layout_that_is_not_there_is_refused(tmp_path: Path) -> None:
             read_data_set(root, layout)
 
 
-def test_an_index_of_fake_and_real_folders_is_as_it_ever_was(toy_data: Path, indexed: Path) -> None:
+def test_the_index_of_a_plain_data_set_keeps_its_columns_and_its_fingerprint(toy_data: Path, indexed: Path) -> None:
     heading = (indexed / "demo" / "dataset" / "index.csv").read_text().partition("\n")[0]
     assert heading == "path,label,bytes,content,format,mode,width,height,problem,key"
     expected = [(f"{name}/{path.name}", label) for label, name in enumerate(("fake", "real"))
