@@ -65,10 +65,10 @@ class DataSet:
         return "\n".join(said)
 
 
-def list_files(root: Path, class_name: str) -> list[str]:
-    """Relative path of every file under root/class_name, in ImageFolder's order, which decides the split.
+def list_files(root: Path, start: str = "") -> list[str]:
+    """Path relative to `root` of every file below root/start, in ImageFolder's order, which decides the split.
 
-    Links are followed, but not back to a folder that they lie in. The masks of demo data are left out.
+    Links are followed, except back to a folder that contains them. The masks of demo data are left out.
 
     Raises:
         UserError: a folder in it cannot be listed.
@@ -78,17 +78,17 @@ def list_files(root: Path, class_name: str) -> list[str]:
         raise UserError(f"{error.filename} cannot be listed ({error.strerror}): fix that, or move it away")
 
     found: list[tuple[str, list[str]]] = []
-    above: dict[str, frozenset[tuple[int, int]]] = {}  # the folders that a folder lies in
-    for folder, folders, names in os.walk(root / class_name, followlinks=True, onerror=cannot_list):
-        status, lies_in = os.stat(folder), above.pop(folder, frozenset())
+    above: dict[str, frozenset[tuple[int, int]]] = {}  # the folders that contain a folder
+    for folder, folders, names in os.walk(root / start, followlinks=True, onerror=cannot_list):
+        status, parents = os.stat(folder), above.pop(folder, frozenset())
         here = (status.st_dev, status.st_ino)
-        if here in lies_in:
+        if here in parents:
             folders.clear()
             continue
         if MARKER in names and MASKS in folders:
             folders.remove(MASKS)
         found.append((folder, sorted(names)))
-        above |= {os.path.join(folder, name): lies_in | {here} for name in folders}
+        above |= {os.path.join(folder, name): parents | {here} for name in folders}
     return [(Path(folder) / name).relative_to(root).as_posix() for folder, names in sorted(found) for name in names]
 
 

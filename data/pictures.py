@@ -118,9 +118,7 @@ def _find(argument: str) -> Iterator[str]:
     """Files that an argument names; for a folder, all below it."""
     path, (table, _, column) = Path(argument), argument.rpartition(":")
     if path.is_dir():
-        folder = path.absolute()
-        for name in list_files(folder.parent, folder.name):
-            yield str(path / Path(name).relative_to(folder.name))
+        yield from (str(path / name) for name in list_files(path))
     elif argument.lower().endswith(".csv"):
         raise UserError(f"{argument} is a list: name its column of paths too, as {argument}:COLUMN")
     elif path.exists():

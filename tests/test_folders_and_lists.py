@@ -1,4 +1,4 @@
-"""Folders and lists as people have them: names that are in use, spelt otherwise, of two images, of one class only."""
+"""Folders and lists as people have them: names that are in use or spelt differently, and images of one class only."""
 
 import shutil
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from data.lists import read_csv
 from data.pictures import find_images
 from model_training.inference.detector import load_detector
 from models.build import build_model
-from tests.conftest import refused, succeed, write_toy_images
+from tests.conftest import succeed, write_toy_images
 from training.calibration import Calibration
 from training.checkpoints import save_model
 from utils import find_experiment
@@ -66,16 +66,6 @@ def test_a_generator_called_all_and_another_root_of_the_same_name_replace_nothin
     assert counts_in(a) == {"all": (3, 3), "all (group)": (1, 3), "all, same source": (1, 3), "sdxl": (1, 3)}
     assert counts_in(b) == {"all": (2, 2)}
     assert f"of {tmp_path / 'B' / 'test'}, 2 of them fake" in (b / "evaluation.md").read_text()
-
-
-def test_a_list_that_gives_one_name_two_groups_is_refused(
-    evaluate: Callable[..., list[str | Path]], toy_data: Path, tmp_path: Path
-) -> None:
-    names = sorted(path.name for path in (toy_data / "fake").iterdir())
-    table = tmp_path / "meta.csv"
-    table.write_text("file,generator\n" + "".join(f"{name},{g}\n" for g in ("sdxl", "coco") for name in names))
-    said = refused(*evaluate(toy_data, "--group-by", f"{table}:generator"))
-    assert f"{table} says of 0000.png both sdxl and coco: name its files by their paths below the data root" in said
 
 
 def test_names_are_compared_as_they_look(evaluate: Callable[..., list[str | Path]], tmp_path: Path) -> None:

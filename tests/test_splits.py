@@ -110,6 +110,9 @@ def test_what_a_group_is(tmp_path: Path) -> None:
         held_out(["L", "K"], ["X"])
     with pytest.raises(UserError, match=r"m\.csv has no row for real/sd/d\.jpg"):
         groups_of([*paths, "real/sd/d.jpg"], f"{tmp_path}/m.csv:camera")
+    (tmp_path / "two.csv").write_text("file,camera\na.png,K\na.png,L\n")
+    with pytest.raises(UserError, match=r"two\.csv says of a\.png both K and L: name its files by their paths below"):
+        groups_of(paths, f"{tmp_path}/two.csv:camera")
     with pytest.raises(UserError, match=r"m\.csv has no column lens: it has camera, file"):
         groups_of(paths, f"{tmp_path}/m.csv:lens")
     with pytest.raises(UserError, match=r"group_by is pairs: expected none, stem, folder or FILE\.csv:COLUMN"):

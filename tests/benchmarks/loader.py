@@ -87,7 +87,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> list[Table]:
         f"Memory for one such batch, {megabytes:.1f} MB: milliseconds",
         ("memory", *STEPS),
         [(kind, *(1000 * median(new[kind], step) for step in STEPS)) for kind in MEMORY],
-        "Shared: what a loading process hands over. New: what a process that loads by itself gets. Reused: used before.",
+        "Shared: from a loading process. New: what a process that loads by itself allocates. Reused: used before.",
         new,
     )
     return [Table(title, columns, table, note, {", ".join(way): found for way, found in results.items()}), memory]
