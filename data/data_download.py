@@ -42,7 +42,7 @@ class Options:
     demo: str | None = None  # a folder: write the demonstration data set into it instead
     hugging_face: tuple[str, ...] = ()  # a name on the hub or a folder, and a configuration: write its images instead
     folder: Path = FOLDER  # where --hugging-face writes them
-    images: Number = 0  # that --hugging-face writes of each split; 0: all
+    images: Number = 0  # how many of each split --hugging-face writes; 0: all
 
 
 def download(

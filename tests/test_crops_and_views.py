@@ -62,7 +62,7 @@ def test_local_crops_are_the_pixels_of_the_image_at_native_resolution() -> None:
         assert np.array_equal(crop, pixels[top : top + 64, left : left + 64])
 
 
-def test_crop_generators_tell_seed_image_and_epoch_or_draw_apart() -> None:
+def test_crop_generators_differ_by_seed_image_and_epoch_or_draw() -> None:
     keys = [(1, "a"), (1, "a", 1), (1, "b"), (1, "b", 1), (2, "a"), (2, "a", 1)]
     draws = [torch.randint(2**62, (), generator=crop_generator(*key)).item() for key in keys]
     again = [torch.randint(2**62, (), generator=crop_generator(*key)).item() for key in keys]

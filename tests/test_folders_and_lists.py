@@ -68,7 +68,9 @@ def test_a_generator_called_all_and_another_root_of_the_same_name_replace_nothin
     assert f"of {tmp_path / 'B' / 'test'}, 2 of them fake" in (b / "evaluation.md").read_text()
 
 
-def test_names_are_compared_as_they_look(evaluate: Callable[..., list[str | Path]], tmp_path: Path) -> None:
+def test_names_are_compared_after_unicode_normalisation(
+    evaluate: Callable[..., list[str | Path]], tmp_path: Path
+) -> None:
     root, named = tmp_path / "root", "Caf\N{LATIN SMALL LETTER E WITH ACUTE}"
     write_toy_images(root, 3)
     for file in [*root.glob("*/*")]:  # as on a disk that macOS wrote

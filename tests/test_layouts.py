@@ -125,7 +125,7 @@ def test_a_given_split_is_what_a_training_uses(make: object, tmp_path: Path) -> 
     assert "index.csv has the layout " in wrong and ", not fake_real: run python -m data.data_preprocess" in wrong
 
 
-def test_what_is_drawn_from_train_keeps_groups_and_given_parts_count_in_the_fingerprint() -> None:
+def test_a_part_drawn_from_train_keeps_groups_and_given_parts_change_the_fingerprint() -> None:
     names = [(label, part, number) for label in (0, 1) for part in ("train", "test") for number in range(20)]
     records = tuple(ImageRecord(f"{label}/{part}/{n}.png", label, part=part) for label, part, n in names)
     index, splits = split_index(Index(Path("x"), records), Settings(group_by="stem", valid_size=0.2, hold_out=("3",)))
@@ -192,7 +192,7 @@ def test_a_layout_that_is_ambiguous_or_unknown_is_refused(files: tuple[str, ...]
     assert WRONG[files].format(root=tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_layout_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_layout_is_refused(tmp_path: Path) -> None:
     put(tmp_path / "g" / "0_real" / "a.png", False)
     for root, layout, said in (
         (tmp_path, "ai_nature", "/ai does not exist: a data root holds fake/ and real/; or"),
@@ -232,7 +232,7 @@ else:
 
 
 @pytest.mark.parametrize("kind", ["saved", "parquet"])
-def test_a_hugging_face_data_set_becomes_its_own_bytes_and_a_list(kind: str, tmp_path: Path) -> None:
+def test_a_hugging_face_data_set_is_written_byte_for_byte_with_a_list(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("datasets.load", reason="requirements-datasets.txt is not installed")
     files = [tmp_path / f"{number}_{number // 2 % 2}.png" for number in range(40)]
     for number, file in enumerate(files):

@@ -139,7 +139,7 @@ def test_a_second_build_decodes_nothing_and_changes_nothing(preset: Preset) -> N
     assert dataset_files(preset)["index.csv"].count(b",OPEN,") == len(views) == 10
 
 
-def test_a_build_that_was_killed_resumes_and_ends_as_if_it_had_not_been(preset: Preset) -> None:
+def test_a_killed_build_resumes_and_gives_the_same_files(preset: Preset) -> None:
     for number in range(40):
         noise(900, 700).save(preset.settings.data_root / "fake" / f"more {number}.png")
     elsewhere = changed(preset, cache_root=preset.settings.cache_root / "whole")
@@ -157,7 +157,7 @@ def test_a_build_that_was_killed_resumes_and_ends_as_if_it_had_not_been(preset: 
     assert contents(preset) == contents(elsewhere) and not list(cache_folder(preset.settings).rglob("*.tmp"))
 
 
-def test_only_what_is_new_is_written_images_or_views_of_another_size(preset: Preset) -> None:
+def test_only_new_images_and_views_of_another_size_are_written(preset: Preset) -> None:
     preprocess(preset, (PIXELS,))
     before = files_of(preset)
     fake, real = (preset.settings.data_root / name for name in ("fake", "real"))
@@ -197,7 +197,7 @@ def test_a_truncated_file_is_named_once_never_used_and_written_again(
     assert contents(preset) == whole
 
 
-def test_a_cache_is_not_used_under_what_would_decode_otherwise(
+def test_a_cache_of_other_decoders_is_not_used(
     preset: Preset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     preprocess(preset, (PIXELS,))

@@ -103,7 +103,7 @@ DAMAGES = [  # a file of the index, and what happens to it
 
 
 @pytest.mark.parametrize(("file", "damage"), DAMAGES)
-def test_a_damaged_index_is_one_sentence_with_the_command_that_fixes_it(
+def test_a_damaged_index_is_refused_with_the_command_that_fixes_it(
     file: str, damage: Callable[[str], str], checked: Checked, tmp_path: Path
 ) -> None:
     preset, dataset = checked.preset(tmp_path), tmp_path / "paper" / "dataset"
@@ -134,7 +134,7 @@ def test_sums_stay_exact_where_floats_and_64_bits_do_not() -> None:
     assert measured["std"] == pytest.approx([1e-6 / 255] * 3, rel=1e-9)
 
 
-def test_the_report_holds_what_the_authors_does(checked: Checked) -> None:
+def test_the_report_has_the_numbers_of_the_authors(checked: Checked) -> None:
     fake = checked.statistics["classes"]["fake"]
     assert (fake["images"], fake["unreadable"]) == (14, 4)
     assert fake["mean_width"] == (1 + 5000 + 1 + 111 + 112 + 225 + 100 + 300 + 301 + 6000) / 10
@@ -211,7 +211,7 @@ def test_the_command_starts_without_torch() -> None:
     assert done.stdout == "False\n"
 
 
-def test_an_index_of_an_earlier_version_is_refused_with_what_to_do(
+def test_an_index_of_an_earlier_version_is_refused_with_the_command_that_fixes_it(
     toy_preset: MakePreset, indexed: Path, tmp_path: Path
 ) -> None:
     results = copy_index(indexed, tmp_path)

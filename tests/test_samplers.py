@@ -121,7 +121,7 @@ def test_the_frequency_sampler_keeps_windows_of_the_extreme_scores_of_a_plain_co
     assert max(scores[:half]) <= min(scores[half:])
 
 
-def test_grid_five_and_all_lie_where_they_say() -> None:
+def test_boxes_of_grid_five_all_and_cooi_are_at_the_expected_places() -> None:
     image = Noise(100, 160)
     assert SAMPLERS["grid"](image, 4, 20, seeded())[:, :2].tolist() == [[0, 0], [0, 140], [80, 0], [80, 140]]
     assert SAMPLERS["grid"](image, 1, 20, seeded())[:, :2].tolist() == [[40, 70]]
@@ -154,7 +154,7 @@ def test_places_of_interest_are_those_of_a_plain_search() -> None:
 
 
 @pytest.mark.parametrize("name", get_args(config.Pooling))
-def test_poolings_are_their_formulas_and_know_what_they_are_without_each_crop(name: str) -> None:
+def test_poolings_compute_their_formulas_also_without_each_crop(name: str) -> None:
     pool, h = build_pool(name, 16, 0.3).double().eval(), torch.randn(2, 5, 16, generator=seeded()).double()
     pooled, weights = pool(h)
     assert pooled.shape == (2, 16) and weights.shape == (2, 5)

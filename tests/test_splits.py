@@ -32,7 +32,7 @@ def test_splits_are_the_reference(case: dict) -> None:
 
 
 @pytest.mark.parametrize(("total", "held_out"), [(12_000, 3600), (11_994, 3601), (4000, 3600)])
-def test_the_held_out_part_is_scikit_learns_of_the_share(total: int, held_out: int) -> None:
+def test_the_held_out_rows_are_those_of_scikit_learn(total: int, held_out: int) -> None:
     labels = [0] * (total // 2) + [1] * (total // 2)
     kept, others = train_test_split(range(total), test_size=3600 / total, stratify=labels, random_state=606)
     ours = split_indices(labels, 1800, 1800, 606)
