@@ -115,7 +115,7 @@ def read_data_set(root: Path, layout: str = "auto", classes: int = len(CLASSES))
             raise UserError(f"{root} has {', '.join(sorted(folders & LABELS.keys()) + listed)}, {AMBIGUOUS}")
         layout = (*present, PLAIN)[0]
     if layout not in CLASS_FOLDERS:
-        return _build_data_set(layout, _read_list(root, layout, classes))
+        return _build_data_set(layout, _read_labelled_list(root, layout, classes))
     if layout not in present:
         missing = next(name for name in sorted(CLASS_FOLDERS[layout]) if name not in folders)
         raise UserError(f"{root / missing} does not exist: {KNOWN}; and {root} holds {_contents(root)}")
@@ -168,7 +168,7 @@ def _find_part_folders(root: Path, around: Sequence[tuple[list[str], int]]) -> l
     return [""] * len(around)
 
 
-def _read_list(root: Path, layout: str, classes: int) -> list[ImageRecord]:
+def _read_labelled_list(root: Path, layout: str, classes: int) -> list[ImageRecord]:
     """The images that a CSV lists, by path; `layout` is LIST.csv, or LIST.csv:0=real if labels are numbers."""
     end = next((end for end in NUMBERS if layout.endswith(end)), "")
     file, words, images = layout.removesuffix(end), LABELS | NUMBERS.get(end, {}), {}

@@ -25,7 +25,7 @@ class ImageRecord:
 
     @property
     def identity(self) -> str:
-        """By which the same file is known elsewhere."""
+        """A short name of the file, by which runs on other machines know it too."""
         return identity(self.bytes, self.content)
 
 

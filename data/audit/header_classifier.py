@@ -40,7 +40,7 @@ class HeaderAudit:
     all: Score
     without_file_size: Score
     fake_scores: np.ndarray  # of each image by all headers, out of fold, 0 to 1
-    # Of each feature, the most important first: auc_alone, of a small tree that sees nothing else, and importance, what
+    # A row per feature, the most important first: auc_alone, of a small tree that sees only it, and importance, what
     # the forest's AUC loses when the feature is shuffled among the held-out images.
     features: pd.DataFrame
 
