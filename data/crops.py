@@ -1,4 +1,4 @@
-"""Which parts of an image become local crops: image size and generator -> boxes, pure. docs/method.md, Views."""
+"""Draws the boxes of local crops, from an image's size and a generator. docs/method.md, Views."""
 
 import hashlib
 
@@ -29,7 +29,7 @@ def sample_crop_boxes(
     P, K = patch_size, num_crops
     last_top, last_left = max(0, height - P), max(0, width - P)
     grid = min(min(height, width) // P, MAX_GRID)
-    tops = lefts = 0  # of the cells that crops are drawn in; there is one, the image, where it has too few
+    tops = lefts = 0  # of the cells that crops are drawn in; the whole image is one if it has too few
     free_height, free_width = last_top, last_left
     if grid * grid >= K:
         cell_height, cell_width = height // grid, width // grid
@@ -49,20 +49,19 @@ def sample_crop_boxes(
 
 
 def tile_boxes(height: int, width: int, patch_size: int, stride: int, generator: torch.Generator) -> np.ndarray:
-    """Crops that cover the image: a grid, each of whose crops is moved at random as far as no gap can open.
+    """Crops that cover the image: a grid, in which each crop is moved at random, but not so far that a gap opens.
 
-    A generator's traces repeat every 8 or 16 pixels; crops at equal distances would all meet them in one phase, and
-    a model that has seen all phases may find nothing in that one.
+    A generator's traces repeat every 8 or 16 pixels; crops at equal distances would all see them in the same phase, and
+    a model that was trained on all phases may find nothing in that one.
 
     Args:
         height, width: of the image, in pixels, at least 1.
         patch_size: P.
-        stride: pixels of the grid, from 1 to P; with P, nothing is moved.
+        stride: of the grid in pixels, from 1 to P; with P, nothing is moved.
         generator: a CPU generator; it is advanced.
 
     Returns:
-        int64 (N, 4), row by row, the first and last row and column flush with the border; each box as
-        `sample_crop_boxes` gives it.
+        int64 (N, 4), as `sample_crop_boxes`, row by row; the first and last row and column are flush with the border.
     """
     P, reach, sides = patch_size, (patch_size - stride) // 2, (height, width)
     last = [max(0, side - P) for side in sides]
@@ -79,8 +78,8 @@ def crop_generator(seed: int, key: str, number: int = 0) -> torch.Generator:
 
     Args:
         key: of the image: its path below the data root in training, `data.images.pixel_key` in evaluation and
-            prediction, which a file keeps under any name.
-        number: the epoch in training, else the draw; evaluation looks at draw 0, prediction can average over several.
+            prediction, which does not depend on the file's name.
+        number: the epoch in training, else the draw: evaluation uses draw 0, prediction can average over several.
     """
     return torch.Generator().manual_seed(derived_seed(seed, key, number))
 

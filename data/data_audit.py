@@ -1,15 +1,15 @@
-"""Can the class be read without looking at the picture? And which pictures occur twice?
+"""Can the class be told from file headers alone? And which images occur twice?
 
     python -m data.data_audit [--preset demo] [--data-root DIR] [--num-workers N]
     python -m data.data_audit --data-root DIR --match OUT.csv     and list a subset whose headers are matched
-    python -m data.data_audit --data-root DIR --data-list OUT.csv of the listed files only
+    python -m data.data_audit --data-root DIR --data-list OUT.csv audit the listed files only
 
 Reads DATA_ROOT, in any layout, and never writes there; needs no preprocessing. Prints the cross-validated AUC of a
 classifier that sees headers only (format, size, compression, metadata), which of them separate the classes, and exact
 and near duplicates, across the classes and the preset's splits. Writes audit.json, audit.csv (one row a file), tables
 and figures into results/<preset>/dataset/audit/<NAME>, NAME after data root and list. --match pairs fake images with
 real ones of the same format, colour mode, subsampling and, within 5, JPEG quality, whose other headers look equally
-fake, a pair in two neighbouring lines.
+fake; the images of a pair are in neighbouring lines.
 
 Hardware: CPU cores only; with 12,000 images, the classifier adds half a minute.
 """
@@ -33,15 +33,15 @@ from data.audit.files import AuditedFile, audit_files
 from data.audit.header_classifier import HeaderAudit, auc, audit_headers, header_matrix
 from data.audit.matching import CALIPER, match_pairs
 from data.index import Index, dataset_folder, used_images
-from data.layouts import LABELS, Listed, read_data_set
+from data.layouts import LABELS, read_data_set
 from data.lists import check_output, name_of_root, render_table, write_csv
 from data.preparation.report import report_left_out
 from data.records import CLASSES, ImageRecord
 from utils import UserError, locked_folder, run_command, write_json, write_text
 
-MATCHED_PAIRS = 15  # to train a classifier on; with fewer it learns the opposite of what it is tested on
+MATCHED_PAIRS = 15  # least number to train a classifier on; with fewer it learns the opposite of the held-out fold
 MATCH_COLUMNS = ("path", "label")
-QUALITY_BAND = 5  # JPEG qualities that are matched with each other: 0 to 4, 5 to 9 and so on
+QUALITY_BAND = 5  # JPEG qualities 0 to 4 are matched with each other, 5 to 9 and so on
 
 SETTINGS = (  # that are read
     "data_root", "results_root", "data_layout", "data_list", "max_image_pixels", "num_workers",
@@ -51,7 +51,7 @@ SETTINGS = (  # that are read
 
 @dataclass(frozen=True)
 class Options:
-    """Of the duplicates, and of the matched subset."""
+    """How duplicates are found and images matched."""
 
     match: Path | None = None  # a CSV to write: a subset matched between the classes
     # of --match: largest difference of a pair, in standard deviations of the score's logit
@@ -61,9 +61,9 @@ class Options:
 
 
 def audit(preset: Preset, match: Path | None = None, caliper: float = CALIPER, near_bits: int = NEAR_BITS) -> None:
-    """Audit the preset's data set; print and write what was found. The arguments are those of `Options`.
+    """Audit the preset's data set; print and write the results. The arguments are those of `Options`.
 
-    Raises UserError for too few images, a file to be written inside the data root, or nothing that can be matched.
+    Raises UserError for too few images, a file to be written inside the data root, or no pairs to match.
     """
     settings = preset.settings
     layout = [settings.data_layout] * (settings.data_layout != "auto")
@@ -76,7 +76,7 @@ def audit(preset: Preset, match: Path | None = None, caliper: float = CALIPER, n
         check_output(match, MATCH_COLUMNS)
     files = used_images(read_data_set(settings.data_root, settings.data_layout), settings)
     with locked_folder(folder):
-        found = audit_files(settings, [(image.path, image.label) for image in files])
+        found = audit_files(settings, files)
         parts = parts_of_splits(settings, files)
         report_left_out(folder, [(file.path, file.problem) for file in found])
         images = [file for file in found if not file.problem]
@@ -95,14 +95,12 @@ def audit(preset: Preset, match: Path | None = None, caliper: float = CALIPER, n
         print(f"\nTables and figures: {folder}")
 
 
-def parts_of_splits(settings: Settings, files: Sequence[Listed]) -> list[dict[str, str]]:
-    """For each file the part of the two splits that it is in; none, and the reason is printed, for too few files."""
-    from data.datasets import split_index  # here: torch takes seconds
+def parts_of_splits(settings: Settings, files: Sequence[ImageRecord]) -> list[dict[str, str]]:
+    """For each file its part of the two splits; if there are too few files, prints that, and gives none."""
+    from data.splits import split_index  # here: torch takes seconds
 
-    records = tuple(ImageRecord(image.path, image.label, 0, "", "", "", 0, 0, "") for image in files)
-    given = {f"{name}s": tuple(getattr(image, name) for image in files) for name in ("part", "source")}
     try:
-        _, splits = split_index(Index(settings.data_root, records, **given), settings)
+        _, splits = split_index(Index(settings.data_root, tuple(files)), settings)
     except UserError as error:
         print(f"Splits are left out of the audit: {error}")
         return [{} for _ in files]
@@ -114,7 +112,7 @@ def parts_of_splits(settings: Settings, files: Sequence[Listed]) -> list[dict[st
 
 
 def strata_of(table: pd.DataFrame) -> list[list[Hashable]]:
-    """What images must share to be matched, from the closest similarity to the loosest, for `match_pairs`."""
+    """What images must share to be matched, from the strictest condition to the loosest, for `match_pairs`."""
     columns = table.assign(name=names_of(table), quality_band=table["jpeg_quality"] // QUALITY_BAND)
     columns = columns.fillna({"jpeg_quality": -1, "quality_band": -1})
     coding = ["format", "mode", "subsampling", "progressive"]
@@ -123,16 +121,16 @@ def strata_of(table: pd.DataFrame) -> list[list[Hashable]]:
 
 
 def connected_groups(*keys: Sequence[Hashable]) -> np.ndarray:
-    """A number for each image, the same for images that share any of the keys, directly or by others in between."""
+    """A number for each image, equal for images that share one of the keys, directly or through other images."""
     first: dict[tuple[int, Hashable], int] = {}
-    edges = [(row, first.setdefault((kind, key), row)) for kind, of in enumerate(keys) for row, key in enumerate(of)]
+    edges = [(row, first.setdefault((n, key), row)) for n, column in enumerate(keys) for row, key in enumerate(column)]
     images = len(keys[0])
     a, b = np.array(edges).T
     return connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(images, images)))[1]
 
 
 def names_of(table: pd.DataFrame) -> list[str]:
-    """The paths without class and ending, which the two images of a pair have in common."""
+    """The paths without class folders and ending, which are equal for the two images of a pair."""
     return [
         "/".join(name for name in path.rpartition(".")[0].split("/") if name not in LABELS) for path in table["path"]
     ]
@@ -169,8 +167,8 @@ def _report_duplicates(
     columns, lines, counts = report.duplicate_table(table, pairs)
     write_csv(folder / "duplicates.csv", columns, lines)
     report.draw_nearest(folder / "nearest.png", nearest, near_bits)
-    for kind, of_kind in counts.items():
-        counted = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in of_kind.items())
+    for kind, numbers in counts.items():
+        counted = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in numbers.items())
         print(f"{kind.capitalize()} duplicates: {counted}.")
     flat = int((nearest < 0).sum())
     if flat:
@@ -183,19 +181,19 @@ def _match(path: Path, table: pd.DataFrame, auc_of_all: float, caliper: float, s
     pairs = match_pairs(strata_of(table), labels, fake_scores, caliper)
     if not len(pairs):
         raise UserError(
-            f"none of the {(labels == 0).sum():,} fake images has a real one of its format and quality whose headers "
-            f"look as fake: raise --caliper above {caliper:g}, or add images"
+            f"none of the {(labels == 0).sum():,} fake images can be paired with a real one of the same format and "
+            f"quality whose headers look equally fake: raise --caliper above {caliper:g}, or add images"
         )
     rows = pairs.ravel()
     matched, labels = table.iloc[rows], labels[rows]
     write_csv(path, MATCH_COLUMNS, zip(matched["path"], labels.tolist(), strict=True))
     print(f"\nMatched: {len(pairs):,} fake and {len(pairs):,} real images of {len(table):,}, listed in {path}")
     same = auc(labels, fake_scores[rows])
-    print(f"The classifier trained on all has AUC {same:.2f} on these, instead of {auc_of_all:.2f}.")
+    print(f"The classifier trained on all images has AUC {same:.2f} on these, instead of {auc_of_all:.2f}.")
     results: dict[str, Any] = {"caliper": caliper, "pairs": len(pairs), "auc_of_the_same_classifier": same}
     groups = connected_groups(np.arange(len(rows)) // 2, names_of(matched))
     if len(np.unique(groups)) < MATCHED_PAIRS:
-        print(f"They are too few to train another on: that takes {MATCHED_PAIRS} pairs.")
+        print(f"They are too few to train another classifier on: that needs {MATCHED_PAIRS} pairs.")
         return results
     headers = audit_headers(header_matrix(table)[rows], labels, groups, seed)
     print(f"One trained on these alone: {report.verdict(headers)}.")

@@ -5,13 +5,13 @@
     python -m data.data_download --hugging-face ComplexDataLab/OpenFake --folder datasets/openfake
     python -m data.data_download --preset demo_local --demo datasets/demo_local   only a region of each fake one is fake
 
---hugging-face takes a name on the hub, or a folder of save_to_disk or of parquet files, and if need be a
-configuration. Each image is written as it is in the data set, not encoded again, and listed in FOLDER/list.csv.
+--hugging-face takes a name on the hub, or a folder of save_to_disk or of parquet files, then a configuration if there
+are several. Images are written with the bytes of the data set, not encoded again, and listed in FOLDER/list.csv.
 
-kagglehub stores what it downloads under ~/.cache/kagglehub, or where the variable KAGGLEHUB_CACHE says. Kaggle needs
-no account for public data. While it unpacks, there must be space for the archive and for the files. A download that
-was interrupted or that stalls (stop it with Ctrl-C) is resumed by the same command. This command changes no setting:
-it ends by printing what to put in config.py, or which flag to pass.
+kagglehub stores what it downloads under ~/.cache/kagglehub, or in the folder that the variable KAGGLEHUB_CACHE names.
+Kaggle needs no account for public data. Unpacking needs space for the archive and for the files. The same command
+resumes a download that was interrupted or that stalls (stop it with Ctrl-C). It changes no setting: it ends by printing
+what to put in config.py, or which flag to pass.
 """
 
 import os
@@ -42,16 +42,16 @@ class Options:
     demo: str | None = None  # a folder: write the demonstration data set into it instead
     hugging_face: tuple[str, ...] = ()  # a name on the hub or a folder, and a configuration: write its images instead
     folder: Path = FOLDER  # where --hugging-face writes them
-    images: Number = 0  # that --hugging-face writes of each split; 0: all
+    images: Number = 0  # how many of each split --hugging-face writes; 0: all
 
 
 def download(
     preset: Preset, demo: str | None = None, hugging_face: Sequence[str] = (), folder: Path = FOLDER, images: int = 0
 ) -> None:
-    """Download the preset's Kaggle data set, or what the arguments ask for instead, which are those of `Options`.
+    """Download the preset's Kaggle data set, or write what the other arguments name; see `Options`.
 
     Raises:
-        UserError: no network, refused by Kaggle, no such data set, not enough space, or not the expected folders.
+        UserError: no network, refused by Kaggle, no such data set, not enough space, or unexpected folders.
     """
     if demo is not None:
         write_demo(Path(demo), preset if preset.reproduce.demo_data else config.DEMO)
@@ -92,13 +92,13 @@ def write_demo(root: Path, preset: Preset) -> None:
 
 
 def fetch(name: str) -> Path:
-    """Download and unpack a Kaggle data set, unless that was done before; returns its folder.
+    """Download and unpack a Kaggle data set, if it is not there yet; returns its folder.
 
     Args:
         name: OWNER/DATASET, or OWNER/DATASET/versions/NUMBER.
 
     Raises:
-        UserError: the disk has not enough space, or Kaggle's or kagglehub's error in one sentence.
+        UserError: not enough disk space, or an error of Kaggle or kagglehub.
     """
     import kagglehub  # here: --demo and --help do not wait for it
     import requests  # kagglehub's HTTP library
@@ -120,7 +120,7 @@ def fetch(name: str) -> Path:
             try:
                 requests.head("https://www.kaggle.com", timeout=ANSWER_SECONDS)
             except requests.RequestException as error:
-                if isinstance(error, requests.Timeout):  # the others kagglehub reports itself
+                if isinstance(error, requests.Timeout):  # kagglehub reports the others itself
                     raise
         return Path(kagglehub.dataset_download(name))
     except requests.HTTPError as error:

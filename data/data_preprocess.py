@@ -7,13 +7,13 @@
 Reads DATA_ROOT, in one of the layouts of docs/own_images.md (printed), and never writes there. Writes into
 results/<preset>/dataset: index.csv and statistics.json, the printed tables as CSV and Markdown, unreadable.csv and
 sizes_and_formats.png. Unreadable files are normal (the paper's data has some): they are named with their reason and
-left out of everything after.
+not used by any other command.
 
-The pixel cache goes to CACHE_ROOT, a file for each image; the command prints first how many bytes it takes, 3 for each
-pixel, and stops if they are not free. It can be interrupted at any time: given again, it decodes only the images that
-are not there yet, are new or have changed. Files of images that are gone stay; the folder can be deleted at any time.
+The pixel cache goes to CACHE_ROOT, a file for each image; the command first prints how many bytes it takes, 3 for each
+pixel, and stops if they are not free. It can be interrupted at any time: run again, it decodes only images that are
+missing, new or changed. Files of deleted images stay; the folder can be deleted at any time.
 
-Hardware: CPU cores only, all of them by default. Measured: docs/performance.md. A process takes 0.6 GB of memory
+Hardware: CPU cores only, all of them by default. Measurements: docs/performance.md. A process needs 0.6 GB of memory
 for an image of 143 megapixels; images above 32 megapixels are decoded one at a time.
 """
 
@@ -44,7 +44,7 @@ class Options:
 
 
 def preprocess(preset: Preset, cache: Sequence[Kind] | None = None) -> None:
-    """Check and measure the preset's data set; print and write what was found.
+    """Check and measure the preset's data set; print and write the results.
 
     Args:
         cache: what to store in the pixel cache: None for nothing, ("views",), or ("pixels",) or () for both.
@@ -58,11 +58,9 @@ def preprocess(preset: Preset, cache: Sequence[Kind] | None = None) -> None:
     kinds: tuple[Kind, ...] = () if cache is None else (VIEWS,) if cache == (VIEWS,) else (PIXELS, VIEWS)
     data, started = read_data_set(root, preset.settings.data_layout), time.perf_counter()
     print(data.described(), flush=True)
-    files = [(image.path, image.label) for image in data.images]
-    caching = building(preset.settings, kinds, files) if kinds else nullcontext()
-    with locked_folder(folder), caching as builder:  # both before all the checking
-        images = check_images(preset.settings, files, builder)
-        records = [image.record for image in images]
+    caching = building(preset.settings, kinds, data.images) if kinds else nullcontext()
+    with locked_folder(folder), caching as builder:  # which may refuse, before images are checked
+        records = check_images(preset.settings, data.images, builder)
         for label, class_name in enumerate(CLASSES):
             problems = [record.problem for record in records if record.label == label]
             if all(problems):
@@ -70,12 +68,12 @@ def preprocess(preset: Preset, cache: Sequence[Kind] | None = None) -> None:
                     f"none of the {len(problems)} {class_name} images under {root} can be decoded "
                     f"(the first: {problems[0]}): fix them, or set --data-root"
                 )
-        statistics = measure(root, records, [image.sums for image in images], data)
+        statistics = measure(root, records, data)
         (folder / "statistics.json").unlink(missing_ok=True)
-        write_index(index_path(preset), records, () if data.plain else data.images)
-        # After the index, which it vouches for: that it is whole, and of which data root.
+        write_index(index_path(preset), records, data.plain)
+        # After the index, since it says that the index is complete, and to which data root it belongs.
         write_json(folder / "statistics.json", statistics | {"index_sha256": sha256_of(index_path(preset))})
-        print(f"Checked {len(files):,} images of {root.absolute()} in {time.perf_counter() - started:.1f} s")
+        print(f"Checked {len(records):,} images of {root.absolute()} in {time.perf_counter() - started:.1f} s")
         for kind in kinds:
             readable = statistics["images"] - statistics["unreadable"]
             print(f"Pixel cache: {kind} of {readable:,} images in {builder.cache.folders[kind]}")

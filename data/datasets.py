@@ -1,4 +1,4 @@
-"""Index rows -> batches of `(*views, labels)`, uint8, from the pixel cache or from the decoded files.
+"""Makes batches of `(*views, labels)`, uint8, from rows of the index: from the pixel cache or from the files.
 
 docs/method.md, Views.
 """
@@ -46,19 +46,18 @@ class ImageDataset(Dataset):
 
     A loader asks for a batch by a list of (position, epoch), epoch None in evaluation, and gets `(*views, labels)`:
     `global_view (B, 3, P, P), local_crops (B, K, 3, P, P)` for GLASS, else the standard `view (B, 3, P, P)`; uint8,
-    channels last in memory; labels int64 (B,). With `exact_resize`, global_view is float32, 0 to 255. Item i is the
-    batch of one, without its first dimension.
+    channels last in memory; labels int64 (B,). With `exact_resize`, global_view is float32, 0 to 255. A single item is
+    a batch of one without its first dimension.
 
     Args:
         index: the data set, and its pixel cache.
-        rows: which of its rows, in which order.
+        rows: its rows to use, in this order.
         views: P, K, and the seed of the crops.
         max_pixels: larger images are refused.
-        reencode_jpeg: as the setting.
+        reencode_jpeg: the setting.
 
     Raises:
-        UserError: an image is larger, or too long to be saved as JPEG, or its file is not what it was when the index
-            was made.
+        UserError: an image is larger, or too long to be saved as JPEG, or its file has changed since preprocessing.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class ImageDataset(Dataset):
         return tuple(part[0] for part in self.__getitems__([item]))
 
     def __getitems__(self, items: list[tuple[int, int | None]]) -> tuple[torch.Tensor, ...]:
-        """A batch, written once, to where the process that trains will read it."""
+        """A batch, written directly to the memory from which the training process reads it."""
         B, P = len(items), self.views.patch_size
         resized, crops = _batch((B, P, P, 3), torch.float32 if self.views.exact_resize else torch.uint8), None
         for place, (position, epoch) in enumerate(items):
@@ -101,33 +100,34 @@ class ImageDataset(Dataset):
             image.write_view(resized[place])
             if self.views.num_crops:
                 boxes = image.boxes(epoch)
-                if crops is None:  # of all images alike, or there is but one: EpochBatches, every_tile
+                if crops is None:  # all images have as many, or there is only one (every_tile)
                     crops = _batch((B, len(boxes), P, P, 3), torch.uint8)
                 image.write_crops(boxes, crops[place])
         views = [view.movedim(-1, -3) for view in (resized, crops) if view is not None]
-        labels = _batch((B,), torch.int64)  # too: where it is full, torch's own thread would drop the batch in silence
+        # There too: if shared memory is full, torch's own thread would silently drop the batch.
+        labels = _batch((B,), torch.int64)
         labels[:] = self.labels[[position for position, _ in items]]
         return *views, labels
 
     def read(self, record: ImageRecord) -> Image.Image:
-        """The whole image, from its file."""
+        """Decode the image from its file."""
         path = self.root / record.path
         try:
             if path.stat().st_size != record.bytes:
-                raise UnreadableImage("its size in bytes has changed")
+                raise UnreadableImage("its size in bytes differs")
             image = read_image(path, self.max_pixels)
             if image.size != (record.width, record.height):
-                raise UnreadableImage("its width or height has changed")
+                raise UnreadableImage("its width or height differs")
             return reencoded(image, self.reencode_jpeg)
         except (UnreadableImage, OSError) as error:
             raise UserError(
-                f"{path} is not what it was when the index was made ({error}): "
+                f"{path} has changed since preprocessing ({error}): "
                 f"restore it, or run python -m data.data_preprocess again"
             ) from None
 
 
 class _IndexedImage:
-    """An image of a data set, of which no more is read than is asked for: a `SampledImage`."""
+    """An image of a data set, read lazily: a `SampledImage`."""
 
     def __init__(self, dataset: ImageDataset, record: ImageRecord) -> None:
         self.dataset, self.record, self.cache, self.views = dataset, record, dataset.cache, dataset.views
@@ -135,7 +135,7 @@ class _IndexedImage:
 
     @functools.cached_property
     def cached(self) -> np.ndarray | None:
-        """The pixels that the cache holds, uint8 (H, W, 3)."""
+        """The pixels in the cache, uint8 (H, W, 3), or None."""
         return self.cache.pixels(self.record) if self.cache else None
 
     @property
@@ -145,30 +145,30 @@ class _IndexedImage:
 
     @functools.cached_property
     def picture(self) -> Picture:
-        """The whole image, decoded."""
+        """The decoded image."""
         image = self.dataset.read(self.record) if self.cached is None else Image.fromarray(self.cached)
         return Picture(image, self.record.key)
 
     def write_view(self, view: torch.Tensor) -> None:
-        """The resized image, (P, P, 3)."""
+        """Write the resized image (P, P, 3)."""
         cached = None
         if self.cache and not self.views.exact_resize:
             cached = self.cache.view(self.record, STANDARD_VIEW if self.views.standard else GLOBAL_VIEW)
         view.numpy()[:] = self.picture.resized(self.views) if cached is None else cached
 
     def boxes(self, epoch: int | None) -> np.ndarray:
-        """Of the crops of a training epoch, or of evaluation."""
+        """The boxes of the crops in a training epoch, or in evaluation if `epoch` is None."""
         key, number = (self.record.key, 0) if epoch is None else (self.record.path, epoch)
         return self.views.boxes(self, key, number, training=epoch is not None)
 
     def write_crops(self, boxes: np.ndarray, crops: torch.Tensor) -> None:
-        """The crops, (N, P, P, 3)."""
+        """Write the crops (N, P, P, 3)."""
         if not (self.cache and self.cache.crops(self.record, boxes, crops.numpy())):
             cut_crops(self.picture.pixels, boxes, crops.numpy())
 
 
 def _batch(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor; in a worker process, in memory that the process that trains can read."""
+    """An uninitialised tensor; in a worker process, in memory that it shares with the training process."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=dtype)
     size = math.prod(shape)

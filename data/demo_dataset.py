@@ -10,11 +10,11 @@ half the Nyquist frequency: an antialiased resize to 224 x 224 or less removes i
 size, file format, JPEG quality and chroma subsampling are the same for the fake and the real image with the same
 number. This shows the mechanism in small; it is no evidence on the images of real generators.
 
-Of the variant "local", only one region of a fake image, an ellipse, is as above; the rest is as in a real image, noise
-included. A mask in masks/fake/ says where. Nothing else tells the classes apart: both versions of a scene agree in
-brightness and in the strength of the noise, so the region's edge shows only as the end of its traces, exact to a
-pixel (not blended, which would leave a mixture found in no camera image). Saved as JPEG, the traces reach at most the
-end of the 8 x 8 block that the edge crosses (16 x 16 in colour).
+In the variant "local", only one region of a fake image, an ellipse, is as above; the rest is as in a real image, noise
+included. A mask in masks/fake/ shows the region. Nothing else distinguishes the classes: both versions of a scene agree
+in brightness and in the strength of the noise, so that the traces end exactly at the region's edge (blending would
+leave a mixture that no camera makes). Saved as JPEG, the traces reach at most the end of the 8 x 8 block that the edge
+crosses (16 x 16 in colour).
 """
 
 import colorsys
@@ -40,12 +40,12 @@ SHAPES = ((640, 640), (640, 720), (720, 640), (704, 704), (640, 800), (800, 640)
 PNG_EVERY = 7  # images; the others are JPEG
 JPEG_QUALITIES = (92, 94, 96)
 SUBSAMPLINGS = ("4:4:4", "4:2:0")
-PNG_BITS, JPEG_BITS = 19, 8  # a pixel: more than an image needs
+PNG_BITS, JPEG_BITS = 19, 8  # per pixel: more than an image needs
 
 # The decoder: weights of four neighbours on the coarse grid for even and for odd pixels.
 EVEN_TAPS, ODD_TAPS = (-0.07, 0.27, 0.91, -0.11), (-0.10, 0.89, 0.28, -0.07)
 CHECKERBOARD = 0.055  # between neighbouring pixels, as overlapping transposed convolutions leave it
-LOCAL_CHECKERBOARD = 0.11  # of the variant "local", whose traces are else too few to learn from 300 images
+LOCAL_CHECKERBOARD = 0.11  # of the variant "local": with less, 300 images are too few to learn its traces
 # Horizontal, vertical and diagonal differences in the noise of a 2 x 2 block; the squares sum to 3, as of white noise.
 BLOCK_NOISE = (0.65, 0.65, 1.47)
 REGION_SHARES = (0.12, 0.245)  # of the image, for the variant "local"; a pixelated ellipse may be a little larger
@@ -69,7 +69,7 @@ def colour(rng: np.random.Generator, hue: float, value: tuple[float, float]) -> 
 
 
 class Canvas:
-    """One scene in the making: the picture (3, height, width) in 0..1 and what it is drawn with."""
+    """A scene being drawn: the picture (3, height, width) in 0..1, and what it is drawn with."""
 
     def __init__(self, rng: np.random.Generator, shape: tuple[int, int]) -> None:
         self.rng, self.shape = rng, shape
@@ -261,7 +261,7 @@ def draw_region(rng: np.random.Generator, height: int, width: int) -> NDArray[np
 
 
 def render_local(scene: Array, rng: np.random.Generator) -> tuple[Image.Image, NDArray[np.bool_]]:
-    """As `render` of "real", but for a region with the decoder's traces; and where that is (height, width)."""
+    """As `render` of "real", except for a region with the decoder's traces; and that region (height, width)."""
     deviation = rng.uniform(2.5, 5)
     sensor = expose(scene, "real", rng, deviation)
     decoder = expose(scene, "fake", rng, deviation, LOCAL_CHECKERBOARD)
@@ -270,10 +270,10 @@ def render_local(scene: Array, rng: np.random.Generator) -> tuple[Image.Image, N
 
 
 def encode(image: Image.Image, seed: int, index: int) -> tuple[str, bytes]:
-    """The file suffix and the bytes of an image, by rules that know the index but not the class.
+    """The file suffix and the bytes of an image, which depend on its index but not on its class.
 
-    The decoder's traces take more bytes than what they replace, and a detector of file sizes would do. Zeros after the
-    end of the picture, which decoders do not look at, make all sizes the index's.
+    The decoder's traces take more bytes than what they replace, so that file sizes would give the class away. Zeros
+    after the end of the picture, which decoders ignore, make the size a function of the index.
     """
     rng, buffer = np.random.default_rng([seed, index, len(CLASSES)]), io.BytesIO()
     if index % PNG_EVERY == 0:
@@ -288,7 +288,7 @@ def encode(image: Image.Image, seed: int, index: int) -> tuple[str, bytes]:
 
 
 def write_image(class_name: str, index: int, root: Path, seed: int, variant: Variant) -> None:
-    """Make image `index` of a class as root/<class>/<index>.jpg or .png, and before it the mask, if it has one."""
+    """Write image `index` of a class as root/<class>/<index>.jpg or .png, and before it its mask, if it has one."""
     scene, rng = draw_scene(seed, class_name, index)
     if variant == "local" and class_name == "fake":
         image, region = render_local(scene, rng)
@@ -304,9 +304,9 @@ def write_image(class_name: str, index: int, root: Path, seed: int, variant: Var
 def write_demo_dataset(
     root: Path, images_per_class: int, variant: Variant = "whole", seed: int = 606, num_workers: Workers = "auto"
 ) -> None:
-    """Make root/fake and root/real with `images_per_class` images each, or those of them that are missing.
+    """Write `images_per_class` images to root/fake and to root/real, except those that are there already.
 
-    Of the variant "local", also root/masks/fake: 8-bit grey, 255 where the decoder's traces are. The pixels depend on
+    For the variant "local", also root/masks/fake: 8-bit grey, 255 where the decoder's traces are. The pixels depend on
     the seed and the versions of numpy and Pillow, not on the number of worker processes.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A Hugging Face data set -> image files with the bytes that it holds, and a list of them, which is a data set here."""
+"""Writes the images of a Hugging Face data set to files, with the bytes that it holds, and a list of them."""
 
 import hashlib
 import re
@@ -21,14 +21,15 @@ IMAGES = ("image", "image_data", "img")
 
 
 def stream(names: Sequence[str], folder: Path, limit: int | None = None) -> list[dict[str, str]]:
-    """Write the images of a data set into `folder`, and list.csv once all are there; resumes; returns the list's rows.
+    """Write the images of a data set into `folder`, then list.csv; resumes if interrupted; returns the list's rows.
 
     Args:
-        names: a folder (of save_to_disk, or of parquet files) or a name on the hub; its configuration, if it has more.
-        limit: of each split, the first so many rows only.
+        names: a folder (of save_to_disk, or of parquet files) or a name on the hub; then its configuration, if it has
+            several.
+        limit: at most so many rows of each split.
 
     Raises:
-        UserError: no library, no such data set, other columns, or a folder that holds something else.
+        UserError: no library, no such data set, unknown columns, or a folder that holds something else.
     """
     try:
         from datasets import Image, load_dataset, load_from_disk
@@ -43,11 +44,11 @@ def stream(names: Sequence[str], folder: Path, limit: int | None = None) -> list
         data = load_from_disk(names[0]) if saved else load_dataset(*names, streaming=True)
         with locked_folder(folder):
             text = progress.read_text("utf-8") if progress.exists() else csv_line(("path", *COLUMNS)) + "\n"
-            write_text(progress, text[: text.rfind("\n") + 1])  # without a line that a kill cut short
+            write_text(progress, text[: text.rfind("\n") + 1])  # without an incomplete line, which a kill leaves
             rows = read_csv(progress)
             for name, split in data.items() if isinstance(data, dict) else [(str(data.split or "all"), data)]:
                 if not re.fullmatch(r"\w[\w.-]*", str(name)):
-                    raise UserError(f"{said} has a split {name!r}, which is no name of a folder: name another data set")
+                    raise UserError(f"{said} has a split {name!r}, which is no folder name: name another data set")
                 features = split.features or {}
                 images = [column for column, feature in features.items() if isinstance(feature, Image)]
                 for column in images:
@@ -56,28 +57,28 @@ def stream(names: Sequence[str], folder: Path, limit: int | None = None) -> list
                 left = islice(split.skip(done), None if limit is None else max(0, limit - done))
                 with open(progress, "a", encoding="utf-8", newline="") as file:
                     for number, item in enumerate(tqdm(left, desc=name, unit=" images", disable=None), done):
-                        image = _content(item, (*IMAGES, *images), number, Path(names[0]))
-                        rows.append(_written(image, item, features, folder / name / f"{number:08d}"))
+                        image = _image_bytes(item, (*IMAGES, *images), number, Path(names[0]))
+                        rows.append(_write_image(image, item, features, folder / name / f"{number:08d}"))
                         file.write(csv_line(list(rows[-1].values())) + "\n")
                         file.flush()
-            rows.sort(key=lambda row: row["path"])  # whatever was interrupted
+            rows.sort(key=lambda row: row["path"])  # the same order after an interruption
             write_csv(folder / LIST, ("path", *COLUMNS), (row.values() for row in rows))
     except UserError:
         raise
     except Exception as error:  # of many libraries: no network, no such name, a damaged file
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{said} cannot be read ({reason}): correct that and run this again, which goes on") from None
+        raise UserError(f"{said} cannot be read ({reason}): fix that and run this again to resume") from None
     return rows
 
 
-def _content(item: Mapping[str, Any], columns: Sequence[str], number: int, source: Path) -> bytes:
-    """The image of a row, from the first of the `columns` that is there, or from the file that it names.
+def _image_bytes(item: Mapping[str, Any], columns: Sequence[str], number: int, source: Path) -> bytes:
+    """The image of a row, from the first of the `columns` that it has, or from the file that this names.
 
-    Raises UserError: there is none, or the file is neither on the hub nor below `source`.
+    Raises UserError if it has none, or if the file is neither on the hub nor below `source`.
     """
     image = next((item[name] for name in columns if name in item), None)
     if isinstance(image, dict) and image["bytes"] is None and image["path"]:
-        place = image["path"].rpartition("::")[2]  # of the archive, if it lies in one
+        place = image["path"].rpartition("::")[2]  # of its archive, if it is in one
         if not place.startswith("hf://") and source.resolve() not in Path(place).resolve().parents:
             raise UserError(f"row {number} has its image in {place}, outside of {source}: copy it there")
         with fsspec.open(image["path"], "rb") as file:
@@ -88,8 +89,8 @@ def _content(item: Mapping[str, Any], columns: Sequence[str], number: int, sourc
     return image
 
 
-def _written(image: bytes, item: Mapping[str, Any], features: Mapping[str, Any], place: Path) -> dict[str, str]:
-    """A row of the list, after its image is in its file, at `place` with the ending of its format."""
+def _write_image(image: bytes, item: Mapping[str, Any], features: Mapping[str, Any], place: Path) -> dict[str, str]:
+    """Write an image to `place`, with the ending of its format; returns its row of the list."""
     file, split = place.with_suffix(f".{format_of(image) or 'unknown'}"), place.parent.name
     row = {"path": f"{split}/{file.name}"}
     with replacing(file) as temporary:
@@ -97,7 +98,7 @@ def _written(image: bytes, item: Mapping[str, Any], features: Mapping[str, Any],
     for column, names in COLUMNS.items():
         name = next((name for name in names if item.get(name) is not None), "")
         value = item.get(name, split if column == "split" else "")
-        if hasattr(features.get(name), "int2str") and value != -1:  # a number that has a name
+        if hasattr(features.get(name), "int2str") and value != -1:  # the number of a named class
             value = features[name].int2str(value)
         row[column] = " ".join(str(value).split())
     row["split"] *= row["split"].lower() in PARTS

@@ -2,8 +2,8 @@
 
 EXIF orientation is ignored, the content decides and not the ending, and files are never written to.
 
-The decoder is Pillow's, for every format: for JPEGs it is as fast as torchvision's. Copying Pillow's pixels, four bytes
-wide, into an array took longer than decoding; `pixels_of` reads them where they are, through Pillow's Arrow interface.
+Pillow decodes every format: JPEGs as fast as torchvision does. Copying its pixels, four bytes each, into an array took
+longer than decoding; `pixels_of` reads them without a copy, through Pillow's Arrow interface.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import nanoarrow
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from data.formats import ADVICE, FORMATS, HEAD_BYTES, unsupported, with_filling, without_metadata
+from data.formats import ADVICE, FORMATS, HEAD_BYTES, unsupported, with_longer_scan, without_metadata
 from utils import first_line
 
 IMAGE_ENDINGS = (  # ImageFolder's, and four more
@@ -29,9 +29,9 @@ IMAGE_ENDINGS = (  # ImageFolder's, and four more
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file's path, relative to the folder it was found in, is an image's by its ending, and no system's file.
+    """Whether a file has the ending of an image; `name` is its path relative to the folder that was searched.
 
-    Such are hidden ones, macOS's "._" companions among them, and all in the __MACOSX of its archives.
+    Not so hidden files, such as macOS's "._" companions, and those in the __MACOSX folder of macOS's archives.
     """
     parts = name.split("/")
     return name.lower().endswith(IMAGE_ENDINGS) and not any(part[:1] == "." or part == "__MACOSX" for part in parts)
@@ -43,11 +43,11 @@ Image.core.set_use_block_allocator(1)  # all of an image in one piece, which `pi
 
 
 JPEG_SIDE = 65_500  # pixels; libjpeg writes no larger side
-MISSING = {(128, 128, 128), (63, 63, 63), (64, 64, 64)}  # where a JPEG's data ends early; the others are of CMYK
+MISSING = {(128, 128, 128), (63, 63, 63), (64, 64, 64)}  # colours where a JPEG's data ends early, two of them for CMYK
 REDUCED_IMAGE, DNG_VERSION = 254, 50706  # tags of a TIFF: NewSubfileType, which is 1 for a preview, and DNGVersion
 TRANSPARENT, TURNED = "transparent parts", "EXIF orientation"  # notes
-_SWITCHING, _AS_BEFORE = Lock(), ExitStack()  # of `pillow_unlimited`
-_within = 0  # how many threads are in it
+_lock, _restore = Lock(), ExitStack()  # of `pillow_unlimited`
+_threads_inside = 0
 
 
 class UnreadableImage(Exception):
@@ -58,23 +58,23 @@ class UnreadableImage(Exception):
 def pillow_unlimited() -> Iterator[None]:
     """In the block, Pillow opens images of any size (our own limit is checked before any decoding) and does not warn.
 
-    Both are switches of the whole process: the first of our threads that comes in sets them, and the last one that
-    leaves sets them back.
+    Both settings are the whole process's: the first of our threads to enter changes them, the last to leave restores
+    them.
     """
-    global _within
-    with _SWITCHING:
-        if not _within:
-            _AS_BEFORE.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-            _AS_BEFORE.enter_context(warnings.catch_warnings(action="ignore"))  # of metadata, of palette transparency
+    global _threads_inside
+    with _lock:
+        if not _threads_inside:
+            _restore.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+            _restore.enter_context(warnings.catch_warnings(action="ignore"))  # of metadata, of palette transparency
             Image.MAX_IMAGE_PIXELS = None
-        _within += 1
+        _threads_inside += 1
     try:
         yield
     finally:
-        with _SWITCHING:
-            _within -= 1
-            if not _within:
-                _AS_BEFORE.close()
+        with _lock:
+            _threads_inside -= 1
+            if not _threads_inside:
+                _restore.close()
 
 
 def open_image(path: str | Path, max_pixels: int) -> Image.Image:
@@ -84,11 +84,11 @@ def open_image(path: str | Path, max_pixels: int) -> Image.Image:
         UnreadableImage: not an image, of a format that is not supported, or more than `max_pixels` pixels.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait forever
             raise UnreadableImage("not a file")
         try:
             image = _open(path)
-        except Exception as error:  # decoders raise many kinds; each means the same to us
+        except Exception as error:  # decoders raise many kinds
             image = _open_without_metadata(path, error)
         tags = getattr(image, "tag_v2", {})  # of a TIFF
         if tags.get(REDUCED_IMAGE) == 1 or DNG_VERSION in tags:
@@ -110,14 +110,14 @@ def _open(source: str | Path | io.BytesIO, formats: Sequence[str] = FORMATS) -> 
 
 
 def format_of(data: bytes) -> str:
-    """Of an image file's content, such as jpeg; empty if it is none that is opened here."""
+    """The format of an image file's content, such as jpeg; empty if such files are not opened here."""
     with suppress(Exception), _open(io.BytesIO(data)) as image:
         return str(image.format).lower()
     return ""
 
 
 def _open_without_metadata(path: str | Path, error: Exception) -> Image.Image:
-    """A file that could not be read once more, without what its pixels do not need; raises `error` if it has none."""
+    """Open a file that failed with `error` without its metadata; raises `error` if that does not help."""
     if not path or isinstance(error, MemoryError):
         raise error
     data = Path(path).read_bytes()
@@ -135,23 +135,23 @@ def _open_without_metadata(path: str | Path, error: Exception) -> Image.Image:
 def decode(image: Image.Image) -> Image.Image:
     """The pixels of an opened image as 8-bit RGB.
 
-    Transparency is lost, as in the paper: hidden colours count. Of 16 bits, the upper eight are kept.
+    Transparency is dropped, as in the paper, so that hidden colours count. Of 16 bits, the upper eight are kept.
 
     Raises:
-        UnreadableImage: the file is truncated or damaged, wholly transparent, or its samples have no known range.
+        UnreadableImage: the file is truncated or damaged, fully transparent, or its samples have no known range.
     """
     try:
         with pillow_unlimited():
-            image = _loaded(image)
+            image = _load(image)
             if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # a PPM's are of 16 bits
                 raise UnreadableImage(
                     "its samples have 32 bits or a sign, and no known range: save it with 8 or 16 bits"
                 )
             if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would clip them to white
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-            alpha = _with_alpha(image)
+            alpha = _to_rgba(image)
             if alpha and not alpha.getbbox():
-                raise UnreadableImage("wholly transparent: nothing of it is meant to be seen")
+                raise UnreadableImage("fully transparent: nothing of it is meant to be seen")
             decoded = image if image.mode == "RGB" else image.convert("RGB")
             corner = decoded.getpixel((image.width - 1, image.height - 1))
             if image.format in ("JPEG", "MPO") and corner in MISSING and _ends_early(image):
@@ -163,8 +163,8 @@ def decode(image: Image.Image) -> Image.Image:
         raise UnreadableImage(_reason(error)) from error
 
 
-def _loaded(image: Image.Image) -> Image.Image:
-    """An opened image with its pixels: the same, or another where its metadata stand in the way."""
+def _load(image: Image.Image) -> Image.Image:
+    """Decode an opened image; if its metadata is damaged, returns another image, opened without it."""
     try:
         image.load()
     except Exception as error:
@@ -177,20 +177,20 @@ def _path_of(image: Image.Image) -> str | Path:
     return getattr(image, "filename", "")
 
 
-def _with_alpha(image: Image.Image) -> Image.Image | None:
-    """A loaded image as RGBA; None if it has nothing like transparency."""
+def _to_rgba(image: Image.Image) -> Image.Image | None:
+    """A loaded image as RGBA; None if it has no transparency."""
     if not image.has_transparency_data:
         return None
     return image if image.mode == "RGBA" else image.convert("RGBA")
 
 
 def notes_on(image: Image.Image) -> tuple[str, ...]:
-    """Of an opened image that `decode` can decode: TRANSPARENT parts, and TURNED, an EXIF orientation that is ignored.
+    """What to tell the user of an image that `decode` can decode: TRANSPARENT parts, TURNED (an ignored orientation).
 
     The decoders of TIFF and HEIC turn an image themselves, and leave no orientation.
     """
-    image, notes = _loaded(image), ()
-    alpha = _with_alpha(image) if not image.mode.startswith("I") else None
+    image, notes = _load(image), ()
+    alpha = _to_rgba(image) if not image.mode.startswith("I") else None
     if alpha is not None and alpha.getchannel("A").getextrema()[0] < 255:
         notes = (TRANSPARENT,)
     with suppress(Exception):  # metadata may be damaged
@@ -199,14 +199,14 @@ def notes_on(image: Image.Image) -> tuple[str, ...]:
 
 
 def _ends_early(image: Image.Image) -> bool:
-    """Whether a JPEG whose last pixel is as a missing one lacks data there: then more data gives another picture.
+    """Whether a JPEG whose last pixel has a colour of MISSING lacks data: then longer data give another picture.
 
-    The decoder fills up with grey, and says so where Pillow does not listen.
+    The decoder fills missing parts with grey; Pillow ignores its warning.
     """
     if image.info.get("progressive") or not os.path.isfile(_path_of(image)):  # less sharp, not grey; in memory
         return False
     data, pictures = without_metadata(Path(image.filename).read_bytes()), []
-    for content in (data, with_filling(data)):
+    for content in (data, with_longer_scan(data)):
         picture = _open(io.BytesIO(content), ("JPEG",))
         picture.draft(None, (picture.width // 8, picture.height // 8))  # at an eighth of its size, in little memory
         pictures.append(picture.tobytes())
@@ -224,26 +224,26 @@ def read_image(path: str | Path, max_pixels: int) -> Image.Image:
 
 
 def resaved(image: Image.Image, kind: str, **options: int) -> Image.Image:
-    """A decoded image as it comes back from a file in memory.
+    """A decoded image, saved in memory as `kind` and decoded again.
 
     Raises:
-        UnreadableImage: such a file cannot hold it.
+        UnreadableImage: `kind` cannot hold it.
     """
     buffer = io.BytesIO()
     try:
-        _alone(image).save(buffer, kind, **options)
+        _detach(image).save(buffer, kind, **options)
         with _open(buffer, (kind,)) as saved:
             return decode(saved)
     except OSError as error:
         raise UnreadableImage(f"it cannot be saved as {kind}: {_reason(error)}") from error
 
 
-def _alone(image: Image.Image) -> Image.Image:
-    """The same pixels as an image of their own, without a copy: Pillow keeps an encoder's settings on the image, where
-    another thread that saves it would find them."""
+def _detach(image: Image.Image) -> Image.Image:
+    """Another image of the same pixels, without a copy: Pillow stores encoder settings on the image that is saved,
+    which other threads may be saving too."""
     try:
         return Image.fromarrow(image, image.mode, image.size)
-    except ValueError:  # as in `pixels_of`
+    except ValueError:  # several pieces, as in `pixels_of`
         return image.copy()
 
 
@@ -254,10 +254,10 @@ def check_reencoding(size: tuple[int, int], reencode_jpeg: int) -> None:
 
 
 def reencoded(image: Image.Image, reencode_jpeg: int) -> Image.Image:
-    """A decoded image as training, testing and predicting use it: saved as JPEG first, as the setting asks.
+    """A decoded image as models see it: saved as JPEG first, if the setting says so.
 
     Args:
-        reencode_jpeg: the setting; quality from 1 to 100, or 0, which leaves the image as it is.
+        reencode_jpeg: the setting: quality from 1 to 100, or 0 for the image unchanged.
 
     Raises:
         UnreadableImage: as `check_reencoding`.
@@ -269,7 +269,7 @@ def reencoded(image: Image.Image, reencode_jpeg: int) -> Image.Image:
 def grey_thumbnail(image: Image.Image, side: int) -> Image.Image:
     """An opened image in grey, resized to side x side pixels without keeping its aspect ratio.
 
-    A JPEG is decoded at the smallest of its scales (1/8 to 1) that is still twice as large, which is much faster.
+    A JPEG is decoded at the smallest scale (1/8 to 1) that is at least twice that size, which is much faster.
 
     Raises:
         UnreadableImage: the file is truncated or damaged.
@@ -279,27 +279,27 @@ def grey_thumbnail(image: Image.Image, side: int) -> Image.Image:
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
-    """The pixels of a decoded RGB image without a copy: uint8 (H, W, 4), read-only, the fourth byte without a meaning.
+    """The pixels of a decoded RGB image without a copy: uint8 (H, W, 4), read-only, the fourth byte meaningless.
 
     Raises:
-        ValueError: it is not RGB, or Pillow keeps pixels in another layout.
+        ValueError: it is not RGB, or Pillow stores pixels in another layout.
     """
-    if image.mode != "RGB":  # asked for the rows of a grey image, Pillow 12.3 crashes
+    if image.mode != "RGB":  # Pillow 12.3 crashes on a grey image
         raise ValueError(f"an image of mode {image.mode} is not decoded: its mode must be RGB")
     try:
         array = nanoarrow.c_array(image)
-    except ValueError:  # a large image that was loaded before this module was imported lies in several pieces
+    except ValueError:  # a large image that was loaded before this module was imported is in several pieces
         array = nanoarrow.c_array(image.copy())
     layout = f"{array.schema.format} {[dict(child.metadata or {}) for child in array.schema.children]}"
     if layout != PIXEL_LAYOUT:
-        raise ValueError(f"Pillow {Image.__version__} keeps this {image.mode} image as {layout}, not as {PIXEL_LAYOUT}")
+        raise ValueError(f"Pillow {Image.__version__} stores this {image.mode} image as {layout}, not {PIXEL_LAYOUT}")
     return np.frombuffer(array.child(0).view().buffer(1), np.uint8).reshape(image.height, image.width, 4)
 
 
 def pixel_key(image: Image.Image) -> str:
-    """What a decoded image is called by when crops are drawn: a hash of its size and of some 4,000 of its pixels.
+    """A hash of a decoded image's size and of some 4,000 of its pixels, by which crops are drawn.
 
-    Every n-th pixel of every n-th row counts; the file's name and format do not.
+    It uses every n-th pixel of every n-th row, and not the file's name and format.
     """
     pixels = pixels_of(image)
     rows, columns = (max(1, side // 64) for side in pixels.shape[:2])

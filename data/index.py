@@ -2,14 +2,15 @@
 
 import hashlib
 import shlex
-from collections.abc import Sequence, Set
-from dataclasses import astuple, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 
 from config import Preset, Settings
 from data.cache.pixel_cache import PixelCache
-from data.layouts import PLAIN, DataSet, Listed
+from data.layouts import PLAIN, DataSet
 from data.lists import comparable, read_columns, read_csv, write_csv
 from data.records import ImageRecord
 from utils import UserError, as_flags, preset_folder, read_json, reading, sha256_of
@@ -18,22 +19,21 @@ PREPROCESS_SETTINGS = (  # that data.data_preprocess reads
     "data_root", "results_root", "max_image_pixels", "num_workers", "cache_root", "cache_limit_gb", "patch_size",
     "reencode_jpeg", "data_layout",
 )  # fmt: skip
-GIVEN = ("part", "source")  # columns of data sets that are not plain: as `Listed` has them
+GIVEN = ("part", "source")  # columns that only data sets have that are not plain
+COLUMNS = tuple(field.name for field in fields(ImageRecord) if field.name not in (*GIVEN, "sums"))
 
 
 @dataclass(frozen=True)
 class Index:
     """A data set in the order of torchvision's ImageFolder: all fake files by name, then all real ones.
 
-    Equal data sets have equal fingerprints, wherever they lie. `cache` is where their decoded pixels are, if anywhere.
+    Equal data sets have equal fingerprints, in whichever folder. `cache` has their decoded pixels, if there is one.
     """
 
     root: Path
     records: tuple[ImageRecord, ...]
     cache: PixelCache | None = None
-    groups: tuple[str, ...] = ()  # of each image, where splits keep groups whole
-    parts: tuple[str, ...] = ()  # of each image, where the data set gives them: train, valid or test
-    sources: tuple[str, ...] = ()  # of each image, where its path alone does not tell it
+    groups: tuple[str, ...] = ()  # of each image, if splits must not divide a group
 
     @property
     def labels(self) -> list[int]:
@@ -42,7 +42,7 @@ class Index:
 
     @property
     def cached(self) -> list[str]:
-        """Which files of all its readable images the pixel cache holds."""
+        """The kinds of files (pixels, views) that the pixel cache holds for every readable image."""
         return list(self.cache.kinds) if self.cache else []
 
     @cached_property
@@ -51,20 +51,14 @@ class Index:
         rows = [f"{r.path}\0{r.label}\0{r.content}\0{not r.problem}" for r in self.records]
         if self.groups:
             rows = [f"{row}\0{group}" for row, group in zip(rows, self.groups, strict=True)]
-        if any(self.parts):
-            rows = [f"{row}\0in {part}" for row, part in zip(rows, self.parts, strict=True)]
+        if any(record.part for record in self.records):
+            rows = [f"{row}\0in {record.part}" for row, record in zip(rows, self.records, strict=True)]
         rows.sort()
         digest = hashlib.sha256("\n".join(rows).encode("utf-8", "surrogateescape")).hexdigest()
         return f"{len(rows)}-{digest[:16]}"
 
-    def of(self, paths: Set[str]) -> "Index":
-        """The part of it that has these paths."""
-        rows = [row for row, record in enumerate(self.records) if record.path in paths]
-        of_each = {name: getattr(self, name) for name in ("records", "groups", "parts", "sources")}
-        return replace(self, **{name: tuple(values[row] for row in rows) for name, values in of_each.items() if values})
-
     def readable(self, rows: list[int]) -> list[int]:
-        """`rows` without the images that cannot be decoded; the others keep their order."""
+        """`rows` without the images that cannot be decoded, in the same order."""
         return [row for row in rows if not self.records[row].problem]
 
 
@@ -74,24 +68,21 @@ def dataset_folder(preset: Preset) -> Path:
 
 
 def index_path(preset: Preset) -> Path:
-    """Where the index of the preset's data set lies: results/<preset>/dataset/index.csv."""
+    """The index of the preset's data set: results/<preset>/dataset/index.csv."""
     return dataset_folder(preset) / "index.csv"
 
 
-def write_index(path: Path, records: Sequence[ImageRecord], images: Sequence[Listed] = ()) -> None:
-    """Write the index as CSV, one image a row, whole or not at all; `images` are given if the data set is not plain."""
-    columns, rows = [field.name for field in fields(ImageRecord)], map(astuple, records)
-    if images:
-        columns += GIVEN
-        rows = ((*row, image.part, image.source) for row, image in zip(rows, images, strict=True))
-    write_csv(path, columns, rows)
+def write_index(path: Path, records: Sequence[ImageRecord], plain: bool) -> None:
+    """Write the index as CSV, one image a row, complete or not at all; `plain` as in `DataSet`."""
+    columns = COLUMNS if plain else COLUMNS + GIVEN
+    write_csv(path, columns, map(attrgetter(*columns), records))
 
 
 def read_index(preset: Preset) -> Index:
     """The index of the preset's data set.
 
     Raises:
-        UserError: there is none yet, it is not the one that was written, or it is of another data root.
+        UserError: it does not exist, was changed, or belongs to another data root or layout.
     """
     path, root = index_path(preset), preset.settings.data_root
     command = shlex.join(["python", "-m", "data.data_preprocess", *as_flags(preset, settings=PREPROCESS_SETTINGS)])
@@ -104,21 +95,23 @@ def read_index(preset: Preset) -> Index:
         written = read_json(statistics, f"run {command}")
         indexed_root, digest = Path(written["data_root"]), written["index_sha256"]
     if indexed_root.resolve() != root.resolve():
-        raise UserError(f"{path} is of {indexed_root}, not of {root.absolute()}: run {command} (or set --data-root)")
-    layout, asked = written.get("layout", PLAIN), preset.settings.data_layout
-    if asked not in ("auto", layout):
-        raise UserError(f"{path} is of the layout {layout}, not of {asked}: run {command} (or set --data-layout)")
+        raise UserError(f"{path} belongs to {indexed_root}, not {root.absolute()}: run {command} (or set --data-root)")
+    layout, wanted = written.get("layout", PLAIN), preset.settings.data_layout
+    if wanted not in ("auto", layout):
+        raise UserError(f"{path} has the layout {layout}, not {wanted}: run {command} (or set --data-layout)")
     rows = read_csv(path) if digest == sha256_of(path) else []
-    if not rows or rows[0].keys() - set(GIVEN) != {field.name for field in fields(ImageRecord)}:
+    if not rows or rows[0].keys() - set(GIVEN) != set(COLUMNS):
         raise UserError(f"{path} was changed, or was written by an earlier version: run {command}")
-    given = {f"{name}s": tuple(row.pop(name) for row in rows) for name in GIVEN if name in rows[0]}
-    numbers = dict.fromkeys(("label", "bytes", "width", "height"), int)
-    records = [ImageRecord(**{name: numbers.get(name, str)(text) for name, text in row.items()}) for row in rows]
-    return Index(root, tuple(records), **given)
+    numbers, records = dict.fromkeys(("label", "bytes", "width", "height"), int), []
+    for row in rows:
+        values = {name: numbers.get(name, str)(text) for name, text in row.items()}
+        folders = row["path"].split("/")[1:-1]  # in a plain data set, whose source is the first
+        records.append(ImageRecord(**{"source": "".join(folders[:1])} | values))
+    return Index(root, tuple(records))
 
 
-def used_images(data: DataSet, settings: Settings) -> list[Listed]:
-    """The images of the data set, or those of them that `data_list` names; prints their layout unless it is plain.
+def used_images(data: DataSet, settings: Settings) -> list[ImageRecord]:
+    """The images of the data set, or only those that `data_list` names; prints their layout unless it is plain.
 
     Raises:
         UserError: as `read_list`.
@@ -132,10 +125,10 @@ def used_images(data: DataSet, settings: Settings) -> list[Listed]:
 
 
 def read_list(file: str, root: Path, known: Sequence[str]) -> set[str]:
-    """Those of the images `known`, which are all below the data root `root`, that a CSV lists in its column `path`.
+    """The paths that a CSV lists in its column `path`, spelt as in `known`: all paths of the data root `root`.
 
     Raises:
-        UserError: the file cannot be read, or lists an image that the data set has not.
+        UserError: the file cannot be read, or lists an image that the data set does not have.
     """
     listed = {comparable(path): path for (path,) in read_columns(Path(file), ["path"])}
     missing = sorted(listed.keys() - set(map(comparable, known)))

@@ -1,38 +1,38 @@
-"""How a data set lies on disk -> its images, their classes, given splits and sources. docs/own_images.md.
+"""The layouts of data sets on disk: from files to images with class, given split and source. docs/own_images.md.
 
-Here 0 is fake and 1 is real, whatever a data set calls them; one that might turn that round is refused.
+Here 0 is fake and 1 is real, whatever a data set calls them; a data set whose labels are ambiguous is refused.
 """
 
 import os
 import posixpath
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from data.images import IMAGE_ENDINGS, is_image_name
 from data.lists import comparable, read_columns
-from data.records import CLASSES
+from data.records import CLASSES, ImageRecord
 from utils import UserError
 
-MARKER, MASKS = ".demo_dataset.json", "masks"  # of a demo data set: what marks it, and a folder that is not of images
+MARKER, MASKS = ".demo_dataset.json", "masks"  # of a demo data set: a file, and a folder of masks, which are no images
 PLAIN, LIST = "fake_real", "list.csv"
 CLASS_FOLDERS = {  # layout -> name of a class's folder -> label
     PLAIN: {"fake": 0, "real": 1},
     "0_real_1_fake": {"1_fake": 0, "0_real": 1},  # CNNDetection, ForenSynths, AIGCDetectBenchmark
     "ai_nature": {"ai": 0, "nature": 1},  # GenImage
 }
-TURNED = {"0_fake": 0, "1_real": 1}  # whose numbers are not CNNDetection's
-CERTAIN = CLASS_FOLDERS[PLAIN] | CLASS_FOLDERS["0_real_1_fake"] | TURNED  # and never what pictures show
+REVERSED = {"0_fake": 0, "1_real": 1}  # not as CNNDetection numbers them
+CERTAIN = CLASS_FOLDERS[PLAIN] | CLASS_FOLDERS["0_real_1_fake"] | REVERSED  # unlike "nature", never what images show
 LABELS = CERTAIN | CLASS_FOLDERS["ai_nature"]
-NUMBERS = {":0=fake": {"0": 0, "1": 1}, ":0=real": {"0": 1, "1": 0}}  # in a list, by the end of data_layout
+NUMBERS = {":0=fake": {"0": 0, "1": 1}, ":0=real": {"0": 1, "1": 0}}  # labels of a list, by the end of data_layout
 PARTS = {"train": "train", "training": "train", "val": "valid", "valid": "valid", "validation": "valid"}
 PARTS |= {"test": "test", "testing": "test"}
 COLUMNS = ("path|file|name", "label|labels", "split|", "generator|model|model_name|", "source|real_source|")  # of lists
-MAY_TURN = (
-    "so that labels might be turned round: list the images in a CSV (--data-layout LIST.csv), or name the layout that "
-    "counts (--data-layout)"
+AMBIGUOUS = (
+    "so that labels might be reversed: list the images in a CSV (--data-layout LIST.csv), or name the right layout "
+    "(--data-layout)"
 )
 KNOWN = (
     "a data root holds fake/ and real/; or, at any depth, 0_real/ and 1_fake/ (as CNNDetection), ai/ and nature/ (as "
@@ -41,30 +41,21 @@ KNOWN = (
 )
 
 
-class Listed(NamedTuple):
-    """An image, and what the layout of its data set says of it."""
-
-    path: str  # relative to the data root, with forward slashes
-    label: int
-    part: str = ""  # train, valid or test; empty if no split is given
-    source: str = ""  # its generator, or where it comes from
-
-
 @dataclass(frozen=True)
 class DataSet:
     """The images of a data root, all fake ones first."""
 
-    layout: str  # as the setting, with what was guessed
-    images: list[Listed]
-    plain: bool = False  # fake/ and real/ are right below the data root, with no split: paths say all
+    layout: str  # as the setting; where that is auto, what was found
+    images: list[ImageRecord]
+    plain: bool = False  # fake/ and real/ are directly below the data root, without a split: paths say everything
     notes: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()  # files that are hidden, or do not end as an image does
+    ignored: tuple[str, ...] = ()  # hidden files, and those without the ending of an image
 
     def described(self) -> str:
         """The layout, which class is 0, the given split and the sources, in sentences."""
         sizes, sources = (Counter(getattr(image, name) for image in self.images) for name in ("part", "source"))
-        turned = "; 0 there is real, and becomes 1" if self.layout.endswith((":0=real", "0_real_1_fake")) else ""
-        said = [f"Layout {self.layout}: here 0 is fake and 1 is real{turned}.", *self.notes]
+        swapped = "; 0 there is real, and becomes 1" if self.layout.endswith((":0=real", "0_real_1_fake")) else ""
+        said = [f"Layout {self.layout}: here 0 is fake and 1 is real{swapped}.", *self.notes]
         if any(sizes):
             drawn = "" if "valid" in sizes else "; validation images are drawn from train (valid_size)"
             said.append(f"Split as given: {', '.join(f'{sizes[part]:,} {part}' for part in sorted(sizes))}{drawn}.")
@@ -74,10 +65,10 @@ class DataSet:
         return "\n".join(said)
 
 
-def list_files(root: Path, class_name: str) -> list[str]:
-    """Relative path of every file under root/class_name, in ImageFolder's order, which decides the split.
+def list_files(root: Path, start: str = "") -> list[str]:
+    """Path relative to `root` of every file below root/start, in ImageFolder's order, which decides the split.
 
-    Links are followed, but not back to a folder that they lie in. The masks of demo data are left out.
+    Links are followed, except back to a folder that contains them. The masks of demo data are left out.
 
     Raises:
         UserError: a folder in it cannot be listed.
@@ -87,22 +78,22 @@ def list_files(root: Path, class_name: str) -> list[str]:
         raise UserError(f"{error.filename} cannot be listed ({error.strerror}): fix that, or move it away")
 
     found: list[tuple[str, list[str]]] = []
-    above: dict[str, frozenset[tuple[int, int]]] = {}  # the folders that a folder lies in
-    for folder, folders, names in os.walk(root / class_name, followlinks=True, onerror=cannot_list):
-        status, lies_in = os.stat(folder), above.pop(folder, frozenset())
+    above: dict[str, frozenset[tuple[int, int]]] = {}  # the folders that contain a folder
+    for folder, folders, names in os.walk(root / start, followlinks=True, onerror=cannot_list):
+        status, parents = os.stat(folder), above.pop(folder, frozenset())
         here = (status.st_dev, status.st_ino)
-        if here in lies_in:
+        if here in parents:
             folders.clear()
             continue
         if MARKER in names and MASKS in folders:
             folders.remove(MASKS)
         found.append((folder, sorted(names)))
-        above |= {os.path.join(folder, name): lies_in | {here} for name in folders}
+        above |= {os.path.join(folder, name): parents | {here} for name in folders}
     return [(Path(folder) / name).relative_to(root).as_posix() for folder, names in sorted(found) for name in names]
 
 
 def read_data_set(root: Path, layout: str = "auto", classes: int = len(CLASSES)) -> DataSet:
-    """The data set below `root`, which lies as the setting `data_layout` says; no hidden images.
+    """The data set below `root`, in the layout that the setting `data_layout` names; no hidden images.
 
     Raises:
         UserError: images of fewer than `classes` classes, or a layout that is unknown or contradicts itself.
@@ -120,48 +111,51 @@ def read_data_set(root: Path, layout: str = "auto", classes: int = len(CLASSES))
     if layout == "auto":
         listed = [LIST] * (not plain and (root / LIST).exists())
         present += [str(root / name) for name in listed]
-        if len(present) > 1 or TURNED.keys() & folders:
-            raise UserError(f"{root} has {', '.join(sorted(folders & LABELS.keys()) + listed)}, {MAY_TURN}")
+        if len(present) > 1 or REVERSED.keys() & folders:
+            raise UserError(f"{root} has {', '.join(sorted(folders & LABELS.keys()) + listed)}, {AMBIGUOUS}")
         layout = (*present, PLAIN)[0]
     if layout not in CLASS_FOLDERS:
-        return _settled(layout, _of_table(root, layout, classes))
+        return _build_data_set(layout, _read_labelled_list(root, layout, classes))
     if layout not in present:
         missing = next(name for name in sorted(CLASS_FOLDERS[layout]) if name not in folders)
         raise UserError(f"{root / missing} does not exist: {KNOWN}; and {root} holds {_contents(root)}")
-    found, outside = _of_folders(root, layout, images, plain)
+    found, outside = _sort_into_classes(root, layout, images, plain)
     if len(labels := {image.label for image in found}) < classes:
         folder = root / next(name for label, name in enumerate(CLASSES) if label not in labels)
         raise UserError(f"{folder} holds no image file ({', '.join(IMAGE_ENDINGS)}), but {_contents(folder)}")
     plain = plain and not any(image.part for image in found)
-    return _settled(layout, found, plain, outside, tuple(name for name in files if not is_image_name(name)))
+    return _build_data_set(layout, found, plain, outside, tuple(name for name in files if not is_image_name(name)))
 
 
-def _of_folders(root: Path, layout: str, paths: Sequence[str], plain: bool) -> tuple[list[Listed], list[str]]:
-    """Images below class folders, with split and source by their other folders, and those in no class folder."""
+def _sort_into_classes(
+    root: Path, layout: str, paths: Sequence[str], plain: bool
+) -> tuple[list[ImageRecord], list[str]]:
+    """Images below class folders, with split and source from their other folders, and paths in no class folder."""
     of_class, images, around, outside = CLASS_FOLDERS[layout], [], [], []
     for path in paths:
         folders = path.split("/")[:-1]
         if len({LABELS[name] for name in folders if name in CERTAIN or name in of_class}) > 1:
-            raise UserError(f"{root / path} lies in folders of both classes, {MAY_TURN}")
+            raise UserError(f"{root / path} lies in folders of both classes, {AMBIGUOUS}")
         place = next((place for place, name in enumerate(folders) if name in of_class), None)
         if place is None:
             outside.append(path)
         else:
-            images.append(Listed(path, of_class[folders.pop(place)]))
+            images.append(ImageRecord(path, of_class[folders.pop(place)]))
             around.append((folders, place))
-    parts = _part_folders(root, around)
+    parts = _find_part_folders(root, around)
     for row, part in enumerate([""] * len(images) if plain and len(set(parts)) < 2 else parts):
         others = around[row][0]
         if part:
             others.remove(part)
-        images[row] = images[row]._replace(part=PARTS.get(part.lower(), ""), source=others[0] if others else "")
+        images[row] = replace(images[row], part=PARTS.get(part.lower(), ""), source=others[0] if others else "")
     return images, outside
 
 
-def _part_folders(root: Path, around: Sequence[tuple[list[str], int]]) -> list[str]:
-    """The folder of each image that names its part of the split, on one level for all; empty where none does.
+def _find_part_folders(root: Path, around: Sequence[tuple[list[str], int]]) -> list[str]:
+    """For each image the folder that names its part of the split, on one level for all; empty if there is none.
 
-    `around`: the image's other folders, and the place of its class among them. One may be called train for its trains.
+    `around` has an image's other folders, and the place of its class among them. On any other level, a folder "train"
+    may hold pictures of trains.
     """
     for level in (lambda place: 0, lambda place: place - 1, lambda place: place):  # the last is below the class
         names = [folders[level(place)] if 0 <= level(place) < len(folders) else "" for folders, place in around]
@@ -174,8 +168,8 @@ def _part_folders(root: Path, around: Sequence[tuple[list[str], int]]) -> list[s
     return [""] * len(around)
 
 
-def _of_table(root: Path, layout: str, classes: int) -> list[Listed]:
-    """Images that a CSV lists: LIST.csv, or LIST.csv:0=real where labels are numbers."""
+def _read_labelled_list(root: Path, layout: str, classes: int) -> list[ImageRecord]:
+    """The images that a CSV lists, by path; `layout` is LIST.csv, or LIST.csv:0=real if labels are numbers."""
     end = next((end for end in NUMBERS if layout.endswith(end)), "")
     file, words, images = layout.removesuffix(end), LABELS | NUMBERS.get(end, {}), {}
     if not file.lower().endswith(".csv"):
@@ -194,18 +188,23 @@ def _of_table(root: Path, layout: str, classes: int) -> list[Listed]:
             wrong = f"lists {path}, which is no file of {root}: paths are relative to the data root"
         if wrong:
             raise UserError(f"{file} {wrong}")
-        images[comparable(path)] = Listed(posixpath.normpath(path), words[label], part, generator or source)
+        path, source = posixpath.normpath(path), generator or source
+        images[comparable(path)] = ImageRecord(path, words[label], part=part, source=source)
     if len({bool(image.part) for image in images.values()}) > 1:
         raise UserError(f"{file} has images with and without a split: expected train, val or test, or none at all")
     if len({image.label for image in images.values()}) < classes:
         raise UserError(f"{file} lists images of one class only: add some of the other")
-    return sorted(images.values())
+    return sorted(images.values(), key=lambda image: image.path)
 
 
-def _settled(
-    layout: str, images: list[Listed], plain: bool = False, outside: Sequence[str] = (), ignored: tuple[str, ...] = ()
+def _build_data_set(
+    layout: str,
+    images: list[ImageRecord],
+    plain: bool = False,
+    outside: Sequence[str] = (),
+    ignored: tuple[str, ...] = (),
 ) -> DataSet:
-    """With all fake images first, and given parts as they are used here."""
+    """Sort fake images first, and name given parts as they are used here."""
     parts, renamed = {image.part for image in images}, {}
     notes = [f"Left out, in no folder of a class: {len(outside):,} images ({outside[0]})."] if outside else []
     if "valid" in parts and "test" not in parts:
@@ -213,12 +212,12 @@ def _settled(
         notes.append("There is no test part: val is tested on, as in GenImage's papers.")
     elif parts == {"train"}:  # which says nothing
         renamed = {"train": ""}
-    images = [image._replace(part=renamed.get(image.part, image.part)) for image in images]
+    images = [replace(image, part=renamed.get(image.part, image.part)) for image in images]
     return DataSet(layout, sorted(images, key=lambda image: image.label), plain, tuple(notes), ignored)
 
 
 def _contents(folder: Path) -> str:
-    """What a folder holds, in words: the first names."""
+    """The first names in a folder, for a message."""
     if not folder.is_dir():
         return f"nothing, since it {'is no folder' if folder.exists() else 'does not exist'}"
     names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))

@@ -1,4 +1,4 @@
-"""CSV files, the user's and ours: read, written; overwritten only if a command of ours wrote them. Tables as text."""
+"""Reads and writes CSV files, overwrites only those that our commands wrote, and renders tables as text."""
 
 import csv
 import hashlib
@@ -15,10 +15,10 @@ from utils import UserError, check_replaceable, first_line, write_text
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """These columns of a CSV file of the user's, row by row; "a|b" is column a or, without one, b, and "a|" may lack.
+    """Columns of a CSV file of the user's, row by row; "a|b" is a or, if there is none, b; "a|" is optional.
 
     Raises:
-        UserError: it cannot be read, or lacks a column or a row.
+        UserError: it cannot be read, or lacks a column or rows.
     """
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -39,15 +39,15 @@ def read_columns(path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def comparable(path: str) -> str:
-    """A path as it is compared with another: without ./, and accented letters as one character (macOS takes two)."""
+    """A path normalised for comparisons: without ./, and accented letters as one character (macOS uses two)."""
     return unicodedata.normalize("NFC", posixpath.normpath(path))
 
 
 def check_output(path: Path, columns: Sequence[str]) -> None:
-    """Refuse to write a table over a file that is not such a table.
+    """Check that writing a table to `path` overwrites no more than an earlier table with these columns.
 
     Raises:
-        UserError: there is another file, or a pipe or a device.
+        UserError: it is another file, a pipe or a device.
     """
     if not (path.exists() or path.is_symlink()):
         return
@@ -75,22 +75,22 @@ def render_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], markdown
 
 
 def name_of_root(root: Path, *choices: str) -> str:
-    """What no other results are called: the folder's own name, and 8 digits of the hash of its path and of `choices`.
+    """A unique name for results on a data root: its folder's name, and 8 digits of a hash of its path and `choices`.
 
-    These are what else the results are of, such as a list of some of the images; "" is none.
+    `choices` are what else the results depend on, such as a list of some of the images; "" for none.
     """
     root = root.resolve()
-    whole = os.fsencode(root) + (repr(choices).encode() if any(choices) else b"")
-    return f"{root.name}-{hashlib.sha256(whole).hexdigest()[:8]}"
+    key = os.fsencode(root) + (repr(choices).encode() if any(choices) else b"")
+    return f"{root.name}-{hashlib.sha256(key).hexdigest()[:8]}"
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a CSV file, whole or not at all; floats keep all their digits."""
+    """Write a CSV file, complete or not at all; floats keep all their digits."""
     write_text(path, "".join(f"{csv_line(row)}\n" for row in (columns, *rows)))
 
 
 def csv_line(row: Sequence[Any]) -> str:
-    """A line of a CSV file, without its end."""
+    """A line of a CSV file, without its line end."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\r\n").writerow(row)  # this terminator makes it quote "\r" in names
     return buffer.getvalue().removesuffix("\r\n")

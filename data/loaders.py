@@ -25,20 +25,20 @@ from data.workers import (
 )
 from utils import UserError, first_line
 
-SHARED_MEMORY = Path("/dev/shm")  # of Linux, through which batches are handed over; 64 MB in most containers
-BATCHES = 2  # that a process has ready; one more is in use
-FULL = ("No space left on device", "Bus error")  # in torch's sentences, where shared memory is full
+SHARED_MEMORY = Path("/dev/shm")  # on Linux, batches come from the workers through it; 64 MB in most containers
+PREFETCHED = 2  # batches of each process; one more is in use
+FULL = ("No space left on device", "Bus error")  # torch's errors if shared memory is full
 
 
 class EpochBatches(Sampler[list[tuple[int, int | None]]]):
-    """Yields batches of (position, epoch), so that a worker process knows the epoch without being told.
+    """Yields batches of (position, epoch), so that a worker process knows the epoch.
 
     In training the order is the paper's shuffle, a function of (seed, epoch): docs/method.md, Training. In evaluation
-    it is 0..n-1 and the epoch None. `set_epoch` comes before each pass over the loader. Each of several processes gets
-    its share: of every training batch a slice, of the batches of evaluation every so many'th.
+    it is 0..n-1 and the epoch None. Call `set_epoch` before each pass over the loader. Each of N processes gets a slice
+    of every training batch, and every N-th batch of evaluation.
 
     Args:
-        share: number of this process and of all.
+        share: rank of this process, and number of processes.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class EpochBatches(Sampler[list[tuple[int, int | None]]]):
         self.share, self.epoch, self.first = share, 0, 0
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
-        """Choose the epoch of the next pass, and how many positions at its start to leave out."""
+        """Choose the epoch of the next pass, and how many positions at its start to skip."""
         self.epoch, self.first = epoch, first
 
     def order(self) -> list[int]:
-        """Positions in the order of a whole pass of all processes."""
+        """Positions in the order of a pass, of all processes together."""
         if not self.training:
             return list(range(self.length))
         generator = torch.Generator().manual_seed(self.seed)
@@ -75,7 +75,7 @@ class EpochBatches(Sampler[list[tuple[int, int | None]]]):
 
     @property
     def rounds(self) -> int:
-        """The most batches that one process gets."""
+        """The largest number of batches that one process gets."""
         return len(self.sizes if self.training else self.sizes[:: self.share[1]])
 
     def __iter__(self) -> Iterator[list[tuple[int, int | None]]]:
@@ -91,11 +91,7 @@ class EpochBatches(Sampler[list[tuple[int, int | None]]]):
 
 
 class ImageLoader(DataLoader):
-    """A DataLoader that says in a sentence that one of its processes was killed, or that shared memory is full.
-
-    Raises:
-        UserError: while batches are asked for.
-    """
+    """A DataLoader whose iteration raises UserError if one of its processes was killed or shared memory is full."""
 
     batch_bytes: int  # of a batch of views
 
@@ -107,9 +103,9 @@ class ImageLoader(DataLoader):
         except (EOFError, ConnectionError, FileNotFoundError, RuntimeError) as error:
             if SHARED_MEMORY.is_dir() and any(text in str(error) for text in FULL):
                 raise UserError(_shared_memory_is_full(self.num_workers, self.batch_bytes)) from None
-            # The first three: what it had handed over is gone with it; RuntimeError: torch noticed that it is gone.
-            raised_in_it = str(error).startswith("Caught")
-            if raised_in_it or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
+            # The first three if its batches are lost with it; RuntimeError if torch noticed its end.
+            raised_by_worker = str(error).startswith("Caught")
+            if raised_by_worker or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
                 raise
             raise UserError(
                 f"a process that loads images was killed ({first_line(error)}): lower --num-workers"
@@ -117,7 +113,7 @@ class ImageLoader(DataLoader):
 
 
 def _shared_memory_is_full(workers: int, batch_bytes: int) -> str:
-    need, free = (BATCHES * workers + 1) * batch_bytes / 1e6, shutil.disk_usage(SHARED_MEMORY).free / 1e6
+    need, free = (PREFETCHED * workers + 1) * batch_bytes / 1e6, shutil.disk_usage(SHARED_MEMORY).free / 1e6
     return (
         f"shared memory ({SHARED_MEMORY}) is full or too small: loading with --num-workers {workers} needs "
         f"{need:,.0f} MB, and {free:,.0f} MB are free: start the container with --shm-size={math.ceil(need / 800)}g or "
@@ -125,15 +121,16 @@ def _shared_memory_is_full(workers: int, batch_bytes: int) -> str:
     )
 
 
-def _that_fit(workers: int, batch_bytes: int, say: bool) -> int:
-    """As many of the processes as shared memory has room for the batches of; raises UserError if that is none."""
+def _fit_workers_to_shared_memory(workers: int, batch_bytes: int, say: bool) -> int:
+    """`workers`, or as many as shared memory can hold the batches of; raises UserError if that is none."""
     if not workers or not SHARED_MEMORY.is_dir():
         return workers
-    fit = min(workers, (shutil.disk_usage(SHARED_MEMORY).free // processes_here() // batch_bytes - 1) // BATCHES)
+    free = shutil.disk_usage(SHARED_MEMORY).free // processes_here()
+    fit = min(workers, (free // batch_bytes - 1) // PREFETCHED)
     if fit < 1:
         raise UserError(_shared_memory_is_full(workers, batch_bytes))
     if fit < workers and say:
-        print(f"{_shared_memory_is_full(workers, batch_bytes)}; going on with {fit}", flush=True)
+        print(f"{_shared_memory_is_full(workers, batch_bytes)}; loading with {fit}", flush=True)
     return fit
 
 
@@ -153,7 +150,7 @@ def build_loader(
     Args:
         training_seed: of the shuffle and the crops of training; None: evaluation, with fixed order and the crops
             of the settings' main seed.
-        share: number of this process and of all that share the batches.
+        share: as for `EpochBatches`.
     """
     training = training_seed is not None
     seed = training_seed if training else settings.main_seed
@@ -162,22 +159,22 @@ def build_loader(
     workers = settings.num_workers
     if workers == "auto":
         workers = loading_processes(cpu_computes=settings.device == "cpu" or not torch.cuda.is_available())
-    # One at a time where images have different numbers of crops.
+    # One at a time if images have different numbers of crops.
     batch_size = min(1 if views.every_tile and not training else experiment.batch_size, len(rows))
     batches = EpochBatches(len(dataset), seed, training, batch_size, share)
-    workers = min(workers, batches.rounds)  # no more workers than batches
+    workers = min(workers, batches.rounds)
     crops = views.most_crops([(record.height, record.width) for record in dataset.records], training)
     batch_bytes = batch_size * 3 * views.patch_size**2 * (crops + (4 if views.exact_resize else 1))
-    workers = _that_fit(workers, batch_bytes, say=training)
+    workers = _fit_workers_to_shared_memory(workers, batch_bytes, say=training)
     loader = ImageLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=_as_it_is,
+        collate_fn=tuple,  # the data set makes complete batches, which are tuples
         num_workers=workers,
         persistent_workers=workers > 0 and not settings.author_runtime,
-        prefetch_factor=BATCHES if workers else None,
+        prefetch_factor=PREFETCHED if workers else None,
         pin_memory=settings.device != "cpu" and torch.cuda.is_available(),
-        generator=torch.Generator(),  # its own, so that loading leaves the global generator alone
+        generator=torch.Generator(),  # its own, so that loading does not advance the global generator
         multiprocessing_context=worker_context(__name__) if workers else None,
         worker_init_fn=_start_worker,
     )
@@ -185,20 +182,16 @@ def build_loader(
     return loader
 
 
-def _as_it_is(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return batch  # the data set makes whole batches
-
-
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the processes are the parallelism
-    keep_freed_memory(3 * get_worker_info().num_workers)  # of training, validation and test, which stay
+    keep_freed_memory(3 * get_worker_info().num_workers)  # the workers of training, validation and test all stay
     exit_with_parent()
 
 
 def _end_workers() -> None:
-    """Those that an error left behind; multiprocessing would send them SIGTERM, which they ignore, and wait."""
+    """Kill workers that an error left behind: multiprocessing would send SIGTERM, which they ignore, and wait."""
     for process in multiprocessing.active_children():
         process.kill()
 
 
-util.Finalize(None, _end_workers, exitpriority=100)  # at the end of any process, also of one that is a worker itself
+util.Finalize(None, _end_workers, exitpriority=100)  # at the end of any process, workers included

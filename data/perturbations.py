@@ -1,4 +1,4 @@
-"""What happens to an image on its way to us, simulated in memory, by pure functions.
+"""What happens to images on the internet (JPEG, resizing, social networks), simulated in memory by pure functions.
 
 To add a perturbation, write its function here and its row in KINDS: nothing else lists them.
 """

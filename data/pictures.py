@@ -1,4 +1,4 @@
-"""Any image files, or images in memory -> decoded pictures, a few ahead of the one that is looked at."""
+"""Decodes any image files, or images in memory, a few ahead of the one in use."""
 
 import glob
 import os
@@ -38,21 +38,21 @@ def read_pictures(
     perturbations: Sequence[str] = ("native",),
     reencode_jpeg: int = 0,
 ) -> Iterator[Picture | UnreadableImage]:
-    """Each source under each perturbation, in their order; what cannot be read is given as its reason.
+    """Each source under each perturbation, in their order; an UnreadableImage for what cannot be read.
 
-    Memory is that of `workers` + 1 decoded images, and of one more that is being worked on.
+    Needs memory for `workers` + 2 decoded images.
 
     Args:
-        workers: threads that decode ahead; 0: each image is decoded when it is asked for.
-        perturbations: names as `data.perturbations.perturbation` takes them; an image is decoded once for all of them.
-        reencode_jpeg: as the setting; it comes after the perturbation.
+        workers: threads that decode ahead; 0: each image is decoded on demand.
+        perturbations: names for `data.perturbations.perturbation`; an image is decoded once for all of them.
+        reencode_jpeg: the setting, which is applied after the perturbation.
     """
 
     def read(source: Source) -> Picture:
         if not isinstance(source, str | Path | Image.Image):
             raise TypeError(f"{type(source).__name__} is no image: pass a path or a PIL image")
         if isinstance(source, Image.Image):
-            with callers_images:  # one may come several times, and two threads must not load it at a time
+            with callers_images:  # one may come several times, and two threads must not load it at the same time
                 return decoded(source)
         with open_image(source, max_pixels) as image:
             return decoded(image)
@@ -89,13 +89,13 @@ def read_pictures(
 
 
 def find_images(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Paths of the images that a user names, each once, in the order of the arguments.
+    """Paths of the images that the arguments name, each once, in their order.
 
     An argument is a file, a folder (all images below it, by name), a pattern such as "photos/**/*.jpg", or
     FILE.csv:COLUMN (paths as they are, or relative to the CSV's folder).
 
     Returns:
-        The images, and the files in folders that are ignored: hidden ones, and those whose ending is no image's.
+        The images, and the files in folders that are ignored: hidden ones, and those without the ending of an image.
 
     Raises:
         UserError: an argument that names no file.
@@ -115,12 +115,10 @@ def find_images(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _find(argument: str) -> Iterator[str]:
-    """Files that an argument names; of a folder, all below it."""
+    """Files that an argument names; for a folder, all below it."""
     path, (table, _, column) = Path(argument), argument.rpartition(":")
     if path.is_dir():
-        folder = path.absolute()
-        for name in list_files(folder.parent, folder.name):
-            yield str(path / Path(name).relative_to(folder.name))
+        yield from (str(path / name) for name in list_files(path))
     elif argument.lower().endswith(".csv"):
         raise UserError(f"{argument} is a list: name its column of paths too, as {argument}:COLUMN")
     elif path.exists():

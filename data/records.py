@@ -1,4 +1,4 @@
-"""What the index says of one image file."""
+"""What is known of one image file."""
 
 from dataclasses import dataclass
 
@@ -7,36 +7,28 @@ CLASSES = ("fake", "real")  # label 0 and label 1: folder names in alphabetical 
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """What one file is. `problem` is empty for a readable image, else the reason; width and height are then 0."""
+    """One image: the layout of its data set gives path, label, part and source; the check of its file, the rest."""
 
-    path: str  # relative to the data root, with forward slashes
-    label: int
-    bytes: int
-    content: str  # SHA-256 of the bytes; empty if they cannot be read
-    format: str  # of the content, such as JPEG, whatever the ending
-    mode: str  # Pillow's, such as RGB or P
-    width: int
-    height: int
-    problem: str
+    path: str = ""  # relative to the data root, with forward slashes
+    label: int = 0
+    bytes: int = 0
+    content: str = ""  # SHA-256 of the bytes; empty if they cannot be read
+    format: str = ""  # of the content, such as JPEG, whatever the ending
+    mode: str = ""  # Pillow's, such as RGB or P
+    width: int = 0  # pixels, as height; 0 if unreadable
+    height: int = 0
+    problem: str = ""  # why it cannot be decoded; empty for a readable image
     key: str = ""  # `data.images.pixel_key` of the decoded image, by which its crops are drawn; empty if unreadable
+    part: str = ""  # train, valid or test, if the data set gives its split
+    source: str = ""  # its generator, or where it comes from
+    sums: tuple[int, ...] = ()  # of red, green, blue (0 to 255), then of their squares; of a checked, readable image
 
     @property
     def identity(self) -> str:
-        """By which the same file is known elsewhere."""
+        """A short name of the file, by which runs on other machines know it too."""
         return identity(self.bytes, self.content)
 
 
 def identity(size: int, content: str) -> str:
-    """Of a file of `size` bytes and the hash `content`, short, and with what can be compared without reading it."""
+    """A short name of a file of `size` bytes and the hash `content`; the size can be compared without reading it."""
     return f"{size}-{content[:12]}"
-
-
-@dataclass(frozen=True)
-class CheckedImage:
-    """What the check of one file found.
-
-    `sums` are of the values (0 to 255) of red, green, blue, then of their squares; all 0 for an unreadable file.
-    """
-
-    record: ImageRecord
-    sums: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Labels and a seed -> indices of the splits. docs/method.md, Data."""
+"""Splits a data set by a seed, stratified by class or by groups. docs/method.md, Data."""
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from data.index import Index, read_list
 from data.lists import comparable, read_columns
 from utils import UserError
 
-NAME_COLUMN = "path|file|name"  # of a CSV, the first that is there: of paths below the data root, or of file names
+NAME_COLUMN = "path|file|name"  # of a CSV with groups: paths below the data root, or file names
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Splits:
     """Rows of the index, readable images only.
 
     Tuning and the cost studies train on `train` and validate on `valid`; final training trains on `final_train`,
-    chooses its checkpoint by `final_valid` (both are train + valid, split again) and reports `test`.
+    chooses its checkpoint on `final_valid` (both are train + valid, split again) and reports `test`.
     """
 
     train: list[int]
@@ -35,24 +35,26 @@ class Splits:
 
 
 def split_index(index: Index, settings: Settings) -> tuple[Index, Splits]:
-    """The part of the data set that the settings use, and its splits, any of which may be empty.
+    """The images that the settings use, and their splits, any of which may be empty.
 
-    The splits are computed over all files and unreadable ones dropped after, so that a broken file moves no other.
-    Raises UserError for too few images, and for lists, groups and sources that are not there.
+    The splits are drawn from all files and unreadable ones dropped afterwards, so that a broken file moves no other.
+    Raises UserError for too few images, and for lists and groups that do not exist.
     """
     if settings.data_list:
-        index = index.of(read_list(settings.data_list, index.root, [record.path for record in index.records]))
+        listed = read_list(settings.data_list, index.root, [record.path for record in index.records])
+        index = replace(index, records=tuple(record for record in index.records if record.path in listed))
     labels, sizes = index.labels, (settings.valid_size, settings.test_size)
     fraction, seed = settings.final_valid_fraction, settings.main_seed
     if settings.group_by == "none":
         if settings.hold_out:
             raise UserError("hold_out names groups, and group_by is none: set --group-by")
     else:
-        groups = groups_of([record.path for record in index.records], settings.group_by, index.sources)
+        paths, sources = ([getattr(record, name) for record in index.records] for name in ("path", "source"))
+        groups = groups_of(paths, settings.group_by, sources)
         if len(set(groups)) == len(groups):
             print(f"--group-by {settings.group_by}: no two images of {index.root} have the same group")
         index = replace(index, groups=tuple(groups))
-    if any(index.parts):
+    if any(record.part for record in index.records):
         return index, Splits(*map(index.readable, given_split(index, settings)))
     if not index.groups:
         train, valid, test = split_indices(labels, *sizes, seed)
@@ -64,14 +66,14 @@ def split_index(index: Index, settings: Settings) -> tuple[Index, Splits]:
 
 
 def given_split(index: Index, settings: Settings) -> tuple[list[int], ...]:
-    """The parts of `Splits` as the data set gives them, and if it gives no validation part, one drawn from train.
+    """The parts of `Splits` that the data set gives; if it gives no validation part, one is drawn from train.
 
-    A given one is that of final training too. Groups of `hold_out` are tested on, wherever they were; the others stay
-    whole in what is drawn. Raises UserError for a part without images of both classes.
+    A given validation part is also that of final training. Groups in `hold_out` move to test from any part; drawn parts
+    divide no group. Raises UserError for a part without images of both classes.
     """
     labels, groups, seed = index.labels, index.groups or [record.path for record in index.records], settings.main_seed
     out = held_out(index.groups, settings.hold_out)
-    parts = ["test" if groups[row] in out else part for row, part in enumerate(index.parts)]
+    parts = ["test" if groups[row] in out else record.part for row, record in enumerate(index.records)]
     given, valid, test = ([row for row, part in enumerate(parts) if part == of] for of in ("train", "valid", "test"))
     train, final, drawn = given, (given, valid), "" if valid else f" (of the {len(given):,} of train)"
     if drawn:
@@ -107,8 +109,8 @@ def split_indices(
             f"and the rest to train with both classes in each: add images, lower valid_size and test_size, or use "
             f"--preset own, whose sizes are shares of the data set"
         )
-    # Held out first, then halved: two draws with one seed, as the paper's indices come out. scikit-learn rounds a share
-    # up, and a share that is not exact in binary may come to one image more: of 11,994 images it holds out 3,601.
+    # Held out together, then divided, both with the same seed: this gives the paper's indices. scikit-learn rounds
+    # shares up, and one that is not exact in binary may give an image more: of 11,994 images it holds out 3,601.
     split = partial(train_test_split, shuffle=True, random_state=seed)
     train_rows, held_out_rows = split(range(total), test_size=(valid + test) / total, stratify=labels)
     share, held_out_labels = test / (valid + test), [labels[row] for row in held_out_rows]
@@ -117,7 +119,7 @@ def split_indices(
 
 
 def counts_of(sizes: Sequence[int | float], total: int) -> list[int]:
-    """Numbers of images as they are, shares of `total` images as numbers."""
+    """Sizes as numbers of images: ints unchanged, floats as shares of `total`."""
     return [size if isinstance(size, int) else round(size * total) for size in sizes]
 
 
@@ -141,9 +143,10 @@ def final_split(train: Sequence[int], valid: Sequence[int], fraction: float, see
 def group_split_indices(
     labels: Sequence[int], groups: Sequence[str], test_groups: Set[str], sizes: tuple[int | float, ...], seed: int
 ) -> tuple[list[int], list[int], list[int]]:
-    """As `split_indices`, but every group is kept whole; sizes and class shares are met as well as groups allow.
+    """As `split_indices`, but no group is divided; sizes and class shares are met as well as the groups allow.
 
-    `test_groups` go to the test split besides its size, which may then be 0. Raises UserError for too few groups.
+    `test_groups` go to the test split in addition to its size, which may then be 0.
+    Raises UserError for too few groups.
     """
     valid, test = counts_of(sizes, len(labels))
     chosen = {row for row, group in enumerate(groups) if group in test_groups}
@@ -162,7 +165,7 @@ def group_split_indices(
 def final_group_split(
     rows: Sequence[int], labels: Sequence[int], groups: Sequence[str], fraction: float, seed: int
 ) -> tuple[list[int], list[int]]:
-    """As `final_split` of train and validation `rows`, but every group is kept whole, and both parts have both classes.
+    """As `final_split` of train and validation `rows`, but no group is divided, and both parts have both classes.
 
     Raises UserError if there are too few groups.
     """
@@ -178,10 +181,10 @@ def final_group_split(
 def _draw_groups(
     rows: Sequence[int], labels: Sequence[int], groups: Sequence[str], size: int, seed: int
 ) -> tuple[list[int], list[int]]:
-    """The other rows, and rows of whole groups, about `size` of them, with about the class shares of all `rows`.
+    """Divide `rows` in two parts without dividing a group; the second has about `size` rows, and the same class shares.
 
-    Groups are looked at in an order drawn with `seed`; each is taken if that brings the numbers of both classes
-    together nearer to what is wanted.
+    Groups come in an order drawn with `seed`; each is taken if that brings the two class counts, taken together, nearer
+    to those that are wanted.
     """
     counts: dict[str, np.ndarray] = {group: np.zeros(2) for group in sorted({groups[row] for row in rows})}
     for row in rows:
@@ -198,19 +201,17 @@ def _draw_groups(
 
 # ---------------------------------------------------------------------------------------------------- groups
 def groups_of(paths: Sequence[str], group_by: str, sources: Sequence[str] = ()) -> list[str]:
-    """The group of each image, whose `paths` begin with fake/ or real/ unless their `sources` are given.
+    """The group of each image; names are normalised by `comparable`.
 
-    `group_by` is stem (the file name without its ending, as of pairs), folder (the source, or the first folder below
-    fake/ or real/; an image of none is a group of its own), or FILE.csv:COLUMN. Names are as `comparable` makes them.
+    `group_by` is stem (the file name without its ending, which the images of a pair share), folder (the source; an
+    image without one is a group of its own; only this needs `sources`), or FILE.csv:COLUMN.
     Raises UserError for another kind, and for a CSV that cannot be read, lacks an image or gives one name two groups.
     """
     paths = list(map(comparable, paths))
     if group_by == "stem":
         return [PurePosixPath(path).stem for path in paths]
-    if group_by == "folder" and sources:
-        return [comparable(source) if source else path for source, path in zip(sources, paths, strict=True)]
     if group_by == "folder":
-        return [parts[1] if len(parts := PurePosixPath(path).parts) > 2 else path for path in paths]
+        return [comparable(source) if source else path for source, path in zip(sources, paths, strict=True)]
     file, _, column = group_by.rpartition(":")
     if not file or not column:
         raise UserError(f"group_by is {group_by}: expected none, stem, folder or FILE.csv:COLUMN")
@@ -228,7 +229,7 @@ def groups_of(paths: Sequence[str], group_by: str, sources: Sequence[str] = ()) 
 
 
 def held_out(groups: Sequence[str], patterns: Sequence[str]) -> set[str]:
-    """The groups that `patterns` name, as "camera_*"; raises UserError for one that would silently hold nothing out."""
+    """The groups that `patterns`, such as "camera_*", match; raises UserError for one that matches none."""
     chosen: set[str] = set()
     for pattern in patterns:
         spelled = normalize("NFC", pattern)

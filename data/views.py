@@ -1,4 +1,4 @@
-"""Decoded pixels -> what a model sees of them: resized views and native-resolution crops, as bytes.
+"""Makes what a model sees of decoded pixels: resized views and crops at native resolution, as bytes.
 
 docs/method.md, Views. Training, evaluation and prediction all make their views here.
 """
@@ -22,7 +22,7 @@ from utils import UserError
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """What a model sees of an image, and where its crops come from.
+    """What a model sees of an image, and how its crops are placed.
 
     Args:
         patch_size: P, the side of all views in pixels.
@@ -42,7 +42,7 @@ class ViewSettings:
 
     @staticmethod
     def of(settings: Settings, experiment: Experiment, seed: int) -> "ViewSettings":
-        """Those of an experiment's model; raises UserError for a K that its sampler does not take."""
+        """The views of an experiment's model; raises UserError for a K that its sampler does not take."""
         P = settings.patch_size
         if not isinstance(experiment, GlassExperiment):
             return ViewSettings(P, 0, seed, standard=True)
@@ -59,7 +59,7 @@ class ViewSettings:
         return self.num_crops > 0 and self.crop_sampler == "all"
 
     def most_crops(self, sizes: Iterable[tuple[int, int]], training: bool) -> int:
-        """How many crops the image has that has most, of images of these heights and widths in pixels."""
+        """The largest number of crops of any image, for images of these heights and widths in pixels."""
         if self.num_crops and self.crop_sampler == "cooi":
             return MAP_SIDE**2
         if not self.every_tile or training:
@@ -70,8 +70,8 @@ class ViewSettings:
     def boxes(self, image: SampledImage, key: str, number: int = 0, training: bool = False) -> np.ndarray:
         """The crops of an image, int64 (N, 4), as `data.samplers` gives them.
 
-        N is K; in evaluation with sampler `all`, the number of tiles; with `cooi`, that of the places that the model
-        chooses from.
+        N is K; with `all` in evaluation the number of tiles; with `cooi` the number of places that the model chooses
+        from.
 
         Args:
             key, number: as for `crop_generator`.
@@ -84,8 +84,8 @@ class ViewSettings:
 class Picture:
     """A decoded RGB image.
 
-    `key` is of the pixels as they were in the file, `data.images.pixel_key`: an image gets the same crops under any
-    name and, where its size stays and the sampler looks at no pixels, perturbed or saved again.
+    `key` is the `data.images.pixel_key` of the pixels in the file: an image gets the same crops under any name and,
+    if its size stays and the sampler ignores pixels, also after a perturbation.
     """
 
     image: Image.Image
@@ -115,7 +115,7 @@ class Picture:
         return global_view(self.pixels, views.patch_size, views.exact_resize)
 
     def boxes(self, views: ViewSettings, draws: int) -> np.ndarray:
-        """The crops of draw 0 to `draws` - 1, int64 (draws, N, 4); draw 0 is that of evaluation."""
+        """The crops of draw 0 to `draws` - 1, int64 (draws, N, 4); evaluation uses draw 0."""
         return np.stack([views.boxes(self, self.key, draw) for draw in range(draws)])
 
     def crops(self, boxes: np.ndarray, patch_size: int) -> Iterator[np.ndarray]:
@@ -130,9 +130,9 @@ def global_view(pixels: np.ndarray, patch_size: int, exact: bool = False) -> np.
     """GLASS's global view: antialiased bilinear resize of the whole image, aspect ratio not kept.
 
     Args:
-        pixels: uint8 (H, W, 3 or 4), of any size; a fourth channel is not looked at.
+        pixels: uint8 (H, W, 3 or 4); a fourth channel is ignored.
         patch_size: P.
-        exact: resize in float32. The resize of bytes rounds after each direction, and stays within one grey level.
+        exact: resize in float32. Resizing bytes rounds after each direction, with an error of at most one grey level.
 
     Returns:
         (P, P, 3), values 0 to 255: uint8, or float32 if `exact`.

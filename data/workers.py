@@ -20,34 +20,34 @@ def processes_here() -> int:
 
 
 def available_cores() -> int:
-    """Cores that this process may run on; its share of them, of several that torchrun has started."""
+    """Cores that this process may run on, divided by the number of processes that torchrun has started here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // processes_here())
 
 
 def loading_processes(cpu_computes: bool) -> int:
-    """How many processes load images where the settings leave it open.
+    """How many processes load images if the setting is auto.
 
-    One a core, 16 at most; where the CPU computes too, a quarter of the cores, so that neither waits
-    for the other: threads that compute together on cores that are taken are many times slower, not a little.
+    One a core, 16 at most; if the CPU computes too, a quarter of the cores: threads that compute together on busy cores
+    are many times slower.
     """
     return max(1, available_cores() // 4) if cpu_computes else min(available_cores(), 16)
 
 
 def worker_context(*modules: str) -> BaseContext:
-    """How worker processes start: forked from a server process that holds no GPU and no threads.
+    """How worker processes start: forked from a server process that has no GPU context and no threads.
 
-    There `modules` are imported, and what the command's file imports at its top, as each worker would by itself.
+    The server imports `modules`, and what the command's file imports at its top, which each worker would import itself.
     """
     context = multiprocessing.get_context("forkserver")
     command = getattr(sys.modules["__main__"], "__file__", None)
-    at_its_top = re.findall(r"^(?:from|import) ([\w.]+)", Path(command).read_text("utf-8"), re.M) if command else []
-    context.set_forkserver_preload([*at_its_top, *modules])
+    imported = re.findall(r"^(?:from|import) ([\w.]+)", Path(command).read_text("utf-8"), re.M) if command else []
+    context.set_forkserver_preload([*imported, *modules])
     return context
 
 
 def exit_with_parent() -> None:
-    """In a worker process: end as soon as the parent has ended, however it did."""
+    """In a worker process: end as soon as the parent has ended, even if it was killed."""
 
     def watch() -> None:
         multiprocessing.parent_process().join()
@@ -57,10 +57,10 @@ def exit_with_parent() -> None:
 
 
 def keep_freed_memory(processes: int = 1) -> None:
-    """In one of `processes` that do nothing but decode: keep what is freed, up to 256 MB, for the next image.
+    """In one of `processes` that only decode: keep freed memory, up to 256 MB, for the next image.
 
-    Else each large image gets new pages from the system, which on some machines takes longer than copying it. Only
-    glibc has this switch; elsewhere nothing changes.
+    Otherwise each large image gets new pages from the system, which on some machines takes longer than copying it. Only
+    glibc can do this; elsewhere nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
@@ -71,11 +71,11 @@ def keep_freed_memory(processes: int = 1) -> None:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """In the block, SIGTERM and SIGINT wait; processes that are started in it ignore them for good.
+    """In the block, SIGTERM and SIGINT wait; processes that are started in it ignore both for good.
 
-    Both are sent to all processes of a job, and it is for the first to decide when the others end.
+    Both are sent to all processes of a job, whose main process decides when its workers end.
     """
-    resource_tracker.ensure_running()  # or the first worker starts it, which lets the signals through again
+    resource_tracker.ensure_running()  # else the first worker starts it, which unblocks the signals again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         yield

@@ -21,7 +21,7 @@ from data.index import read_index
 from data.loaders import EpochBatches, build_loader
 from data.perturbations import GRID, kind_and_strength, perturbation
 from data.pictures import read_pictures
-from data.views import Picture, ViewSettings, cut_crops, global_view, standard_view
+from data.views import Picture, ViewSettings, cut_crops, global_view
 from tests.conftest import FIXTURES, REPOSITORY, MakePreset, write_toy_images
 from utils import UserError, find_experiment
 
@@ -44,21 +44,6 @@ def test_crop_boxes_are_the_reference_draw_for_draw(case: dict) -> None:
     assert boxes.tolist() == case["boxes"]
 
 
-def test_crops_never_leave_the_image_and_lie_in_distinct_cells() -> None:
-    sizes = torch.randint(1, 400, (200, 2), generator=torch.Generator().manual_seed(3)).tolist()
-    for seed, (height, width) in enumerate(sizes):
-        for num_crops in (1, 4, 10):
-            boxes = sample_crop_boxes(height, width, num_crops, 32, torch.Generator().manual_seed(seed))
-            top, left, valid_height, valid_width = boxes.T
-            assert boxes.min() >= 0
-            assert (top + valid_height <= height).all() and (left + valid_width <= width).all()
-            assert (valid_height == min(height, 32)).all() and (valid_width == min(width, 32)).all()
-            grid = min(min(height, width) // 32, 8)
-            if grid * grid >= num_crops:  # cells are wider than P, so that a corner tells its cell
-                cells = {(t // (height // grid), x // (width // grid)) for t, x in boxes[:, :2].tolist()}
-                assert len(cells) == num_crops
-
-
 @pytest.mark.parametrize("size", GLOBAL_VIEWS)
 def test_global_views_are_the_reference_within_one_grey_level(size: str) -> None:
     pixels, expected = reference_image(size), np.array(GLOBAL_VIEWS[size])
@@ -77,13 +62,7 @@ def test_local_crops_are_the_pixels_of_the_image_at_native_resolution() -> None:
         assert np.array_equal(crop, pixels[top : top + 64, left : left + 64])
 
 
-def test_standard_view_is_pillows_bilinear_resize_of_bytes() -> None:
-    image = Image.fromarray(reference_image("97x151"))
-    expected = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR))
-    assert np.array_equal(standard_view(image, 32), expected)
-
-
-def test_crop_generators_tell_seed_image_and_epoch_or_draw_apart() -> None:
+def test_crop_generators_differ_by_seed_image_and_epoch_or_draw() -> None:
     keys = [(1, "a"), (1, "a", 1), (1, "b"), (1, "b", 1), (2, "a"), (2, "a", 1)]
     draws = [torch.randint(2**62, (), generator=crop_generator(*key)).item() for key in keys]
     again = [torch.randint(2**62, (), generator=crop_generator(*key)).item() for key in keys]
@@ -100,9 +79,9 @@ def test_the_key_of_an_image_follows_from_its_pixels_alone(tmp_path: Path) -> No
     assert pixel_key(image) not in map(pixel_key, others)
 
 
-def test_the_pixels_of_an_image_are_looked_at_where_they_are_and_outlive_it() -> None:
+def test_the_pixels_of_an_image_are_read_without_a_copy_and_outlive_it() -> None:
     expected = reference_image("97x151")
-    pixels = pixels_of(Image.fromarray(expected))  # whose own memory nothing else holds any more
+    pixels = pixels_of(Image.fromarray(expected))  # nothing else refers to this image any more
     assert pixels.shape == (97, 151, 4) and np.array_equal(pixels[:, :, :3], expected)
     with pytest.raises(ValueError, match="mode L is not decoded"):
         pixels_of(Image.fromarray(expected[:, :, 0]))
@@ -144,7 +123,7 @@ def test_training_crops_and_order_change_with_seed_and_epoch_and_those_of_evalua
     assert equal(batches(toy_preset(), None, 0), batches(toy_preset(), None, 7))
 
 
-def test_evaluation_and_prediction_look_at_the_same_views(toy_preset: MakePreset) -> None:
+def test_evaluation_and_prediction_use_the_same_views(toy_preset: MakePreset) -> None:
     for name in ("glass_resnet", "standard_resnet"):
         for how in ({}, {"reencode_jpeg": 40}, {"exact_resize": True}, {"main_seed": 607}):
             settings = toy_preset(**how).settings
@@ -162,34 +141,38 @@ def test_evaluation_and_prediction_look_at_the_same_views(toy_preset: MakePreset
                     assert np.array_equal(views[1][number].permute(0, 2, 3, 1), crops)
 
 
-def test_a_renamed_image_keeps_its_crops_of_evaluation(tmp_path: Path, toy_preset: MakePreset) -> None:
+@pytest.fixture
+def own_preset(tmp_path: Path, toy_preset: MakePreset) -> Preset:
+    """The toy preset with images of the test's own, which it may change."""
     write_toy_images(tmp_path / "images", images_per_class=10)
-    preset = toy_preset(data_root=tmp_path / "images", results_root=tmp_path / "results")
+    return toy_preset(data_root=tmp_path / "images", results_root=tmp_path / "results")
+
+
+def test_a_renamed_image_keeps_its_crops_of_evaluation(own_preset: Preset) -> None:
     found = []
     for _ in range(2):
-        preprocess(preset)
-        index = read_index(preset)
+        preprocess(own_preset)
+        index = read_index(own_preset)
         dataset = ImageDataset(index, range(20), ViewSettings(32, num_crops=3), 10**6)
         contents = [record.content for record in index.records]
         crops = dataset.__getitems__([(row, None) for row in range(20)])[1]
         found.append(dict(zip(contents, zip(crops, strict=True), strict=True)))
-        for number, path in enumerate(sorted((tmp_path / "images" / "fake").iterdir())):
+        for number, path in enumerate(sorted((index.root / "fake").iterdir())):
             path.rename(path.with_name(f"{100 - number}{path.suffix}"))
     assert list(found[0]) != list(found[1]) and equal(*found)
 
 
-def test_a_file_that_changed_after_preprocessing_is_named(tmp_path: Path, toy_preset: MakePreset) -> None:
-    write_toy_images(tmp_path / "images", images_per_class=10)
-    preset = toy_preset(data_root=tmp_path / "images", results_root=tmp_path / "results")
-    preprocess(preset)
-    index, splits = load_splits(preset)
+def test_a_file_that_changed_after_preprocessing_is_named(own_preset: Preset) -> None:
+    preprocess(own_preset)
+    index, splits = load_splits(own_preset)
     dataset = ImageDataset(index, splits.train, ViewSettings(32, standard=True), max_pixels=10**6)
     path = index.root / dataset.names[0]
     path.write_bytes(path.read_bytes() + b"more")
-    with pytest.raises(UserError, match=rf"{dataset.names[0]} is not what it was .*its size in bytes has changed"):
+    changed = f"{dataset.names[0]} has changed since preprocessing"
+    with pytest.raises(UserError, match=rf"{changed} \(its size in bytes differs\)"):
         dataset[0, None]
     path.unlink()
-    with pytest.raises(UserError, match=rf"{dataset.names[0]} is not what it was .*No such file"):
+    with pytest.raises(UserError, match=rf"{changed} \(.*No such file"):
         dataset[0, None]
     with pytest.raises(UserError, match="more than max_image_pixels = 10: raise it"):
         ImageDataset(index, splits.train, ViewSettings(32, standard=True), max_pixels=10)

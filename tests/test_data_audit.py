@@ -125,7 +125,7 @@ def test_damaged_metadata_do_no_harm(tmp_path: Path) -> None:
     assert values(header_of(tmp_path / "a.jpg"), "exif", "camera", "icc_profile") == (False, "", "unreadable")
 
 
-def test_the_auc_is_scikit_learns() -> None:
+def test_the_auc_equals_that_of_scikit_learn() -> None:
     labels, scores = RNG.integers(0, 2, 200), RNG.integers(0, 20, 200) / 20
     weights = RNG.integers(0, 4, 200)
     assert auc(labels, scores) == pytest.approx(roc_auc_score(labels == 0, scores))
@@ -143,7 +143,7 @@ def test_pairs_with_the_same_headers_have_the_auc_of_chance() -> None:
     assert groups[0] == groups[2] == groups[3] and len({groups[0], groups[1], groups[4]}) == 3
 
 
-def test_matched_pairs_are_as_many_as_the_caliper_allows() -> None:
+def test_as_many_pairs_are_matched_as_the_caliper_allows() -> None:
     scores = np.array([0.5, 0.6, 0.9, 0.4, 0.55, 0.62, 0.1])
     labels = np.array([0, 0, 0, 1, 1, 1, 1])
     logits = np.log(scores / (1 - scores))

@@ -1,4 +1,4 @@
-"""Demo data: what is drawn stays as it was, and a local trace is where its mask says, and nowhere else."""
+"""Demo data: images are drawn as before, and a local trace is where its mask says, and nowhere else."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -32,9 +32,9 @@ def files_of(root: Path) -> dict[Path, bytes]:
         ("real", 2, [98, 99, 130, 69, 153, 150, 158, 77, 78, 160, 78, 74, 165, 147, 107]),
     ],
 )
-def test_the_same_image_is_drawn_as_ever(name: str, index: int, expected: list[int]) -> None:
+def test_an_image_is_drawn_as_before(name: str, index: int, expected: list[int]) -> None:
     scene, rng = draw_scene(606, name, index)
-    drawn = np.asarray(render(scene, name, rng))[99::200, 77::200, 1].ravel()  # noise included, which hides no change
+    drawn = np.asarray(render(scene, name, rng))[99::200, 77::200, 1].ravel()  # with its noise
     assert drawn.tolist() == pytest.approx(expected, abs=1)  # another processor may round otherwise
 
 
@@ -45,7 +45,7 @@ def test_a_local_trace_is_inside_its_region_and_nowhere_else(index: int) -> None
     differs = (np.asarray(image) != np.asarray(render(scene, "real", rng))).any(2)
     assert 0.1 < region.mean() <= 0.25
     assert not differs[~region].any() and differs[region].mean() > 0.99  # noise is equal by chance here and there
-    assert not (region[[0, -1]].any() or region[:, [0, -1]].any())  # wholly inside the image
+    assert not (region[[0, -1]].any() or region[:, [0, -1]].any())  # the region touches no edge
 
 
 @pytest.mark.parametrize("preset", [config.DEMO, config.DEMO_LOCAL], ids=lambda preset: preset.name)
@@ -71,19 +71,8 @@ def test_demo_data_are_written_and_the_next_command_printed(
 @pytest.mark.slow
 def test_local_traces_are_reproduced_and_their_masks_are_no_images(tmp_path: Path) -> None:
     root, results, predictions = (tmp_path / name for name in ("images/data", "results", "predictions.csv"))
-    command = (
-        "model_training.reproduce",
-        *LOCAL_FLAGS,
-        "--demo-images",
-        "10",
-        "--epochs",
-        "1",
-        "--seeds",
-        "3",
-        "--experiments",
-        "glass_resnet",
-    )
-    command += ("--data-root", root, "--results-root", results)
+    few = ("--demo-images", "10", "--epochs", "1", "--seeds", "3", "--experiments", "glass_resnet")
+    command = ("model_training.reproduce", *LOCAL_FLAGS, *few, "--data-root", root, "--results-root", results)
     succeed(*command)
     written = files_of(root)
     for mask in (root / "masks" / "fake").iterdir():

@@ -77,7 +77,7 @@ FILES = {  # name: content, and what is said of it where it is left out
     "stored turned.tif": (saved(PHOTO, "TIFF", exif=TURNED), ""),
     "opaque.png": (rgba((0, 0, 0), 255), ""),
     "16 bit.tif": (saved(Image.fromarray(np.full((90, 80), 300, np.uint16)), "TIFF"), ""),
-    "wholly transparent.png": (saved(Image.new("RGBA", (90, 80), (200, 0, 0, 0)), "PNG"), "wholly transparent: "),
+    "fully transparent.png": (saved(Image.new("RGBA", (90, 80), (200, 0, 0, 0)), "PNG"), "fully transparent: "),
     "float.tif": (saved(Image.fromarray(np.ones((90, 80), np.float32)), "TIFF"), "its samples have 32 bits or a sign"),
     "integer.tif": (saved(Image.fromarray(np.ones((90, 80), np.int32)), "TIFF"), "its samples have 32 bits or a sign"),
     "raw photo.tif": (saved(PHOTO, "TIFF", tiffinfo={254: 1}), f"the preview of a raw photo, {UNSUPPORTED}"),
@@ -100,7 +100,7 @@ HIDDEN = ("._0001.jpg", ".hidden.png", "__MACOSX/0001.jpg", ".thumbnails/0001.jp
 
 
 @dataclass(frozen=True)
-class Told:
+class Outputs:
     """What the commands printed, and what they wrote of each file."""
 
     predict: subprocess.CompletedProcess
@@ -111,7 +111,7 @@ class Told:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Outputs:
     folder = tmp_path_factory.mktemp("at hand")
     root, results, trap = folder / "shots [2023]", folder / "results", folder / "bin"
     for name in (*FILES, *HIDDEN):
@@ -138,42 +138,42 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     rows = {command: read_csv(results / "demo" / file) for command, file in found.items()}
     left_out = {of: {Path(row["path"]).name: row["problem"] for row in listed} for of, listed in rows.items()}
     predicted = {Path(row["path"]).name: row for row in read_csv(folder / "p.csv")}
-    return Told(done, predicted, left_out, printed, (folder / "started").exists())
+    return Outputs(done, predicted, left_out, printed, (folder / "started").exists())
 
 
-def test_all_commands_name_the_same_files_with_the_same_reasons_and_start_no_program(told: Told) -> None:
+def test_all_commands_name_the_same_files_with_the_same_reasons_and_start_no_program(outputs: Outputs) -> None:
     expected = {name: reason for name, (_, reason) in FILES.items() if reason}
-    predicted = {name: row["problem"] for name, row in told.rows.items() if row["problem"]}
-    for found in (predicted, *told.left_out.values()):
+    predicted = {name: row["problem"] for name, row in outputs.rows.items() if row["problem"]}
+    for found in (predicted, *outputs.left_out.values()):
         assert found.keys() == expected.keys()
         for name, reason in expected.items():
             assert found[name].startswith(reason), name
-    assert told.predict.returncode == 1 and "Traceback" not in told.predict.stderr
-    assert not told.started
+    assert outputs.predict.returncode == 1 and "Traceback" not in outputs.predict.stderr
+    assert not outputs.started
 
 
-def test_metadata_changes_no_score(told: Told) -> None:
-    scores = {name: float(row["raw_probability_fake"] or "nan") for name, row in told.rows.items()}
+def test_metadata_changes_no_score(outputs: Outputs) -> None:
+    scores = {name: float(row["raw_probability_fake"] or "nan") for name, row in outputs.rows.items()}
     for name, whole in SAME.items():
         assert scores[name] == pytest.approx(scores[whole], abs=1e-6), name  # the order of sums in a batch
     assert np.nanstd(list(scores.values())) > 1e-4
 
 
-def test_hidden_files_are_counted_and_not_used(told: Told) -> None:
-    assert told.rows.keys() == FILES.keys()
-    assert f"Ignored, in folders: {len(HIDDEN)} files of other kinds (hidden)" in told.predict.stdout
-    assert f"Ignored, as hidden or without the ending of an image: {len(HIDDEN)} (" in told.printed["preprocess"]
+def test_hidden_files_are_counted_and_not_used(outputs: Outputs) -> None:
+    assert outputs.rows.keys() == FILES.keys()
+    assert f"Ignored, in folders: {len(HIDDEN)} files of other kinds (hidden)" in outputs.predict.stdout
+    assert f"Ignored, as hidden or without the ending of an image: {len(HIDDEN)} (" in outputs.printed["preprocess"]
 
 
-def test_small_and_transparent_images_are_noted(told: Told) -> None:
-    notes = {name: row["note"] for name, row in told.rows.items() if row["note"]}
+def test_small_and_transparent_images_are_noted(outputs: Outputs) -> None:
+    notes = {name: row["note"] for name, row in outputs.rows.items() if row["note"]}
     assert notes.pop("stored turned.jpg") == "EXIF orientation"  # a TIFF's decoder turns it
     said = "1 with an EXIF orientation, which is ignored, as in the paper: they are seen as they are stored: "
-    assert told.predict.stdout.count(said) == 1
+    assert outputs.predict.stdout.count(said) == 1
     small, transparent = ("smaller than a crop",) * 2, ("transparent parts",) * 2
     assert notes == dict(zip(("tiny.png", "row.png", "cutout.png", "cutout.gif.png"), small + transparent, strict=True))
-    assert "2 with a side smaller than a crop" in told.predict.stdout
-    assert "2 with transparent parts" in told.predict.stdout
+    assert "2 with a side smaller than a crop" in outputs.predict.stdout
+    assert "2 with transparent parts" in outputs.predict.stdout
 
 
 def test_heic_is_read_with_pillow_heif(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_an_image_that_no_jpeg_can_hold_is_found_in_preprocessing(toy_data: Path
 
 
 @pytest.mark.parametrize("target", ["pipe", "/dev/stdout", "/dev/null"])
-def test_an_output_that_is_no_file_is_refused_and_left_alone(target: str, toy_data: Path, tmp_path: Path) -> None:
+def test_a_pipe_or_a_device_as_output_is_refused_and_not_replaced(target: str, toy_data: Path, tmp_path: Path) -> None:
     path = tmp_path / target  # which is `target` where that begins with "/"
     if target == "pipe":
         os.mkfifo(path)

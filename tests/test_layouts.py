@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -121,20 +122,20 @@ def test_a_given_split_is_what_a_training_uses(make: object, tmp_path: Path) -> 
     rows = read_csv(tmp_path / "results" / "demo" / "dataset" / "index.csv")
     assert {row["path"] for row in tested} == {row["path"] for row in rows if row["part"] == "test"}
     wrong = refused("model_training.standard_resnet_training", *flags, "--epochs", "1", "--data-layout", "fake_real")
-    assert "index.csv is of the layout " in wrong and ", not of fake_real: run python -m data.data_preprocess" in wrong
+    assert "index.csv has the layout " in wrong and ", not fake_real: run python -m data.data_preprocess" in wrong
 
 
-def test_what_is_drawn_from_train_keeps_groups_and_given_parts_count_in_the_fingerprint() -> None:
+def test_a_part_drawn_from_train_keeps_groups_and_given_parts_change_the_fingerprint() -> None:
     names = [(label, part, number) for label in (0, 1) for part in ("train", "test") for number in range(20)]
-    records = tuple(ImageRecord(f"{c}/{p}/{n}.png", c, 1, "", "PNG", "RGB", 9, 9, "") for c, p, n in names)
-    index = Index(Path("x"), records, parts=tuple(part for _, part, _ in names))
-    index, splits = split_index(index, Settings(group_by="stem", valid_size=0.2, hold_out=("3",)))
+    records = tuple(ImageRecord(f"{label}/{part}/{n}.png", label, part=part) for label, part, n in names)
+    index, splits = split_index(Index(Path("x"), records), Settings(group_by="stem", valid_size=0.2, hold_out=("3",)))
     stems = [{Path(records[row].path).stem for row in rows} for rows in (splits.train, splits.valid, splits.test)]
     assert len(splits.valid) == 8 and not stems[0] & stems[1] and len(splits.test) == 42  # 3 of train and of test
     assert sorted(splits.final_train + splits.final_valid) == sorted(splits.train + splits.valid)
-    assert index.fingerprint != Index(Path("x"), records, groups=index.groups).fingerprint
+    without_parts = replace(index, records=tuple(replace(record, part="") for record in records))
+    assert index.fingerprint != without_parts.fingerprint
     with pytest.raises(UserError, match="x gives leaves no images of both classes to train"):
-        split_index(Index(Path("x"), records, parts=("test",) * 80), Settings())
+        split_index(Index(Path("x"), tuple(replace(record, part="test") for record in records)), Settings())
 
 
 def test_given_splits_are_kept_however_they_are_spelt(tmp_path: Path) -> None:
@@ -143,66 +144,71 @@ def test_given_splits_are_kept_however_they_are_spelt(tmp_path: Path) -> None:
             for is_fake, name in enumerate(("real", "fake")):
                 put(tmp_path / root / place.format(name) / "0.png", bool(is_fake))
         data = read_data_set(tmp_path / root)
-        assert Counter(image[1:] for image in data.images) == dict.fromkeys(
-            ((label, part, "sd") for label in (0, 1) for part in ("train", "test")), 1
-        )
+        found = sorted((image.label, image.part, image.source) for image in data.images)
+        assert found == [(label, part, "sd") for label in (0, 1) for part in ("test", "train")]
         assert "Split as given: 2 test, 2 train" in data.described() and not data.plain
 
 
-WRONG = {  # files -> the layout, and what is said
-    ("real/fake/a.png", "fake/a.png"): ("auto", "real/fake/a.png lies in folders of both classes, so that labels"),
-    ("g/real/fake/a.png", "g/fake/a.png"): ("auto", "real/fake/a.png lies in folders of both classes, so that labels"),
-    ("g/0_fake/a.png", "g/1_real/a.png"): ("auto", "has 0_fake, 1_real, so that labels might be turned round"),
-    ("g/0_real/a.png", "g/1_fake/a.png", "h/ai/a.png", "h/nature/a.png"): (
-        "auto",
-        "has 0_real, 1_fake, ai, na",
-    ),
-    ("fake/a.png", "real/a.png", "0_real/a.png", "1_fake/a.png"): ("auto", "has 0_real, 1_fake, fake, real, "),
-    ("cats/a.png", "dogs/a.png"): ("auto", "/fake does not exist: a data root holds fake/ and real/; or, at any depth"),
-    ("g/0_real/a.png", "g/1_fake/a.png"): ("ai_nature", "/ai does not exist: a data root holds fake/ and real/; or"),
-    ("train/ai/a.png", "train/nature/a.png", "val/ai/a.png", "new/ai/a.png"): (
-        "auto",
-        "has train, val and beside them new: list",
-    ),
-    ("a.png", "path,label\na.png,1"): (
-        "auto",
-        "labels a.png 1, which may mean either class: expected fake or real, or what the numbers mean, as --data-layo",
-    ),
-    ("a.png", "path,label\na.png,cat"): (
-        "auto",
-        "labels a.png cat, which may mean either class: expected fake or real",
-    ),
-    ("a.png", "path,label\nb.png,fake"): ("auto", "lists b.png, which is no file of "),
-    ("a.png", "path,label\n./../list.csv,fake"): ("auto", "lists ./../list.csv, which is no file of "),
-    ("a.png", "path,label\n/etc/passwd,fake"): ("auto", "lists /etc/passwd, which is no file of "),
-    ("g/fake/a.png", "g/real/a.png", "path,label\ng/fake/a.png,real"): ("auto", "has fake, real, list.csv, so that "),
-    ("train/fake/a.png", "train/real/a.png", "test/Fake/a.png"): ("auto", "has a folder Fake, to be called fake: "),
-    ("a.png", "path,label\na.png,fake\n./a.png,real"): ("auto", "lists ./a.png twice"),
-    ("a.png", "b.png", "path,label,split\na.png,fake,train\nb.png,real,"): ("auto", "with and without a split"),
-    ("a.png", "path,label,split\na.png,fake,dev"): ("auto", "in a split dev: expected train, val or test"),
-    ("a.png", "path,label\na.png,fake"): ("auto", "lists images of one class only"),
-    (): ("coco", "data_layout is coco: expected auto, fake_real, 0_real_1_fake, ai_nature, LIST.csv or LIST.csv:0="),
+WRONG = {  # files, where a folder ends in / and the text of a list has a comma -> what is said
+    ("real/fake/a.png", "fake/a.png"): "real/fake/a.png lies in folders of both classes, so that labels",
+    ("g/real/fake/a.png", "g/fake/a.png"): "real/fake/a.png lies in folders of both classes, so that labels",
+    ("g/0_fake/a.png", "g/1_real/a.png"): "has 0_fake, 1_real, so that labels might be reversed",
+    ("g/0_real/a.png", "g/1_fake/a.png", "h/ai/a.png", "h/nature/a.png"): "has 0_real, 1_fake, ai, nature, so that ",
+    ("fake/a.png", "real/a.png", "0_real/a.png", "1_fake/a.png"): "has 0_real, 1_fake, fake, real, so that ",
+    ("cats/a.png", "dogs/a.png"): "/fake does not exist: a data root holds fake/ and real/; or, at any depth",
+    ("0_fakes/a.jpg", "0_real/a.jpg", "ai/", "x.csv/"): "and {root} holds 0_fakes/, 0_real/, ai/, x.csv/",
+    ("fake/a.jpg", *(f"{n}/" for n in range(7))): "and {root} holds 0/, 1/, 2/, 3/, 4/ and 3 more",
+    ("fake/a.jpg", "real/a.cr2"): ".heif), but a.cr2",
+    (
+        "train/ai/a.png",
+        "train/nature/a.png",
+        "val/ai/a.png",
+        "new/ai/a.png",
+    ): "has train, val and beside them new: list",
+    ("a.png", "path,label\na.png,1"): "labels a.png 1, which may mean either class: expected fake or real, or what the "
+    "numbers mean, as --data-layout {root}/list.csv:0=real",
+    ("a.png", "path,label\na.png,cat"): "labels a.png cat, which may mean either class: expected fake or real",
+    ("a.png", "path,label\nb.png,fake"): "lists b.png, which is no file of ",
+    ("a.png", "path,label\n./../list.csv,fake"): "lists ./../list.csv, which is no file of ",
+    ("a.png", "path,label\n/etc/passwd,fake"): "lists /etc/passwd, which is no file of ",
+    ("g/fake/a.png", "g/real/a.png", "path,label\ng/fake/a.png,real"): "has fake, real, list.csv, so that ",
+    ("train/fake/a.png", "train/real/a.png", "test/Fake/a.png"): "has a folder Fake, to be called fake: ",
+    ("a.png", "path,label\na.png,fake\n./a.png,real"): "lists ./a.png twice",
+    ("a.png", "b.png", "path,label,split\na.png,fake,train\nb.png,real,"): "with and without a split",
+    ("a.png", "path,label,split\na.png,fake,dev"): "in a split dev: expected train, val or test",
+    ("a.png", "path,label\na.png,fake"): "lists images of one class only",
 }
 
 
 @pytest.mark.parametrize("files", WRONG)
-def test_a_layout_that_may_turn_labels_round_or_is_unknown_is_refused(files: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_layout_that_is_ambiguous_or_unknown_is_refused(files: tuple[str, ...], tmp_path: Path) -> None:
     for name in files:
         path = tmp_path / ("list.csv" if "," in name else name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(name)
-    layout, said = WRONG[files]
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            path.write_text(name)
     with pytest.raises(UserError) as error:
-        read_data_set(tmp_path, layout)
-    assert said in str(error.value) and "\n" not in str(error.value)
+        read_data_set(tmp_path)
+    assert WRONG[files].format(root=tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_index_of_fake_and_real_folders_is_as_it_ever_was(toy_data: Path, indexed: Path) -> None:
+def test_a_missing_layout_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "g" / "0_real" / "a.png", False)
+    for root, layout, said in (
+        (tmp_path, "ai_nature", "/ai does not exist: a data root holds fake/ and real/; or"),
+        (tmp_path / "none", "auto", "holds nothing, since it does not exist"),
+        (tmp_path, "coco", "data_layout is coco: expected auto, fake_real, 0_real_1_fake, ai_nature, LIST.csv or LIST"),
+    ):
+        with pytest.raises(UserError, match=said):
+            read_data_set(root, layout)
+
+
+def test_the_index_of_a_plain_data_set_keeps_its_columns_and_its_fingerprint(toy_data: Path, indexed: Path) -> None:
     heading = (indexed / "demo" / "dataset" / "index.csv").read_text().partition("\n")[0]
     assert heading == "path,label,bytes,content,format,mode,width,height,problem,key"
     expected = [(f"{name}/{path.name}", label) for label, name in enumerate(("fake", "real"))
                 for path in sorted((toy_data / name).iterdir())]  # fmt: skip
-    assert [image[:2] for image in read_data_set(toy_data).images] == expected
+    assert [(image.path, image.label) for image in read_data_set(toy_data).images] == expected
     rows = read_csv(indexed / "demo" / "dataset" / "index.csv")
     text = "\n".join(sorted(f"{r['path']}\0{r['label']}\0{r['content']}\0True" for r in rows))
     fingerprint = f"40-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -226,7 +232,7 @@ else:
 
 
 @pytest.mark.parametrize("kind", ["saved", "parquet"])
-def test_a_hugging_face_data_set_becomes_its_own_bytes_and_a_list(kind: str, tmp_path: Path) -> None:
+def test_a_hugging_face_data_set_is_written_byte_for_byte_with_a_list(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("datasets.load", reason="requirements-datasets.txt is not installed")
     files = [tmp_path / f"{number}_{number // 2 % 2}.png" for number in range(40)]
     for number, file in enumerate(files):
@@ -237,7 +243,7 @@ def test_a_hugging_face_data_set_becomes_its_own_bytes_and_a_list(kind: str, tmp
     subprocess.run([sys.executable, "-c", WRITE, kind, source, *files], check=True, env=offline, cwd=tmp_path)
     command = ("data.data_download", "--hugging-face", source, "--folder", folder)
     assert f"and list.csv are in {folder}" in succeed(*command, "--images", "7")
-    with open(folder / ".progress.csv", "a") as progress:
+    with open(next(folder.glob(".*.csv")), "a") as progress:
         progress.write("train/0000")  # as a kill leaves it
     first = folder / "train" / "00000000.png"
     written = first.stat().st_mtime_ns
@@ -273,7 +279,7 @@ else:
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("split", "has a split '../escaped', which is no name of a folder"), ("path", "row 0 has its image in ")],
+    [("split", "has a split '../escaped', which is no folder name"), ("path", "row 0 has its image in ")],
 )
 def test_a_hugging_face_data_set_neither_reads_nor_writes_outside(kind: str, reason: str, tmp_path: Path) -> None:
     pytest.importorskip("datasets.load", reason="requirements-datasets.txt is not installed")

@@ -36,7 +36,7 @@ def run_lines(lines: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_list_is_of_what_is_left_and_its_lines_run_as_they_stand_and_at_once(
+def test_the_list_names_the_work_that_is_left_and_its_lines_run_at_the_same_time(
     indexed: Path, toy_data: Path, tmp_path: Path
 ) -> None:
     results = copy_index(indexed, tmp_path / "the user's results")

@@ -174,7 +174,7 @@ def test_a_data_error_in_a_loading_process_ends_the_command(run: Run, toy_data: 
     succeed("data.data_preprocess", *PREPROCESS_FLAGS, "--data-root", own.data, "--results-root", own.results)
     for image in (own.data / "real").iterdir():
         image.unlink()
-    assert "is not what it was when the index was made" in refused(*own.command("--num-workers", "1"))
+    assert "has changed since preprocessing" in refused(*own.command("--num-workers", "1"))
 
 
 @linux

@@ -14,7 +14,7 @@ import config
 from data.datasets import load_splits
 from data.lists import read_csv
 from data.loaders import build_loader
-from data.samplers import CANDIDATES, MAP_SIDE, SAMPLERS, frequency_grades
+from data.samplers import CANDIDATES, MAP_SIDE, SAMPLERS, frequency_scores
 from models.build import build_model
 from models.glass_models import places_of_interest
 from models.pooling import build_pool
@@ -58,15 +58,15 @@ def textures(pixels: np.ndarray) -> np.ndarray:
     return sums
 
 
-def dct_grade(window: np.ndarray) -> float:
-    """AIDE's grade, sum by sum."""
+def dct_score(window: np.ndarray) -> float:
+    """AIDE's score, sum by sum."""
     n = np.arange(32)
     basis = np.sqrt(np.where(n == 0, 1, 2) / 32)[:, None] * np.cos(math.pi * (2 * n + 1) * n[:, None] / 64)
     coefficients = np.stack([basis @ (window[..., c] / 255) @ basis.T for c in range(3)])
-    logs, order, grade = np.log(1 + np.abs(coefficients)).mean(0), n[:, None] + n, 0.0
+    logs, order, score = np.log(1 + np.abs(coefficients)).mean(0), n[:, None] + n, 0.0
     for band in range(6):
-        grade += 2**band * logs[(64 * band / 6 <= order) & (order <= 64 * (band + 1) / 6)].mean()
-    return grade
+        score += 2**band * logs[(64 * band / 6 <= order) & (order <= 64 * (band + 1) / 6)].mean()
+    return score
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -105,23 +105,23 @@ def test_texture_samplers_keep_the_extreme_candidates_of_a_plain_computation(siz
         assert texture(high[0]) == texture(mixed[2]) == max(found)
 
 
-def test_the_frequency_sampler_keeps_windows_of_the_extreme_grades_of_a_plain_computation() -> None:
+def test_the_frequency_sampler_keeps_windows_of_the_extreme_scores_of_a_plain_computation() -> None:
     image, P = Noise(200, 300), 48
     windows = np.stack([image.pixels[y : y + 32, x : x + 32] for y in range(0, 169, 16) for x in range(0, 269, 16)])
-    assert frequency_grades(windows) == pytest.approx([dct_grade(window) for window in windows], rel=1e-4)
+    assert frequency_scores(windows) == pytest.approx([dct_score(window) for window in windows], rel=1e-4)
     boxes = SAMPLERS["frequency"](image, CANDIDATES, P, seeded())  # half from below, half from above
     tops, lefts = np.meshgrid(range(0, 169, 16), range(0, 269, 16), indexing="ij")
-    grade = {
-        (min(max(top - 8, 0), 152), min(max(left - 8, 0), 252)): frequency_grades(window[None])[0]
+    score = {
+        (min(max(top - 8, 0), 152), min(max(left - 8, 0), 252)): frequency_scores(window[None])[0]
         for top, left, window in zip(tops.ravel(), lefts.ravel(), windows, strict=True)
     }
-    grades = [grade[top, left] for top, left, *_ in boxes.tolist()]
+    scores = [score[top, left] for top, left, *_ in boxes.tolist()]
     half = CANDIDATES // 2
-    assert grades[:half] == sorted(grades[:half]) and grades[half:] == sorted(grades[half:], reverse=True)
-    assert max(grades[:half]) <= min(grades[half:])
+    assert scores[:half] == sorted(scores[:half]) and scores[half:] == sorted(scores[half:], reverse=True)
+    assert max(scores[:half]) <= min(scores[half:])
 
 
-def test_grid_five_and_all_lie_where_they_say() -> None:
+def test_boxes_of_grid_five_all_and_cooi_are_at_the_expected_places() -> None:
     image = Noise(100, 160)
     assert SAMPLERS["grid"](image, 4, 20, seeded())[:, :2].tolist() == [[0, 0], [0, 140], [80, 0], [80, 140]]
     assert SAMPLERS["grid"](image, 1, 20, seeded())[:, :2].tolist() == [[40, 70]]
@@ -154,7 +154,7 @@ def test_places_of_interest_are_those_of_a_plain_search() -> None:
 
 
 @pytest.mark.parametrize("name", get_args(config.Pooling))
-def test_poolings_are_their_formulas_and_know_what_they_are_without_each_crop(name: str) -> None:
+def test_poolings_compute_their_formulas_also_without_each_crop(name: str) -> None:
     pool, h = build_pool(name, 16, 0.3).double().eval(), torch.randn(2, 5, 16, generator=seeded()).double()
     pooled, weights = pool(h)
     assert pooled.shape == (2, 16) and weights.shape == (2, 5)

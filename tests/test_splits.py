@@ -32,7 +32,7 @@ def test_splits_are_the_reference(case: dict) -> None:
 
 
 @pytest.mark.parametrize(("total", "held_out"), [(12_000, 3600), (11_994, 3601), (4000, 3600)])
-def test_the_held_out_part_is_scikit_learns_of_the_share(total: int, held_out: int) -> None:
+def test_the_held_out_rows_are_those_of_scikit_learn(total: int, held_out: int) -> None:
     labels = [0] * (total // 2) + [1] * (total // 2)
     kept, others = train_test_split(range(total), test_size=3600 / total, stratify=labels, random_state=606)
     ours = split_indices(labels, 1800, 1800, 606)
@@ -102,7 +102,7 @@ def test_groups_that_leave_a_split_without_a_class_are_refused(
 def test_what_a_group_is(tmp_path: Path) -> None:
     paths = ["fake/sd/a.png", "fake/b.png", "real/sd/a.jpg", "real/x/y/c.jpg"]
     assert groups_of(paths, "stem") == ["a", "b", "a", "c"]
-    assert groups_of(paths, "folder") == ["sd", "fake/b.png", "sd", "x"]
+    assert groups_of(paths, "folder", ["sd", "", "sd", "x"]) == ["sd", "fake/b.png", "sd", "x"]
     (tmp_path / "m.csv").write_text("camera,file\nK,a.png\nL,fake/b.png\nM,a.jpg\nN,c.jpg\n")
     assert groups_of(paths, f"{tmp_path}/m.csv:camera") == ["K", "L", "M", "N"]
     assert held_out(["K", "L", "LL"], ["L*"]) == {"L", "LL"}
@@ -110,6 +110,9 @@ def test_what_a_group_is(tmp_path: Path) -> None:
         held_out(["L", "K"], ["X"])
     with pytest.raises(UserError, match=r"m\.csv has no row for real/sd/d\.jpg"):
         groups_of([*paths, "real/sd/d.jpg"], f"{tmp_path}/m.csv:camera")
+    (tmp_path / "two.csv").write_text("file,camera\na.png,K\na.png,L\n")
+    with pytest.raises(UserError, match=r"two\.csv says of a\.png both K and L: name its files by their paths below"):
+        groups_of(paths, f"{tmp_path}/two.csv:camera")
     with pytest.raises(UserError, match=r"m\.csv has no column lens: it has camera, file"):
         groups_of(paths, f"{tmp_path}/m.csv:lens")
     with pytest.raises(UserError, match=r"group_by is pairs: expected none, stem, folder or FILE\.csv:COLUMN"):

@@ -1,4 +1,4 @@
-"""Images that occur twice: the same bytes, or the same picture encoded again."""
+"""Finds images that occur twice: the same bytes, or the same picture encoded again."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,21 +8,21 @@ from PIL import Image
 
 HASH_SIDE, HASH_BITS = 16, 256
 THUMBNAIL_SIDE = 4 * HASH_SIDE  # pixels; what ImageHash resizes to
-# Of 256 bits. Measured: the same photograph at another JPEG quality (10, 50) or size differs in up to 12, a fifth
-# brighter in up to 36, cropped by 2% at each edge in up to 46; different ones in 80 and more.
+# Measured: the same photograph at another JPEG quality (10, 50) or size differs in up to 12 of 256 bits, a fifth
+# brighter in up to 36, cropped by 2% at each edge in up to 46; different photographs differ in 80 and more.
 NEAR_BITS = 40
-SIMILAR = 0.9  # least correlation of two thumbnails; of the above copies, the lowest is 0.90
+SIMILAR = 0.9  # least correlation of two thumbnails; the copies above have at least 0.90
 FLAT = 3.0  # grey levels; below this standard deviation of a thumbnail, the bits of its hash are noise
 BLOCK = 64  # images whose distances to all others are in memory at a time
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two images that are duplicates: rows of the first and of the other."""
+    """Two duplicates, by their rows."""
 
     first: int
     other: int
-    bits: int | None  # in which their hashes differ; None for the same bytes
+    bits: int | None  # by how many their hashes differ; None for the same bytes
 
 
 def perceptual_hash(thumbnail: Image.Image) -> np.ndarray:
@@ -33,7 +33,7 @@ def perceptual_hash(thumbnail: Image.Image) -> np.ndarray:
 
 
 def exact_duplicates(contents: Sequence[str]) -> list[Pair]:
-    """Each image whose content, as a SHA-256, occurred before, with the first of that content."""
+    """Each image whose content (SHA-256) occurred before, with the first image of that content."""
     first: dict[str, int] = {}
     return [Pair(first[c], row, None) for row, c in enumerate(contents) if first.setdefault(c, row) != row]
 

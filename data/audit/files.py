@@ -1,4 +1,4 @@
-"""The audit of each file: its header, its hashes, and whether it can be decoded."""
+"""Audits one file: its header, its hashes, and whether it can be decoded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,13 +12,14 @@ from config import Settings
 from data.audit.duplicates import THUMBNAIL_SIDE, perceptual_hash
 from data.audit.headers import read_header
 from data.images import UnreadableImage, grey_thumbnail, open_image
-from data.preparation.checks import File, in_processes, in_turn, problem_of
+from data.preparation.checks import decoding_turn, in_processes, problem_of
+from data.records import ImageRecord
 from utils import sha256_of
 
 
 @dataclass(frozen=True)
 class AuditedFile:
-    """One image file; all after `problem` is of readable ones."""
+    """One image file; what comes after `problem` is empty for an unreadable one."""
 
     path: str  # relative to the data root, with forward slashes
     label: int
@@ -29,9 +30,10 @@ class AuditedFile:
     thumbnail: np.ndarray | None = None  # grey, uint8 (32, 32)
 
 
-def audit_files(settings: Settings, files: Sequence[File]) -> list[AuditedFile]:
-    """`audit_file` of all files, in their order; raises UserError as it and `in_processes` do."""
+def audit_files(settings: Settings, images: Sequence[ImageRecord]) -> list[AuditedFile]:
+    """`audit_file` of all images, in their order; raises UserError as it and `in_processes` do."""
     audit = partial(audit_file, root=settings.data_root, max_pixels=settings.max_image_pixels)
+    files = [(image.path, image.label) for image in images]
     return in_processes(audit, files, settings.num_workers, "auditing", ("imagehash", "scipy.fftpack"))
 
 
@@ -41,7 +43,7 @@ def audit_file(name: str, label: int, root: Path, max_pixels: int) -> AuditedFil
     try:
         with open_image(path, max_pixels) as image:
             header = read_header(image, name, path.stat().st_size)
-            with in_turn(image):
+            with decoding_turn(image):
                 thumbnail = grey_thumbnail(image, THUMBNAIL_SIDE)
         small = np.asarray(thumbnail.reduce(2))
         return AuditedFile(name, label, "", header, sha256_of(path), perceptual_hash(thumbnail), small)

@@ -1,4 +1,4 @@
-"""Do headers alone separate the classes? A cross-validated forest on them, and which features it relies on."""
+"""Do headers alone separate the classes? A cross-validated random forest, and the features that it relies on."""
 
 from dataclasses import dataclass
 
@@ -15,13 +15,13 @@ from utils import UserError
 FOLDS = 5
 TREES = 100
 RESAMPLES = 500  # of the bootstrap
-FEATURES = (  # of Header, without what repeats another: ending is ending_fits and format, bytes is bits_per_pixel
+FEATURES = (  # of `read_header`, without what others imply: ending (ending_fits, format), bytes (bits_per_pixel)
     *("format", "ending_fits", "width", "height", "aspect", "megapixels", "divisible_by_8", "divisible_by_16"),
     *("divisible_by_64", "mode", "bits_per_pixel", "jpeg_quality", "jpeg_ijg", "subsampling", "progressive"),
     *("icc_profile", "exif", "xmp", "camera", "software", "c2pa", "generator"),
 )
-YES_OR_NO = ("camera", "software")  # is there one? The name of a camera would only be memorised
-FILE_SIZE = "bits_per_pixel"  # the one feature that depends on the pixels too: fine detail takes more bits
+YES_OR_NO = ("camera", "software")  # used as present or not: the name of a camera would only be memorised
+FILE_SIZE = "bits_per_pixel"  # the only feature that depends on the pixels: fine detail takes more bits
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class HeaderAudit:
     all: Score
     without_file_size: Score
     fake_scores: np.ndarray  # of each image by all headers, out of fold, 0 to 1
-    # Of each feature, the most important first: auc_alone, of a small tree that sees nothing else, and importance, what
+    # A row per feature, the most important first: auc_alone, of a small tree that sees only it, and importance, what
     # the forest's AUC loses when the feature is shuffled among the held-out images.
     features: pd.DataFrame
 
@@ -59,16 +59,16 @@ def header_matrix(table: pd.DataFrame) -> np.ndarray:
 def audit_headers(matrix: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: int) -> HeaderAudit:
     """Cross-validate a random forest on headers (images, features), from `header_matrix`; labels are 0 fake, 1 real.
 
-    The images of a group, which have the same number, stay in one fold. Where each image has a counterpart in the
-    other class, as in matched pairs, the forest would otherwise learn from it what is wrong for the image held out: an
-    AUC far below 0.5.
+    The images of a group, which have the same number, stay in one fold. If each image has a counterpart in the other
+    class, as in matched pairs, the forest would otherwise learn the wrong class from the counterpart of a held-out
+    image: an AUC far below 0.5.
 
     Raises UserError for too few images in a class.
     """
     few = min(len(np.unique(groups[labels == label])) for label in (0, 1))
     if few < FOLDS:
         raise UserError(f"{few} images in the smaller class are too few to cross-validate: the audit needs {FOLDS}")
-    repeats = max(1, min(3, 2000 // len(labels)))  # with few images, the luck of one partition is averaged out
+    repeats = max(1, min(3, 2000 // len(labels)))  # with few images, the mean over several partitions
     partitions, losses = [], []
     for repeat in range(repeats):
         with config_context(assume_finite=True, skip_parameter_validation=True):  # a third of the time with few images
@@ -85,7 +85,7 @@ def audit_headers(matrix: np.ndarray, labels: np.ndarray, groups: np.ndarray, se
 def auc(labels: np.ndarray, fake_scores: np.ndarray, weights: np.ndarray | float = 1.0) -> float:
     """Area under the ROC curve of scores that are higher for fake images, label 0.
 
-    As scikit-learn's, whose checks would take ten times as long as the sum in each bootstrap sample.
+    Equal to scikit-learn's, whose checks would take ten times as long as this sum, in each bootstrap sample.
     """
     levels = np.unique(fake_scores, return_inverse=True)[1]
     fake, real = (np.bincount(levels, weights * (labels == label)) for label in (0, 1))
@@ -95,7 +95,7 @@ def auc(labels: np.ndarray, fake_scores: np.ndarray, weights: np.ndarray | float
 def _scores_out_of_fold(
     matrix: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Fake scores in one partition, of each image: by all features (images), by all but the file size (images), by all
+    """Fake scores of each image in one partition: by all features (images), by all but the file size (images), by all
     with each feature shuffled among the held-out images (features, images), and by each alone (features, images).
     """
     images, count = matrix.shape
@@ -106,7 +106,7 @@ def _scores_out_of_fold(
     for train, held_out in StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(matrix, labels, groups):
         known, classes, unknown = matrix[train], labels[train], matrix[held_out]
         versions = np.repeat(unknown[None], len(varying) + 1, axis=0)
-        for version, column in zip(versions, varying, strict=False):  # the last version stays as it is
+        for version, column in zip(versions, varying, strict=False):  # the last version is not shuffled
             rng.shuffle(version[:, column])
         forest = RandomForestClassifier(TREES, min_samples_leaf=3, class_weight="balanced", random_state=seed)
         scores = _fit_and_score(forest, known, classes, versions.reshape(-1, count)).reshape(len(versions), -1)
@@ -121,7 +121,7 @@ def _scores_out_of_fold(
 
 
 def _fit_and_score(model: ClassifierMixin, known: np.ndarray, labels: np.ndarray, unknown: np.ndarray) -> np.ndarray:
-    """Fake scores of the unknown rows; rounded, so that scores that are equal but for the last bits tie."""
+    """Fake scores of the unknown rows; rounded, so that scores that differ in the last bits only are ties."""
     return model.fit(known, labels).predict_proba(unknown)[:, 0].round(9)
 
 

@@ -1,4 +1,4 @@
-"""What an image file says about itself before a pixel is decoded: sizes, compression, and what made it."""
+"""Reads an image file's header, without decoding pixels: sizes, compression, camera, generator."""
 
 import re
 import struct
@@ -53,10 +53,9 @@ IJG_TABLES = ((np.array([_LUMINANCE, _CHROMINANCE]) * _PERCENT + 50) // 100).cli
 
 
 def read_header(image: Image.Image, name: str, size: int) -> dict[str, Any]:
-    """What a file says about itself, as a row of a table; decodes nothing.
+    """The header of an image that `data.images.open_image` has just opened, as a row of a table; `size` is in bytes.
 
-    Where a format has no such thing, numbers are NaN and texts empty. `image` is from `data.images.open_image`, just
-    opened; `size` is the file's, in bytes.
+    What a format does not have is NaN (numbers) or empty (texts).
     """
     width, height, kind = image.width, image.height, image.format or ""
     ending, segments = name.lower().rpartition(".")[2], list(_segments(image))
@@ -90,9 +89,9 @@ def read_header(image: Image.Image, name: str, size: int) -> dict[str, Any]:
 
 
 def jpeg_quality(image: Image.Image) -> tuple[float, bool]:
-    """Quality 1 to 100 by the IJG's scale of an opened image's quantisation tables, and whether it is exact.
+    """An opened image's JPEG quality (1 to 100, by the IJG's quantisation tables), and whether it is exact; or NaN.
 
-    Other tables (cameras, Photoshop) get the quality of the nearest, by the sum of absolute differences; no JPEG, NaN.
+    Other tables (cameras, Photoshop) get the quality of the nearest, by the sum of absolute differences.
     """
     tables = getattr(image, "quantization", None)
     if not tables:
@@ -131,7 +130,7 @@ def _segments(image: Image.Image) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _exif(image: Image.Image, segments: list[tuple[bytes, bytes]]) -> Image.Exif:
-    """The EXIF tags; none where they are damaged."""
+    """The EXIF tags; none if they are damaged."""
     found = Image.Exif()
     with suppress(Exception), warnings.catch_warnings():  # Pillow raises many kinds on damaged tags
         warnings.simplefilter("ignore")

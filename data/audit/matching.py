@@ -1,4 +1,4 @@
-"""A subset of a data set whose headers separate the classes as little as possible: matched pairs."""
+"""Matches pairs, to get a subset of a data set whose headers separate the classes as little as possible."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
@@ -15,8 +15,8 @@ def match_pairs(
     """Rows (pairs, 2) of a fake and a real image each whose headers look equally fake: propensity score matching.
 
     Args:
-        strata: what both of a pair have in common, of each image, from the closest similarity to the loosest. As many
-            as possible are paired within the strata of the first kind, then of the rest within those of the next.
+        strata: for each image a value that both images of a pair must share; one such list for each condition, from
+            the strictest to the loosest. As many images as possible are paired by the first, the rest by the next.
         labels, fake_scores: of each image, 0 fake and 1 real; out of fold, 0 to 1.
         caliper: largest difference of a pair's logits, in standard deviations of all logits.
     """
@@ -35,7 +35,7 @@ def match_pairs(
 
 
 def _pair_up(fake: Sequence[int], real: Sequence[int], logits: np.ndarray, limit: float) -> list[tuple[int, int]]:
-    """The most pairs that differ by at most `limit`, both sorted by logit: skip whichever is too far below."""
+    """The largest number of pairs that differ by at most `limit`; `fake` and `real` are sorted by logit."""
     pairs, a, b = [], 0, 0
     while a < len(fake) and b < len(real):
         difference = logits[fake[a]] - logits[real[b]]

@@ -1,4 +1,4 @@
-"""What the audit found: a verdict, tables and figures."""
+"""The results of the audit: a verdict, tables and figures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +13,8 @@ from data.audit.header_classifier import YES_OR_NO, HeaderAudit, Score
 from data.preparation import charts
 from data.records import CLASSES
 
-WEAK = 0.6  # AUC below which headers separate the classes only slightly
-DISCRIMINATIVE = 0.005  # AUC that a feature is worth at least, to be named in the verdict
+WEAK = 0.6  # below this AUC, headers separate the classes only slightly
+DISCRIMINATIVE = 0.005  # least importance (in AUC) of a feature that the verdict names
 METADATA = ("progressive", "icc_profile", "exif", "camera", "software", "xmp", "c2pa", "generator")
 
 
@@ -37,7 +37,7 @@ def split_by_class(table: pd.DataFrame) -> charts.ByClass:
 def verdict(audit: HeaderAudit) -> str:
     """How well the headers separate the classes, in one sentence."""
     score, others = audit.all, audit.without_file_size
-    found = f"AUC {_in_digits(score, '95% interval ')}, or {_in_digits(others)} without the file size"
+    found = f"AUC {_format_score(score, '95% interval ')}, or {_format_score(others)} without the file size"
     if score.low > 0.5:
         slightly = "" if score.auc >= WEAK else " slightly"
         *names, last = [name.replace("_", " ") for name in discriminative_features(audit)]
@@ -51,12 +51,12 @@ def verdict(audit: HeaderAudit) -> str:
     return f"no evidence that the headers separate the classes, {found}"
 
 
-def _in_digits(score: Score, what: str = "") -> str:
+def _format_score(score: Score, what: str = "") -> str:
     return f"{score.auc:.2f} ({what}{score.low:.2f} to {score.high:.2f})"
 
 
 def discriminative_features(audit: HeaderAudit) -> list[str]:
-    """Up to four features that the forest relies on; where each can replace another, the one with the highest AUC."""
+    """Up to four features that the forest relies on; if none matters by itself, the one with the highest AUC alone."""
     importance = audit.features["importance"]
     names = importance.index[importance >= max(DISCRIMINATIVE, importance.iloc[0] / 5)][:4]
     return list(names) or [audit.features["auc_alone"].idxmax()]
@@ -66,16 +66,16 @@ def discriminative_features(audit: HeaderAudit) -> list[str]:
 def feature_table(table: pd.DataFrame, audit: HeaderAudit) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows: each feature's values in each class, and how well it separates them.
 
-    Texts and yes or no as shares of the class; numbers as median (5% to 95%), the JPEG quality of JPEGs only.
+    Texts and booleans as shares of the class; numbers as median (5% to 95%), the JPEG quality of JPEGs only.
     """
     rows = [
-        [name.replace("_", " "), *(_in_words(images[name]) for images in split_by_class(table)), alone, importance]
+        [name.replace("_", " "), *(_summarise(images[name]) for images in split_by_class(table)), alone, importance]
         for name, alone, importance in audit.features.itertuples()
     ]
     return ["feature", *CLASSES, "auc_alone", "importance"], rows
 
 
-def _in_words(values: pd.Series) -> str:
+def _summarise(values: pd.Series) -> str:
     if values.name in YES_OR_NO:
         values = values != ""
     if values.dtype == bool:
@@ -100,7 +100,7 @@ def duplicate_table(
     kinds = np.array(["exact" if pair.bits is None else "near" for pair in pairs], object)
     rows = [[k, pair.bits or 0, *a, *b] for k, pair, a, b in zip(kinds, pairs, first, other, strict=True)]
     names = ["pairs", "across_classes", *(f"across_{split}" for split in images.columns[2:])]
-    differ = first != other  # paths always do, which counts the pairs
+    differ = first != other  # paths always differ, so that their column counts the pairs
     counts = {k: dict(zip(names, differ[kinds == k].sum(0).tolist(), strict=True)) for k in ("exact", "near")}
     return ["kind", "bits", *(f"{name}_{side}" for side in "ab" for name in images)], rows, counts
 
@@ -133,7 +133,7 @@ def draw_separation(path: Path, table: pd.DataFrame, audit: HeaderAudit) -> None
     false_positives, true_positives, _ = roc_curve(table["class"] == "fake", table["fake_score"])
     roc.plot([0, 1], [0, 1], ":", color="grey")
     roc.plot(false_positives, true_positives, color="black")
-    roc.set(title=f"AUC {_in_digits(audit.all)}", aspect="equal")
+    roc.set(title=f"AUC {_format_score(audit.all)}", aspect="equal")
     roc.set(xlabel="false positive rate (real called fake)", ylabel="true positive rate (fake called fake)")
     charts.draw_histogram(scores, split_by_class(table), "fake_score", np.linspace(0, 1, 21))
     scores.set(title="Score from headers alone", xlabel="fake score (out of fold)")

@@ -1,13 +1,13 @@
 """The pixel cache: for each image a file of its decoded pixels and a file of its views, read instead of decoding.
 
-cache_root/<name of the data root>-<hash of its path>/ holds a folder `pixels_<strip width>_<digest>` and a folder
-`views_<P>_<digest>`; the digest is of what the bytes depend on besides the image: decoders, `reencode_jpeg`, and for
-views the resizing library and processor. In each, <first two digits>/<other digits> of the SHA-256 of the source file
-names an image's file. A file of that name and of the expected size is therefore right, and one that was never written,
-or is of another version, is not there: that image is decoded. Files are never changed, and can be deleted at any time.
+cache_root/<name of the data root>-<hash of its path>/ has a folder `pixels_<strip width>_<digest>` and a folder
+`views_<P>_<digest>`; the digest covers what the bytes depend on besides the image: decoders, `reencode_jpeg`, and for
+views the resizing library and the processor. In them an image's file is <first two digits>/<other digits> of the
+SHA-256 of the source file. So a file of that name and of the expected size is right, and an image without one, or with
+one of another version, is decoded. Files never change, and can be deleted at any time.
 
-Pixels lie in strips of STRIP_WIDTH columns, one strip after the other and each from top to bottom, so that a crop is
-two to four runs of neighbouring bytes however wide the image is: a cold disk reads little more than the crop.
+Pixels are stored in strips of STRIP_WIDTH columns, one strip after the other, each from top to bottom, so that a crop
+is two to four runs of neighbouring bytes however wide the image is: a cold disk reads little more than the crop.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from utils import stat_of
 
 FORMAT = 1  # of the files; files of another are not read
 STRIP_WIDTH = 112  # columns; by measurement, see docs/performance.md
-MEASURED_BYTES = 1024  # at the end of a file of views: what the check of the image found, see data.cache.builder
+MEASURED_BYTES = 1024  # at the end of a file of views: what was measured of the image, see data.cache.builder
 Kind = Literal["pixels", "views"]
 PIXELS: Kind = "pixels"
 VIEWS: Kind = "views"
@@ -40,14 +40,14 @@ GLOBAL_VIEW, STANDARD_VIEW = 0, 1  # the order of an image's two views
 
 
 def cache_folder(settings: Settings) -> Path:
-    """Where the pixel cache of the data root lies."""
+    """The folder of the data root's pixel cache."""
     return settings.cache_root / name_of_root(settings.data_root)
 
 
 def layout_folder(settings: Settings, kind: Kind) -> Path:
-    """Where the files of one kind lie; the name follows from all that their bytes depend on besides the image.
+    """The folder of files of one kind; its name follows from all that their bytes depend on besides the image.
 
-    Lossy formats decode a little differently by another version of their library, and torch resizes bytes a little
+    Lossy formats decode slightly differently with another version of their library, and torch resizes bytes slightly
     differently with another processor's instructions.
     """
     depends: dict[str, Any] = {name: features.version(name) for name in ("libjpeg_turbo", "webp", "avif")}
@@ -62,21 +62,21 @@ def layout_folder(settings: Settings, kind: Kind) -> Path:
 
 
 def strips(pixels: np.ndarray) -> Iterator[np.ndarray]:
-    """An image (H, W, 3 or 4) cut into its strips (H, up to STRIP_WIDTH, 3), as they follow each other in a file."""
+    """The strips (H, up to STRIP_WIDTH, 3) of an image (H, W, 3 or 4), in their order in a file."""
     for left in range(0, pixels.shape[1], STRIP_WIDTH):
         yield np.ascontiguousarray(pixels[:, left : left + STRIP_WIDTH, :3])
 
 
 @dataclass(frozen=True)
 class PixelCache:
-    """The cache of one data set, for one patch size. It is small and travels to other processes.
+    """The cache of one data set, for one patch size. It is small, and is sent to worker processes.
 
-    Where it does not hold an image, `crops` returns False and the others None.
+    For an image that it does not hold, `crops` returns False and the others None.
 
     Args:
         folders: of each kind, see `layout_folder`.
         patch_size: P, of the views.
-        kinds: those of which every readable image of the data set is there.
+        kinds: those that hold every readable image of the data set.
     """
 
     folders: dict[Kind, Path]
@@ -94,12 +94,12 @@ class PixelCache:
         return 2 * 3 * self.patch_size**2 + MEASURED_BYTES
 
     def holds(self, kind: Kind, record: ImageRecord) -> bool:
-        """Whether an image's file is there, whole."""
+        """Whether the cache has an image's complete file."""
         status = stat_of(self.path(kind, record))
         return status is not None and status.st_size == self.bytes_of(kind, record)
 
     def crops(self, record: ImageRecord, boxes: np.ndarray, crops: np.ndarray) -> bool:
-        """As `data.views.cut_crops`, out of an image's strips."""
+        """As `data.views.cut_crops`, from an image's strips."""
         file = self._file(PIXELS, record)
         if file is None:
             return False
@@ -149,19 +149,19 @@ class PixelCache:
 
 
 class _MappedFile:
-    """An image's file in memory."""
+    """An image's file, mapped into memory."""
 
     def __init__(self, mapped: mmap.mmap) -> None:
         self._map, self.bytes = mapped, np.frombuffer(mapped, np.uint8)
 
     def announce(self, begin: int, end: int) -> None:
-        """Let the kernel read these bytes, all of them at once, before they are touched page by page."""
+        """Let the kernel read all these bytes at once, before they are used page by page."""
         begin -= begin % mmap.PAGESIZE
         self._map.madvise(mmap.MADV_WILLNEED, begin, end - begin)
 
 
 def _kept_files() -> int:
-    """How many files a process keeps mapped: a map keeps its file open, and a process may open only so many."""
+    """How many files a process keeps mapped: each stays open, and the number of open files is limited."""
     import resource  # here: Windows lacks it
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -174,16 +174,16 @@ def _kept_files() -> int:
 
 @functools.cache
 def mapped_files() -> Callable[[str, int], _MappedFile | None]:
-    """(path, size) -> an image's file, or None if it is not there or not whole; the latest ones are kept."""
-    return functools.lru_cache(_kept_files())(_mapped_file)  # a file that is used again is faster than at first
+    """(path, size) -> an image's file, or None if it is missing or incomplete; the latest ones stay mapped."""
+    return functools.lru_cache(_kept_files())(_map_file)  # a mapped file is faster than a newly opened one
 
 
-def _mapped_file(path: str, size: int) -> _MappedFile | None:
+def _map_file(path: str, size: int) -> _MappedFile | None:
     try:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == size:
                 mapped = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
-                mapped.madvise(mmap.MADV_RANDOM)  # the kernel would read far around each page
+                mapped.madvise(mmap.MADV_RANDOM)  # otherwise the kernel reads far around each page
                 return _MappedFile(mapped)
     except FileNotFoundError:
         return None
@@ -193,23 +193,23 @@ def _mapped_file(path: str, size: int) -> _MappedFile | None:
 
 
 def cache_of(settings: Settings) -> PixelCache:
-    """The pixel cache of the settings' data root, whatever it holds."""
+    """The pixel cache of the settings' data root, which may be empty."""
     return PixelCache({kind: layout_folder(settings, kind) for kind in (PIXELS, VIEWS)}, settings.patch_size)
 
 
 def open_cache(settings: Settings, records: Sequence[ImageRecord]) -> tuple[PixelCache | None, str]:
-    """The pixel cache of the settings' data root, and a sentence that says how many of its images are there.
+    """The pixel cache of the settings' data root, and a sentence that says how many of `records` it holds.
 
-    The sentence is empty where there is no cache or the settings do without.
+    The cache is None if it holds none; the sentence is empty if there is no cache or the settings do not use it.
     """
     folder = cache_folder(settings)
     if not settings.use_cache or not folder.is_dir():
         return None, ""
     cache, readable = cache_of(settings), [record for record in records if not record.problem]
     held = {kind: sum(cache.holds(kind, record) for record in readable) for kind in cache.folders}
-    whole = tuple(kind for kind, images in held.items() if images == len(readable))
+    complete = tuple(kind for kind, images in held.items() if images == len(readable))
     found = "; ".join(f"{kind} of {images:,} of {len(readable):,} images" for kind, images in held.items())
-    if VIEWS not in whole or held[PIXELS] not in (0, len(readable)):
+    if VIEWS not in complete or held[PIXELS] not in (0, len(readable)):
         found += " (python -m data.data_preprocess --cache adds the missing ones)"
-    cache = replace(cache, kinds=whole) if any(held.values()) else None
+    cache = replace(cache, kinds=complete) if any(held.values()) else None
     return cache, f"Pixel cache {folder}: {found}"

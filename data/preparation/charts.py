@@ -1,4 +1,4 @@
-"""Charts that set the fake images of a data set beside its real ones; matplotlib is imported when one is drawn."""
+"""Charts that compare the fake and the real images of a data set; they import matplotlib when they are drawn."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("tab:orange", "tab:blue")  # of fake and real
-MARKERS = (  # of fake and real, so that neither class hides the other where sizes are shared
+MARKERS = (  # of fake and real; neither hides the other at the same size
     {"marker": "o", "s": 30, "facecolor": "none", "edgecolor": COLOURS[0]},
     {"marker": "x", "s": 18, "facecolor": COLOURS[1]},
 )
@@ -52,7 +52,7 @@ def draw_sizes(axes: "Axes", by_class: ByClass) -> None:
 def draw_histogram(axes: "Axes", by_class: ByClass, column: str, bins: int | np.ndarray) -> None:
     """Shares of each class in bins of a column, side by side; a missing value is in no bin.
 
-    `bins` are their edges, or how many there are, of equal ratio, over all values, which are then above zero.
+    `bins` are their edges, or their number: bins of equal ratio over all values, which must be positive.
     """
     values = [images[column].dropna() for images in by_class]
     weights = [np.full(len(known), 100 / len(images)) for known, images in zip(values, by_class, strict=True)]
@@ -65,7 +65,7 @@ def draw_histogram(axes: "Axes", by_class: ByClass, column: str, bins: int | np.
 
 
 def draw_categories(axes: "Axes", by_class: ByClass, column: str, title: str) -> None:
-    """Shares of each class by the six commonest values of a column of texts, as bars."""
+    """Bars: the share of each class that has each of the six most common values of a column of texts."""
     named = [images[column].replace("", "none") for images in by_class]
     values = pd.concat(named).value_counts().index[:6]
     draw_shares(axes, values, [of.value_counts(normalize=True).reindex(values, fill_value=0) for of in named])
@@ -82,7 +82,7 @@ def draw_shares(axes: "Axes", names: Sequence[str], shares: Sequence[pd.Series])
 
 
 def scale_axis(axis: "Axis") -> None:
-    """Make an axis of positive numbers logarithmic if they span a factor of eight; fewer read better as they are."""
+    """Make an axis of positive numbers logarithmic if they span a factor of eight; smaller ranges stay linear."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     low, high = axis.get_view_interval()

@@ -1,4 +1,4 @@
-"""Every image file decoded once: is it readable, what is in it, and, if wanted, its files in the pixel cache."""
+"""Decodes every image file once: is it readable, what is in it; and writes it to the pixel cache on request."""
 
 import signal
 import stat
@@ -18,28 +18,29 @@ from tqdm import tqdm
 from config import Settings
 from data.cache.builder import CacheBuilder
 from data.images import UnreadableImage, check_reencoding, decode, open_image, pixel_key
-from data.records import CheckedImage, ImageRecord
+from data.records import ImageRecord
 from data.workers import exit_with_parent, keep_freed_memory, loading_processes, signals_held, worker_context
 from utils import UserError, sha256_of
 
 LARGE_PIXELS = 32_000_000  # larger images are decoded one at a time, so that memory does not grow with the workers
-File = tuple[str, int]  # path relative to the data root, with forward slashes; label
 Result = TypeVar("Result")
-Workers = int | Literal["auto"]  # number of processes, as in the settings; 0 works in this one
+Workers = int | Literal["auto"]  # number of processes, as in the settings; 0: work in this one
 
 
-def check_images(settings: Settings, files: Sequence[File], builder: CacheBuilder | None = None) -> list[CheckedImage]:
-    """`check_image` of all `files`, in their order; raises UserError as it and `in_processes` do."""
+def check_images(
+    settings: Settings, images: Sequence[ImageRecord], builder: CacheBuilder | None = None
+) -> list[ImageRecord]:
+    """`check_image` of all `images`, in their order; raises UserError as it and `in_processes` do."""
     limits = dict(max_pixels=settings.max_image_pixels, reencode_jpeg=settings.reencode_jpeg)
     check = partial(check_image, root=settings.data_root, **limits, builder=builder)
     modules = ("data.views",) if builder else ()  # with torch: seconds
-    return in_processes(check, [(file,) for file in files], settings.num_workers, "checking", modules)
+    return in_processes(check, [(image,) for image in images], settings.num_workers, "checking", modules)
 
 
 def in_processes(
     work: Callable[..., Result], tasks: Sequence[tuple], num_workers: Workers, title: str, modules: Sequence[str] = ()
 ) -> list[Result]:
-    """`work(*task)` of all tasks, one for each image, in their order whatever the number of workers.
+    """`work(*task)` of all tasks, one for each image, in the order of the tasks.
 
     Args:
         title: of the progress bar.
@@ -81,39 +82,37 @@ def _start_worker(lock: AbstractContextManager, workers: int) -> None:
     exit_with_parent()
 
 
-def in_turn(image: Image.Image) -> AbstractContextManager:
-    """The block in which an opened image is decoded: for large ones, by one worker at a time."""
+def decoding_turn(image: Image.Image) -> AbstractContextManager:
+    """Held while an opened image is decoded: only one worker at a time decodes a large one."""
     return _large_images if image.width * image.height > LARGE_PIXELS else nullcontext()
 
 
 def check_image(
-    file: File, root: Path, max_pixels: int, reencode_jpeg: int, builder: CacheBuilder | None = None
-) -> CheckedImage:
-    """Decode one file, once; measure it, and write it to the cache that `builder` builds, unless it is there already.
+    image: ImageRecord, root: Path, max_pixels: int, reencode_jpeg: int, builder: CacheBuilder | None = None
+) -> ImageRecord:
+    """Decode and measure one file, and write it to the cache that `builder` builds, unless that holds it already.
 
     Raises UserError if memory runs out, or the cache cannot be written.
     """
-    name, label = file
-    path, unreadable = root / name, ImageRecord(name, label, 0, "", "", "", 0, 0, "")
+    path = root / image.path
     try:
         status = path.stat()
         content = sha256_of(path) if stat.S_ISREG(status.st_mode) else ""
-        unreadable = replace(unreadable, bytes=status.st_size, content=content)
-        known = builder.known(content) if builder else None
-        if known and known.record.width * known.record.height <= max_pixels:
-            record = replace(known.record, path=name, label=label, bytes=status.st_size)
-            return replace(known, record=record)
-        with open_image(path, max_pixels) as image, in_turn(image):
-            unreadable = replace(unreadable, format=image.format or "", mode=image.mode)
-            decoded = decode(image)
+        image = replace(image, bytes=status.st_size, content=content)
+        known = builder.find(image) if builder else None
+        if known and known.width * known.height <= max_pixels:
+            return known
+        with open_image(path, max_pixels) as opened, decoding_turn(opened):
+            image = replace(image, format=opened.format or "", mode=opened.mode)
+            decoded = decode(opened)
             check_reencoding(decoded.size, reencode_jpeg)
-            record = replace(unreadable, width=decoded.width, height=decoded.height, key=pixel_key(decoded))
-            checked = CheckedImage(record, _sums(decoded))
+            size = {"width": decoded.width, "height": decoded.height}
+            checked = replace(image, **size, key=pixel_key(decoded), sums=_sum_values(decoded))
             if builder:
                 builder.write(checked, decoded)
             return checked
     except (UnreadableImage, OSError) as error:
-        return CheckedImage(replace(unreadable, problem=problem_of(error, path)), (0,) * 6)
+        return replace(image, problem=problem_of(error, path))
 
 
 def problem_of(error: UnreadableImage | OSError, path: Path) -> str:
@@ -123,7 +122,7 @@ def problem_of(error: UnreadableImage | OSError, path: Path) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _sums(image: Image.Image) -> tuple[int, ...]:
-    """Of the values of red, green, blue, then of their squares, from the histogram."""
+def _sum_values(image: Image.Image) -> tuple[int, ...]:
+    """`ImageRecord.sums`, from the histogram."""
     counts, values = np.array(image.histogram(), np.int64).reshape(3, 256), np.arange(256)
     return *(counts @ values).tolist(), *(counts @ values**2).tolist()

@@ -1,4 +1,4 @@
-"""Statistics, tables and a figure of a data set, and the files that are left out of it."""
+"""Statistics, tables and a figure of a data set, and the files in it that are not used."""
 
 import math
 from collections.abc import Sequence
@@ -21,25 +21,24 @@ SHOWN = 20  # unreadable files that are printed; unreadable.csv holds all
 
 
 # ------------------------------------------------------------------------------------------------ statistics
-def measure(root: Path, records: Sequence[ImageRecord], sums: Sequence[Sequence[int]], data: DataSet) -> dict[str, Any]:
-    """What statistics.json holds. All but `images` is over readable images; `sums` are as `CheckedImage` has them.
+def measure(root: Path, records: Sequence[ImageRecord], data: DataSet) -> dict[str, Any]:
+    """What statistics.json holds, of the checked `records` of `data`. All but `images` is over readable images.
 
     Sizes are in pixels, `mean` and `std` (population) of values in [0, 1], red, green, blue, exact to the last digit.
     """
-    index = Index(root, tuple(records), parts=tuple(image.part for image in data.images))
     statistics: dict[str, Any] = {
         "data_root": str(root.absolute()),
         "layout": data.layout,
-        "fingerprint": index.fingerprint,
+        "fingerprint": Index(root, tuple(records)).fingerprint,
         "images": len(records),
         "unreadable": sum(bool(record.problem) for record in records),
         "passed_over": list(data.ignored),
-        **moments(records, sums),
+        **moments(records),
         "classes": {},
     }
     table = readable_table(records)
     for label, class_name in enumerate(CLASSES):
-        members, count = table[table["label"] == label], index.labels.count(label)
+        members, count = table[table["label"] == label], sum(record.label == label for record in records)
         statistics["classes"][class_name] = {
             "images": count,
             "unreadable": count - len(members),
@@ -52,13 +51,13 @@ def measure(root: Path, records: Sequence[ImageRecord], sums: Sequence[Sequence[
             .quantile(list(QUANTILES.values()))
             .set_axis(list(QUANTILES))
             .to_dict(),
-            **moments([records[row] for row in members.index], [sums[row] for row in members.index]),
+            **moments([record for record in records if record.label == label]),
         }
     return statistics
 
 
 def readable_table(records: Sequence[ImageRecord]) -> pd.DataFrame:
-    """Label, format, mode and sizes of the readable images; their rows in `records` are its index."""
+    """Label, format, mode and sizes of the readable images."""
     columns = ["label", "format", "mode", "width", "height"]
     table = pd.DataFrame([[getattr(record, name) for name in columns] for record in records], columns=columns)
     sizes = [f"{record.width}x{record.height}" for record in records]
@@ -66,17 +65,18 @@ def readable_table(records: Sequence[ImageRecord]) -> pd.DataFrame:
     return table[[not record.problem for record in records]]
 
 
-def moments(records: Sequence[ImageRecord], sums: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Number of pixels, and their mean and population standard deviation per channel, from integer `sums`."""
+def moments(records: Sequence[ImageRecord]) -> dict[str, Any]:
+    """Number of pixels, and their mean and population standard deviation per channel, of the readable images."""
     pixels = sum(record.width * record.height for record in records)
-    values, squares = np.array(sums, object).sum(0).reshape(2, 3)  # Python integers: products are beyond 64 bits
+    sums = np.array([record.sums for record in records if not record.problem], object)
+    values, squares = sums.sum(0).reshape(2, 3)  # Python integers: products are beyond 64 bits
     deviations = [math.sqrt(variance) / 255 for variance in (pixels * squares - values**2) / pixels**2]
     return {"pixels": pixels, "mean": (values / (255 * pixels)).tolist(), "std": deviations}
 
 
 # ---------------------------------------------------------------------------------------------------- tables
 def tables(statistics: dict[str, Any]) -> dict[str, tuple[list[str], list[list[Any]]]]:
-    """The report's tables, as columns and rows, by name, which is their file's name too."""
+    """The report's tables, as columns and rows, by name, which is also the name of their file."""
     classes = statistics["classes"].items()
     modes = list(dict.fromkeys(mode for _, values in classes for mode in values["modes"]))
     averages = ("images", "unreadable", "mean_width", "mean_height")
@@ -107,9 +107,9 @@ def tables(statistics: dict[str, Any]) -> dict[str, tuple[list[str], list[list[A
 
 
 def report_left_out(folder: Path, problems: Sequence[tuple[str, str]], ignored: Sequence[str] = ()) -> None:
-    """Name the unreadable files with their reasons, and the files that are hidden or do not end as an image does.
+    """Print and write the unreadable files with their reasons, and print the ignored files.
 
-    `problems` are path and reason of all images; the reason is empty for a readable one.
+    `problems` are the path and reason of all images; the reason is empty for a readable one.
     """
     unreadable = [(path, problem) for path, problem in problems if problem]
     write_csv(folder / "unreadable.csv", ["path", "problem"], unreadable)

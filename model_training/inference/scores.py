@@ -21,10 +21,10 @@ from tqdm import tqdm
 from config import Name, Preset, Settings
 from data.images import UnreadableImage
 from data.index import used_images
-from data.layouts import Listed, read_data_set
+from data.layouts import read_data_set
 from data.lists import comparable, csv_line, name_of_root, read_csv, write_csv
 from data.perturbations import perturbation
-from data.records import CLASSES, identity
+from data.records import CLASSES, ImageRecord, identity
 from data.splits import groups_of
 from model_training.inference.detector import Detector, Outcome, PredictionOptions, load_detector
 from models.weights import weights_file, written_by_torch
@@ -168,11 +168,11 @@ def score_data(
 
 
 def sources_and_groups(
-    settings: Settings, images: Sequence[Listed], every: Sequence[Listed]
+    settings: Settings, images: Sequence[ImageRecord], every: Sequence[ImageRecord]
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """Source and group of each image, as `ScoredData` has them, and what the groups are.
 
-    Sources are those of `Listed`, unless `group_by` names a CSV. Groups are those of `group_by`; without it they are
+    Sources are those of the images, unless `group_by` names a CSV. Groups are those of `group_by`; without it they are
     pairs, if `every` image of the data root has one namesake, in the other class. Raises UserError as `groups_of` does.
     """
     group_by, paths, given = settings.group_by, [image.path for image in images], [image.source for image in images]

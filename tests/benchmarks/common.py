@@ -266,13 +266,13 @@ def run(
 
 def _metadata(data_root: Path) -> dict[str, Any]:
     pixels, sizes = [], []
-    for name, *_ in read_data_set(data_root).images:
+    for path in (data_root / image.path for image in read_data_set(data_root).images):
         try:
-            with open_image(data_root / name, MAX_PIXELS) as image:
+            with open_image(path, MAX_PIXELS) as image:
                 pixels.append(image.width * image.height)
         except UnreadableImage:
             continue
-        sizes.append((data_root / name).stat().st_size)
+        sizes.append(path.stat().st_size)
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     processor = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
     return {

@@ -101,7 +101,7 @@ def measure(preset: Preset, **values: Any) -> None:
     is_fake, tested = [label == 0 for _, label in trained], [images[row] for row in splits.test]
     if options.test_root:
         settings = replace(settings, data_root=options.test_root, data_list="", group_by="none")  # intervals over pairs
-        tested = [image[:2] for image in read_data_set(options.test_root).images]
+        tested = [(image.path, image.label) for image in read_data_set(options.test_root).images]
     of_tested, tested, unreadable = features_of(settings.data_root, tested, settings)
     paths, labels = [path for path, _ in tested], np.array([label for _, label in tested])
     trees = [HistGradientBoostingClassifier(max_features=0.5, random_state=seed) for seed in options.seeds]

@@ -172,9 +172,9 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> list[Table]:
     files = {name: Files(layout, scratch / name) for name, layout in layouts.items()}
     files["strips of 112, default readahead"] = Files(Strips(112), scratch / "default", announce=False)
     photos = []
-    for name, *_ in read_data_set(arguments.data_root).images:
+    for record in read_data_set(arguments.data_root).images:
         try:
-            image = read_image(arguments.data_root / name, MAX_PIXELS)
+            image = read_image(arguments.data_root / record.path, MAX_PIXELS)
         except UnreadableImage:
             continue
         pixels = np.ascontiguousarray(pixels_of(image)[:, :, :3])

@@ -25,7 +25,7 @@ from utils import find_experiment
 
 
 def loading(preset: Preset, experiment: GlassExperiment, index: Index, rows: list[int], direct: bool) -> Repeat:
-    """Epochs of the loader, whose batches are left alone; `direct`: the same batches, from the data set."""
+    """Epochs of the loader, whose batches are not used; `direct`: the same batches, from the data set."""
     torch.set_num_threads(1)
     if direct:
         keep_freed_memory()
@@ -40,17 +40,17 @@ def loading(preset: Preset, experiment: GlassExperiment, index: Index, rows: lis
     return timed(epoch)
 
 
-MEMORY, STEPS = ("shared", "new", "kept"), ("make", "fill", "let go")
+MEMORY, STEPS = ("shared", "new", "reused"), ("make", "fill", "release")
 
 
 def new_memory(kind: str, size: int) -> Repeat:
-    """Seconds to get memory of one kind, to copy a batch there, and to let it go."""
+    """Seconds to allocate memory of one kind, to copy a batch there, and to release it."""
     torch.set_num_threads(1)
-    source, kept = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
+    source, reused = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
 
     def once(_: int) -> Measured:
         clock = [time.perf_counter()]
-        memory = kept if kind == "kept" else torch.empty(size, dtype=torch.uint8)
+        memory = reused if kind == "reused" else torch.empty(size, dtype=torch.uint8)
         if kind == "shared":
             memory.share_memory_()
         clock.append(time.perf_counter())
@@ -87,7 +87,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> list[Table]:
         f"Memory for one such batch, {megabytes:.1f} MB: milliseconds",
         ("memory", *STEPS),
         [(kind, *(1000 * median(new[kind], step) for step in STEPS)) for kind in MEMORY],
-        "Shared: what a loading process hands over. New: what a process that loads by itself gets. Kept: used before.",
+        "Shared: from a loading process. New: what a process that loads by itself allocates. Reused: used before.",
         new,
     )
     return [Table(title, columns, table, note, {", ".join(way): found for way, found in results.items()}), memory]

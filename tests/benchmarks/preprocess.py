@@ -29,9 +29,9 @@ from data.cache.builder import building
 from data.cache.pixel_cache import PIXELS, VIEWS
 from data.images import UnreadableImage, read_image
 from data.layouts import read_data_set
-from data.preparation.checks import File, check_images
+from data.preparation.checks import check_images
 from data.preparation.report import moments
-from data.records import CheckedImage
+from data.records import ImageRecord
 from data.workers import available_cores, keep_freed_memory
 from tests.benchmarks import common
 from tests.benchmarks.common import MAX_PIXELS, Measured, Repeat, Table, Way, measured, median, timed
@@ -64,7 +64,7 @@ def plain(paths: list[Path]) -> Repeat:
     return timed(lambda _: plain_statistics(paths))
 
 
-def check(preset: Preset, files: Sequence[File], cache: bool = False) -> list[CheckedImage]:
+def check(preset: Preset, files: Sequence[ImageRecord], cache: bool = False) -> list[ImageRecord]:
     """Ours; `cache`: which also writes the pixel cache."""
     with building(preset.settings, (PIXELS, VIEWS), files) if cache else contextlib.nullcontext() as builder:
         return check_images(preset.settings, files, builder)
@@ -78,7 +78,7 @@ def quietly(work: Callable[..., object], *arguments: object) -> Repeat:
     return timed(once)
 
 
-def ours(preset: Preset, files: Sequence[File], cache: bool) -> Repeat:
+def ours(preset: Preset, files: Sequence[ImageRecord], cache: bool) -> Repeat:
     """`check` as a command does it: in a new process, which starts its workers, with no cache yet."""
 
     def once(repeat: int) -> Measured:
@@ -117,21 +117,19 @@ def _decode(path: Path) -> None:
 
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> list[Table]:
-    root, files = arguments.data_root, [image[:2] for image in read_data_set(arguments.data_root).images]
-    paths, preset = [root / name for name, _ in files], partial(common.make_preset, root, scratch)
+    root, files = arguments.data_root, read_data_set(arguments.data_root).images
+    paths, preset = [root / image.path for image in files], partial(common.make_preset, root, scratch)
     images = check(preset(num_workers=0), files)
-    readable = [image for image in images if not image.record.problem]
-    statistics = moments([image.record for image in readable], [image.sums for image in readable])
+    readable, statistics = [image for image in images if not image.problem], moments(images)
     assert np.allclose(plain_statistics(paths), (statistics["mean"], statistics["std"]), rtol=0, atol=1e-9)
 
     alone = ("plain", 1)
     ways: dict[tuple[str, int], Repeat] = {alone: Way(plain, paths)}
     counts = sorted({1, 2, min(available_cores(), 16)})
-    smallest = min(readable, key=lambda image: image.record.width * image.record.height).record
+    smallest = min(readable, key=lambda image: image.width * image.height)
     for name, cache in (("ours", False), ("ours, with --cache", True)):
         ways |= {(name, n): ours(preset(num_workers=n), files, cache) for n in (0, *counts)}
-        one_file = [(smallest.path, smallest.label)]
-        ways[f"{name}, one small file", 1] = ours(preset(num_workers=1), one_file, cache)
+        ways[f"{name}, one small file", 1] = ours(preset(num_workers=1), [smallest], cache)
     cache_bytes = 3 * statistics["pixels"] + len(readable) * 2 * 3 * preset().settings.patch_size ** 2
     ways["writing the cache's bytes", 1] = writing(scratch / "bytes", cache_bytes)
     ways |= {("decoding alone", n): decoding(paths, n) for n in counts}
