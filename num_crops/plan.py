@@ -59,7 +59,7 @@ def plan(preset: Preset, glass: GlassExperiment, standard: StandardExperiment, *
         raise UserError("this machine has no GPU: give the memory of the card in GB, such as --memory 24")
     if options.figure and options.figure.suffix != ".png":
         raise UserError(f"the figure is written as PNG, and {options.figure} does not end in .png: name another file")
-    if options.figure and glass.branches == "global":
+    if options.figure and not glass.crops_per_image:
         raise UserError("a model with branches = global has no crops to draw memory against: leave out --figure")
     held_out = sum(counts_of((preset.settings.valid_size, preset.settings.test_size), options.images))
     if options.images_per_second and held_out >= options.images:
@@ -77,7 +77,7 @@ def plan(preset: Preset, glass: GlassExperiment, standard: StandardExperiment, *
             print(f"left out, {experiment.name} with checkpointing in {precision}: {error}")
             continue
         needs = cache(training.needs)
-        B, K = experiment.batch_size, experiment.num_crops if training.crops else 0
+        B, K = experiment.batch_size, experiment.crops_per_image
         family, fits = type(experiment).__name__.removesuffix("Experiment").lower(), USABLE * memory * 1024
         if (family, again) not in flops:
             flops[family, again] = training.flops(K)

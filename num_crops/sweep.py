@@ -19,7 +19,7 @@ def sweep(preset: Preset, experiment: GlassExperiment, restart: bool = False) ->
     Raises:
         UserError: besides, a model without crops.
     """
-    if experiment.branches == "global":
+    if not experiment.crops_per_image:
         raise UserError(
             f"{experiment.name} has branches = global, and so no crops to be counted: choose other branches"
         )

@@ -64,7 +64,7 @@ class PlannedTraining:
         self.chooses = getattr(experiment, "crop_sampler", None) == "cooi"  # among the crops of all places
         if isinstance(experiment, GlassExperiment) and not self.chooses:  # other samplers give K crops, too
             experiment = replace(experiment, crop_sampler="stratified")
-        self.crops, self.P = getattr(experiment, "branches", "global") != "global", settings.patch_size
+        self.has_crops, self.P = experiment.crops_per_image > 0, settings.patch_size
         with torch.random.fork_rng(devices=()), torch.device("meta"):
             self.model = build_model(experiment, replace(settings, pretrained=False, weights_files=())).train()
         if settings.activation_checkpointing == "on":
@@ -108,7 +108,7 @@ class PlannedTraining:
     def _step(self, images: int, num_crops: int) -> tuple[int, ...]:
         """A training step; the fields of `Needs` in bytes."""
         self.model.num_chosen, given = num_crops * self.chooses, MAP_SIDE**2 if self.chooses else num_crops
-        shapes = [(images, 3, self.P, self.P), (images, given, 3, self.P, self.P)][: 1 + self.crops]
+        shapes = [(images, 3, self.P, self.P), (images, given, 3, self.P, self.P)][: 1 + self.has_crops]
         self.optimizer.zero_grad()
         self.memory.peak = before = self.memory.live
         views = self.runtime.to_device(self.model, [torch.empty(shape, dtype=torch.uint8) for shape in shapes])
@@ -132,7 +132,7 @@ def recomputes(experiment: Experiment, settings: Settings, runtime: Runtime) -> 
     if settings.activation_checkpointing != "auto" or runtime.device.type != "cuda":
         return settings.activation_checkpointing == "on"
     images = math.ceil(experiment.batch_size / processes.size())
-    needs = PlannedTraining(experiment, settings).needs(images, getattr(experiment, "num_crops", 0))
+    needs = PlannedTraining(experiment, settings).needs(images, experiment.crops_per_image)
     usable = USABLE * torch.cuda.get_device_properties(runtime.device).total_memory / MEGABYTE
     if needs.peak > usable:
         planned = f"{needs.peak:,.0f} MB planned, uncompiled"

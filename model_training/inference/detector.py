@@ -279,7 +279,7 @@ def load_detector(
         own = f"its backbone is {experiment.backbone}, not {options.backbone}"
         raise UserError(f"{path} says itself that {own}: leave that option out")
     other_crops = ""
-    if isinstance(experiment, GlassExperiment) and experiment.branches != "global":
+    if experiment.crops_per_image:
         trained, experiment = asdict(experiment), replace(experiment, **options.crops)
         changed = {name: value for name, value in options.crops.items() if trained[name] != value}
         other_crops = ", ".join(f"{name} = {value}" for name, value in changed.items())
