@@ -8,12 +8,12 @@ from config import Experiment, GlassExperiment, LogUniform, Preset, SearchSpace
 
 
 def search_space(preset: Preset, experiment: Experiment) -> SearchSpace:
-    """The preset's search space for a model of the experiment's kind."""
+    """The preset's search space for GLASS or for standard models, as the experiment is."""
     return preset.glass_space if isinstance(experiment, GlassExperiment) else preset.standard_space
 
 
 def suggest_experiment(trial: optuna.Trial, space: SearchSpace, experiment: Experiment) -> Experiment:
-    """The experiment with the trial's suggestions for its hyperparameters, drawn in the order of the search space."""
+    """The experiment with the hyperparameters that the trial suggests, in the order of the search space."""
     values = {
         name: trial.suggest_float(name, choices.low, choices.high, log=True)
         if isinstance(choices, LogUniform)

@@ -17,7 +17,7 @@ def sweep(preset: Preset, experiment: GlassExperiment, restart: bool = False) ->
     """`run_cost_study` with each K; prints the least-squares lines of memory and of time against K.
 
     Raises:
-        UserError: besides, a model without crops.
+        UserError: as `run_cost_study` does, and for a model without crops.
     """
     if not experiment.crops_per_image:
         raise UserError(
