@@ -13,7 +13,6 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from config import Experiment, GlassExperiment, Preset, StandardExperiment, Tuning
-from hyperparameter_tuning.search_spaces import search_space, suggest_experiment
 from hyperparameter_tuning.trials import (
     Search,
     Train,
@@ -23,6 +22,7 @@ from hyperparameter_tuning.trials import (
     print_best,
     resources,
     study_file,
+    suggest_experiment,
 )
 from hyperparameter_tuning.workers import Worker
 from training import processes
@@ -72,7 +72,7 @@ def tune(preset: Preset, experiment: Experiment, restart: bool = False, train: T
         raise UserError(
             f"max_resource is {tuning.max_resource}: it must be at least min_resource = {tuning.min_resource}"
         )
-    space = search_space(preset, experiment)
+    space = preset.glass_space if isinstance(experiment, GlassExperiment) else preset.standard_space
     fixed = {name: value for name, value in resolved(experiment).items() if name not in space}
     values = resolved(preset.settings, tuning) | fixed
     values["search_space"] = [f"{name}: {choices}" for name, choices in space.items()]

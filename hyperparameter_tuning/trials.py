@@ -1,10 +1,10 @@
-"""Shared by studies in one process and by many workers: training a trial, printing the best one, the SQLite file."""
+"""Shared by studies in one process and by many workers: suggesting and training a trial, the SQLite file."""
 
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 
-from config import Experiment, GlassExperiment, SearchSpace, StandardExperiment, Tuning
+from config import Experiment, GlassExperiment, LogUniform, SearchSpace, StandardExperiment, Tuning
 from training import processes
 from training.checkpoints import Checkpoint
 from training.evaluation import NonFiniteLoss
@@ -116,6 +116,17 @@ def fit_trial(search: Search, number: int, experiment: Experiment, checkpoint: C
     seed, rows = session.settings.main_seed + number, (session.splits.train, session.splits.valid)
     job = build_job(session, experiment, seed, search.tuning.epochs, rows, f"{experiment.name} trial {number}")
     fit(job, checkpoint, session.stop, on_epoch=on_epoch)
+
+
+def suggest_experiment(trial: optuna.Trial, space: SearchSpace, experiment: Experiment) -> Experiment:
+    """The experiment with the hyperparameters that the trial suggests, in the order of the search space."""
+    values = {
+        name: trial.suggest_float(name, choices.low, choices.high, log=True)
+        if isinstance(choices, LogUniform)
+        else trial.suggest_categorical(name, choices)
+        for name, choices in space.items()
+    }
+    return replace(experiment, **values)
 
 
 def author_study_name(experiment: Experiment) -> str:

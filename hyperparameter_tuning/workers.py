@@ -24,8 +24,15 @@ from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from config import Experiment
-from hyperparameter_tuning.search_spaces import suggest_experiment
-from hyperparameter_tuning.trials import Search, SlotPruner, author_study_name, open_study, print_best, write_study
+from hyperparameter_tuning.trials import (
+    Search,
+    SlotPruner,
+    author_study_name,
+    open_study,
+    print_best,
+    suggest_experiment,
+    write_study,
+)
 from training.checkpoints import Checkpoint
 from training.runs import RunFolder, first_difference, open_run
 from utils import UserError, first_line, write_json

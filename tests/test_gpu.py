@@ -51,7 +51,7 @@ def test_batches_arrive_in_pinned_memory_and_on_the_device_unchanged(workers: in
             torch.testing.assert_close(on_device.cpu(), normalised, rtol=0, atol=1e-6)
 
 
-def test_batches_that_are_copied_beside_a_computation_are_whole_when_it_is_their_turn() -> None:
+def test_batches_that_are_copied_during_a_computation_arrive_complete() -> None:
     to_device, sums = Copies(torch.device("cuda")), []
     batches = [torch.randint(0, 256, (2**24,), dtype=torch.uint8).pin_memory() for _ in range(12)]
     busy = torch.randn(4096, 4096, device="cuda")
@@ -139,7 +139,7 @@ def test_memory_is_the_allocators_peak(toy_preset: MakePreset) -> None:
     assert history[0].peak_memory_mb == pytest.approx(torch.cuda.max_memory_allocated() / 2**20)
 
 
-def test_out_of_memory_says_what_was_tried(toy_preset: MakePreset) -> None:
+def test_an_out_of_memory_error_names_the_batch(toy_preset: MakePreset) -> None:
     job = toy_job(toy_preset(device="cuda", compile=False), "glass_resnet", num_crops=16)
     torch.cuda.empty_cache()
     placed = torch.cuda.memory_reserved() + 2**21  # and nothing that a step needs
