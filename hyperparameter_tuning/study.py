@@ -60,13 +60,13 @@ def tune(preset: Preset, experiment: Experiment, restart: bool = False, train: T
 
     Raises:
         UserError: no index, no weights, a study that was started with other settings, or one that is in use.
-        Stopped: a signal asked for it.
+        Stopped: a signal asked to stop.
     """
     tuning, folder = preset.tuning, preset_folder(preset) / "tuning" / experiment.name
     if restart and tuning.study_storage:
         raise UserError(
-            "--restart does not go with --study-storage, where other workers may be at work: choose another --name, or "
-            "delete the study from the database (optuna delete-study) and move its results folder away"
+            "--restart cannot be combined with --study-storage, where other workers may be running: choose another "
+            "--name, or delete the study from the database (optuna delete-study) and move its results folder away"
         )
     if tuning.max_resource < tuning.min_resource:
         raise UserError(
@@ -118,7 +118,7 @@ class _Study(Search):
 
     def __post_init__(self) -> None:
         path, name = self.run.path / "study.db", self.experiment.name
-        # With several processes, main has the file and the others a copy in memory, which develops alike.
+        # With several processes, main has the file, and the others a copy in memory that stays equal.
         self.stored = open_study(path, name) if processes.is_main() else optuna.create_study(direction="maximize")
         trials = processes.same(self.stored.trials)
         if not processes.is_main():

@@ -115,7 +115,7 @@ class Worker(Search):
                 raise UserError(f"study_storage is {self.shown}: it must be postgresql+psycopg://USER@HOST/DATABASE")
             self.engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=self.connect_args)
         except sqlalchemy.exc.ArgumentError as error:
-            raise UserError(f"study_storage is no database's URL: {first_line(error)}") from None
+            raise UserError(f"study_storage is not the URL of a database: {first_line(error)}") from None
         except ImportError:
             raise UserError("study_storage needs psycopg: pip install -r requirements-distributed.txt") from None
 

@@ -21,7 +21,7 @@ def build_model(experiment: Experiment, settings: Settings) -> nn.Module:
         return build_standard(load_backbone(name, settings), rate)
     branches, K = experiment.branches, experiment.num_crops if experiment.crop_sampler == "cooi" else 0
     if branches == "global" and (experiment.crop_sampler, experiment.pooling) != ("stratified", "attention"):
-        raise UserError("branches global has no crops: leave crop_sampler and pooling as they are, or take others")
+        raise UserError("branches global has no crops: leave crop_sampler and pooling as they are, or change branches")
     if branches == "local" and K:
         raise UserError("crop_sampler cooi asks the global view where to look, which branches local has none of")
     global_backbone = None if branches == "local" else load_backbone(name, settings)

@@ -1,5 +1,7 @@
 """Calibration of scores: metrics against scikit-learn's, intervals, temperature, thresholds and verdicts."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 from scipy.special import expit
@@ -153,7 +155,7 @@ def test_separable_classes_have_no_inconclusive_images_and_a_finite_temperature(
 def test_probabilities_of_exactly_0_and_1_give_valid_thresholds() -> None:
     scores, labels = np.array([-800, 5, 5, -5, -5, -5], float), np.repeat([0, 1], 3)
     calibration = calibrate(scores, labels, 0.05)
-    assert calibration.real_below == 0 and Calibration(**calibration.as_json()) == calibration
+    assert calibration.real_below == 0 and Calibration(**asdict(calibration)) == calibration
     assert calibration.verdict(0.0) != "real"
 
 

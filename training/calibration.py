@@ -6,8 +6,8 @@ prior on log T around 0: the likelihood alone has no minimum where a small valid
 error. T stays 1 unless a likelihood-ratio test rejects that: a few images fit anything.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -75,10 +75,6 @@ class Calibration:
             "inconclusive": _share(~conclusive),
             "conclusive_accuracy": _share(right),
         }
-
-    def as_json(self) -> dict[str, Any]:
-        """All fields."""
-        return asdict(self)
 
 
 def calibrate(scores: np.ndarray, labels: np.ndarray, band_error: float) -> Calibration | None:

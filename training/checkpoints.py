@@ -100,7 +100,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
 def _about(file: safe_open) -> dict[str, Any]:
     about = json.loads((file.metadata() or {}).get("about", "null"))
     if not isinstance(about, dict):
-        raise ValueError("its metadata says nothing of the model")
+        raise ValueError("its metadata does not describe a model")
     return about
 
 

@@ -88,7 +88,7 @@ def run_cost_study(preset: Preset, experiment: Experiment, package: str, restart
 
     Raises:
         UserError: no index, no weights, a folder that was started with other settings, or one that is in use.
-        Stopped: a signal asked for it.
+        Stopped: a signal asked to stop.
     """
     study: CostSettings = getattr(preset, package)
     experiment, counts = replace(experiment, batch_size=study.batch_size), getattr(study, "crop_counts", (None,))
