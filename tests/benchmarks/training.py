@@ -6,7 +6,7 @@ Each configuration runs in a process of its own with a deadline, the most import
 after each, so that an interruption leaves a table. Meaningful numbers need a CUDA device; without one, the same
 configurations run at toy size. Images are synthetic, weights random; nothing is downloaded.
 
-TFLOP/s counts the matrix products of the forward and backward pass (torch's own counter); the ceiling is a product of
+TFLOP/s counts the matrix products of the forward and backward pass (`training.memory`); the ceiling is a product of
 two 8192 x 8192 matrices in the same precision. Memory is the allocator's peak in MiB: after the first steps, and with
 them. The loss after ten steps checks that each way does the same work: it is equal up to rounding within a model.
 """
@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from config import DEMO, PAPER, Experiment, GlassExperiment, Preset
@@ -38,6 +37,7 @@ from models.build import build_model
 from tests.benchmarks.common import Table, make_parser, make_preset, quiet, repeated, write_images, write_report
 from tests.benchmarks.epoch import straightforward_loader, take_normalised_views
 from training.checkpoints import Checkpoint
+from training.memory import PlannedTraining
 from training.progress import Progress
 from training.runs import git_commit, hardware, library_versions, seed_everything
 from training.runtime import MEGABYTE, Runtime, build_runtime
@@ -122,7 +122,8 @@ def _measure(case: Case, preset: Preset, experiment: Experiment, runtime: Runtim
     batches = batches_of(case, preset, experiment, trainer)
     if case.source == "straightforward":
         take_normalised_views(trainer)
-    flop = flop_an_image(trainer, next(batches))
+    without_repeats = replace(settings, activation_checkpointing="off")
+    flops = PlannedTraining(experiment, without_repeats).flops(experiment.crops_per_image)
     start = time.perf_counter()
     trainer.train_step(*next(batches))
     runtime.wait()
@@ -150,7 +151,7 @@ def _measure(case: Case, preset: Preset, experiment: Experiment, runtime: Runtim
         "images/s": experiment.batch_size / seconds,
         "ms a step": 1000 * seconds,
         "ms waiting": 1000 * waiting / steps,
-        "TFLOP/s": flop * experiment.batch_size / seconds / 1e12,
+        "TFLOP/s": flops * experiment.batch_size / seconds / 1e12,
         "peak MiB": peak_of(runtime.device),
         "with first steps": peak,
         "s first step": first,
@@ -180,16 +181,6 @@ def batches_of(case: Case, preset: Preset, experiment: Experiment, trainer: Trai
             loader.batch_sampler.set_epoch(epoch)
         for *views, labels in loader:
             yield views, labels
-
-
-def flop_an_image(trainer: Trainer, batch: tuple[Sequence[torch.Tensor], torch.Tensor]) -> float:
-    """FLOPs of the matrix products in a forward and a backward pass of one image."""
-    with FlopCounterMode(display=False) as counter, trainer.runtime.autocast():
-        views = trainer.runtime.to_device(trainer.model.eval(), [view[:1] for view in batch[0]])
-        trainer.model(*views).sum().backward()
-    trainer.optimizer.zero_grad(set_to_none=True)
-    trainer.model.train()
-    return float(counter.get_total_flops())
 
 
 def saving(trainer: Trainer, folder: Path) -> dict[str, float]:
