@@ -184,7 +184,7 @@ class Runtime:
 
 
 def lay_out(model: nn.Module) -> nn.Module:
-    """The model, channels_last if its `channels_last` is set and it has more than a ViT's one convolution or two."""
+    """The model, in channels_last format if its `channels_last` is set and it has more convolutions than a ViT."""
     if model.channels_last and sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 2:
         model.to(memory_format=torch.channels_last)
     return model
