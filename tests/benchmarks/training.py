@@ -124,8 +124,8 @@ def _measure(case: Case, preset: Preset, experiment: Experiment, runtime: Runtim
         take_normalised_views(trainer)
     without_repeats = replace(settings, activation_checkpointing="off")
     flops = PlannedTraining(experiment, without_repeats).flops(experiment.crops_per_image)
-    start = time.perf_counter()
-    trainer.train_step(*next(batches))
+    batch, start = next(batches), time.perf_counter()
+    trainer.train_step(*batch)
     runtime.wait()
     first = time.perf_counter() - start
     for _ in range(LOSS_STEPS - 1):
