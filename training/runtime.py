@@ -126,7 +126,7 @@ class Runtime:
 
     @contextmanager
     def memory_for(self, what: str) -> Iterator[None]:
-        """Raise `OutOfMemory`, which names `what`, if memory runs out in the block; a UserError without a C compiler."""
+        """Raise `OutOfMemory`, which names `what`, if memory runs out in it; a UserError without a C compiler."""
         try:
             yield
         except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what its compiler wraps it in
