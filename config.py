@@ -203,6 +203,11 @@ class GlassExperiment:
     pooling: Pooling = "attention"  # of the crops' features
     branches: Branches = "both"  # global: no crops; local: no global view; shared: one backbone for both
 
+    @property
+    def crops_per_image(self) -> int:
+        """K; 0 for a model that sees no crops."""
+        return 0 if self.branches == "global" else self.num_crops
+
 
 @dataclass(frozen=True)
 class StandardExperiment:
@@ -214,6 +219,11 @@ class StandardExperiment:
     dropout_rate: Probability  # before the last layer
     lr: Rate  # learning rate
     weight_decay: Decay  # of all parameters
+
+    @property
+    def crops_per_image(self) -> int:
+        """0: it sees the whole image."""
+        return 0
 
 
 Experiment = GlassExperiment | StandardExperiment

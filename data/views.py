@@ -46,7 +46,7 @@ class ViewSettings:
         P = settings.patch_size
         if not isinstance(experiment, GlassExperiment):
             return ViewSettings(P, 0, seed, standard=True)
-        K, sampler = 0 if experiment.branches == "global" else experiment.num_crops, experiment.crop_sampler
+        K, sampler = experiment.crops_per_image, experiment.crop_sampler
         if K and sampler == "five" and K != 5:
             raise UserError(f"num_crops is {K}: crop_sampler five takes 5, the centre and corners; change one of them")
         if sampler == "cooi" and K > MAP_SIDE**2:

@@ -1,8 +1,8 @@
 """One Optuna study: `tune(preset, experiment)`. docs/method.md, Experiments 1.
 
-Two Optuna studies hold the same trials. `stored` is an SQLite file that lasts. `live` is in memory and decides: it
-suggests values and prunes. A restart rebuilds it by replaying the stored trials, so that its sampler and its pruner
-arrive in the very state that they had, and the study continues as if it had never stopped.
+Two Optuna studies hold the same trials. `stored` is in an SQLite file. `live` is in memory; it suggests values and
+prunes. A restart rebuilds it by replaying the stored trials, which restores the state of its sampler and its pruner,
+so that the study continues as if it had never stopped.
 """
 
 import warnings
@@ -13,7 +13,6 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from config import Experiment, GlassExperiment, Preset, StandardExperiment, Tuning
-from hyperparameter_tuning.search_spaces import search_space, suggest_experiment
 from hyperparameter_tuning.trials import (
     Search,
     Train,
@@ -23,6 +22,7 @@ from hyperparameter_tuning.trials import (
     print_best,
     resources,
     study_file,
+    suggest_experiment,
 )
 from hyperparameter_tuning.workers import Worker
 from training import processes
@@ -30,13 +30,13 @@ from training.runs import RESTART, SETTINGS, RestartOption, RunFolder, archive, 
 from utils import UserError, preset_folder, run_command
 
 PAPER_OPTUNA = "4.6.0"
-HYPERPARAMETERS = {  # come from trials, not from the command line
+HYPERPARAMETERS = {  # set by trials, not on the command line
     field.name for kind in (GlassExperiment, StandardExperiment) for field in fields(kind) if field.default is MISSING
 } - {"name", "backbone"}
 
 
 def main(name: str, doc: str) -> None:
-    """The command of the study of experiment `name`."""
+    """The command that tunes the experiment `name`."""
     run_command(
         doc,
         tune,
@@ -56,23 +56,23 @@ def tune(preset: Preset, experiment: Experiment, restart: bool = False, train: T
 
     Args:
         restart: archive what was started, and start over.
-        train: what trains a trial.
+        train: trains a trial.
 
     Raises:
         UserError: no index, no weights, a study that was started with other settings, or one that is in use.
-        Stopped: a signal asked for it.
+        Stopped: a signal asked to stop.
     """
     tuning, folder = preset.tuning, preset_folder(preset) / "tuning" / experiment.name
     if restart and tuning.study_storage:
         raise UserError(
-            "--restart does not go with --study-storage, where other workers may be at work: choose another --name, or "
-            "delete the study from the database (optuna delete-study) and move its results folder away"
+            "--restart cannot be combined with --study-storage, where other workers may be running: choose another "
+            "--name, or delete the study from the database (optuna delete-study) and move its results folder away"
         )
     if tuning.max_resource < tuning.min_resource:
         raise UserError(
             f"max_resource is {tuning.max_resource}: it must be at least min_resource = {tuning.min_resource}"
         )
-    space = search_space(preset, experiment)
+    space = preset.glass_space if isinstance(experiment, GlassExperiment) else preset.standard_space
     fixed = {name: value for name, value in resolved(experiment).items() if name not in space}
     values = resolved(preset.settings, tuning) | fixed
     values["search_space"] = [f"{name}: {choices}" for name, choices in space.items()]
@@ -112,13 +112,13 @@ def build_live_study(name: str, seed: int, tuning: Tuning) -> optuna.Study:
 
 @dataclass
 class _Study(Search):
-    """The study of one experiment in one process; `live` and `stored` as the module says."""
+    """The study of one experiment in one process; the module's docstring explains `live` and `stored`."""
 
     run: RunFolder
 
     def __post_init__(self) -> None:
         path, name = self.run.path / "study.db", self.experiment.name
-        # Of several processes the others hold a copy in memory, which takes the same course.
+        # With several processes, main has the file, and the others a copy in memory that stays equal.
         self.stored = open_study(path, name) if processes.is_main() else optuna.create_study(direction="maximize")
         trials = processes.same(self.stored.trials)
         if not processes.is_main():
@@ -130,7 +130,7 @@ class _Study(Search):
         """Replay the finished trials, then run the others up to `total`."""
         finished = [trial for trial in self.stored.trials if trial.state.is_finished()]
         for trial in finished:
-            self.run.checkpoint(f"trial_{trial.number}").remove()  # a kill may have come between the two
+            self.run.checkpoint(f"trial_{trial.number}").remove()  # a kill may have prevented that
             self._replay(trial)
         print(f"{self.experiment.name}: {len(finished)} of {total} trials are finished")
         if len(finished) < total:
@@ -140,7 +140,7 @@ class _Study(Search):
             self._run_trial()
 
     def _replay(self, past: FrozenTrial) -> None:
-        """Take `live` through a finished trial: the same draws, reports and pruning decisions as when it ran."""
+        """Repeat a finished trial in `live`: the same draws, reports and pruning decisions as when it ran."""
         if past.state == TrialState.COMPLETE and past.value != max(past.intermediate_values.values(), default=None):
             raise UserError(
                 f"trial {past.number} of the study {self.experiment.name} has the value {past.value}, which is not the "
@@ -168,11 +168,11 @@ class _Study(Search):
         stored = self._stored_trial(live.params)
         suggest_experiment(stored, self.space, self.experiment)
         self._check_values(live, stored)
-        reported = self.stored.trials[stored.number].intermediate_values  # by an earlier process that was killed
+        reported = self.stored.trials[stored.number].intermediate_values  # by an earlier process
         checkpoint = self.run.checkpoint(f"trial_{live.number}")
 
         def report(accuracy: float, step: int) -> tuple[float, bool]:
-            accuracy = reported.get(step, accuracy)  # what is stored is what `live` was told
+            accuracy = reported.get(step, accuracy)  # the stored value is what the earlier `live` was given
             live.report(accuracy, step)
             if step not in reported:
                 stored.report(accuracy, step)
@@ -185,8 +185,8 @@ class _Study(Search):
         outcome.print(live.number, live.params)
 
     def _stored_trial(self, params: dict[str, Any]) -> optuna.Trial:
-        """The stored trial for these values: the one that an earlier process did not finish, else a new one."""
+        """The trial in `stored` for these values: the one that an earlier process did not finish, else a new one."""
         self.stored.sampler = optuna.samplers.PartialFixedSampler(params, optuna.samplers.RandomSampler())
         unfinished = [trial for trial in self.stored.trials if trial.state == TrialState.RUNNING]
-        # Optuna has no public way to take up a trial of a process that is gone.
+        # Optuna has no public way to resume a trial of a process that has ended.
         return optuna.Trial(self.stored, unfinished[0]._trial_id) if unfinished else self.stored.ask()

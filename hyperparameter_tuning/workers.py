@@ -1,8 +1,8 @@
 """One Optuna study on many machines: each runs `Worker.run`. docs/cluster.md.
 
-The study has slots 0 .. n - 1, one trial each. A trial whose worker died or was stopped is failed, without a reason,
-and `reconcile` gives its slot a new one with the same values. What belongs to all workers is changed under one lock of
-the server's, which the dead do not hold; whatever stopped it at whatever moment, the next `reconcile` completes it.
+The study has slots 0 .. n - 1, one trial each. A trial whose worker died or was stopped is failed without a reason,
+and `reconcile` gives its slot a new one with the same values. What all workers share is changed under one lock of the
+server, which ends with its holder; a change that was interrupted at any moment is completed by the next `reconcile`.
 """
 
 import itertools
@@ -24,15 +24,22 @@ from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from config import Experiment
-from hyperparameter_tuning.search_spaces import suggest_experiment
-from hyperparameter_tuning.trials import Search, SlotPruner, author_study_name, open_study, print_best, write_study
+from hyperparameter_tuning.trials import (
+    Search,
+    SlotPruner,
+    author_study_name,
+    open_study,
+    print_best,
+    suggest_experiment,
+    write_study,
+)
 from training.checkpoints import Checkpoint
 from training.runs import RunFolder, first_difference, open_run
 from utils import UserError, first_line, write_json
 
-GRACE = 5  # heartbeats that a worker may miss, and for which it waits itself for a server that is away
+GRACE = 5  # heartbeats that a worker may miss, and that it waits for a server that is away
 REPEATS = 3  # of a trial whose worker died each time
-AWAY = (sqlalchemy.exc.SQLAlchemyError, StorageInternalError)  # what a database that is away raises
+AWAY = (sqlalchemy.exc.SQLAlchemyError, StorageInternalError)  # raised where the database is away
 LOCK = sqlalchemy.text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
 
 
@@ -40,27 +47,27 @@ def attempts_of(study: optuna.Study) -> dict[int, list[FrozenTrial]]:
     """Slot -> its trials, by number."""
     slots = defaultdict(list)
     for trial in study.get_trials(deepcopy=False):
-        if "slot" in trial.user_attrs:  # else added by somebody else
+        if "slot" in trial.user_attrs:  # not one that somebody added by hand
             slots[trial.user_attrs["slot"]].append(trial)
     return slots
 
 
 def counting(attempts: list[FrozenTrial]) -> list[FrozenTrial]:
-    """Of a slot's trials those that count: finished (failed only for a reason), then running, then waiting."""
+    """A slot's trials without those that failed without a reason: first finished, then running, then waiting ones."""
     found = [trial for trial in attempts if trial.state != TrialState.FAIL or "failure" in trial.user_attrs]
     return sorted(found, key=lambda trial: (not trial.state.is_finished(), trial.state.value, trial.number))
 
 
 def reconcile(study: optuna.Study, storage: RDBStorage, total: int) -> dict[int, FrozenTrial]:
-    """Fail the trials of dead workers, and let each of `total` slots have one trial that counts; under the lock.
+    """Fail the trials of dead workers, and give each of `total` slots one trial that counts. Call it under the lock.
 
     Returns:
-        Slot -> that trial, of all slots: an earlier worker may have asked for more.
+        Slot -> that trial, for all slots: an earlier worker may have wanted more than `total`.
     """
     fail_stale_trials(study)
     slots = attempts_of(study)
     for slot in range(max([total, *(slot + 1 for slot in slots)])):
-        for double in counting(slots[slot])[1:]:  # two had the lock, which ends with its connection
+        for double in counting(slots[slot])[1:]:  # a worker lost the lock with its connection and did not notice
             with suppress(UpdateFinishedTrialError):
                 storage.set_trial_state_values(double._trial_id, TrialState.FAIL)
         if not slots[slot]:
@@ -85,9 +92,9 @@ class Worker(Search):
     """One of the processes that work on a study.
 
     Args:
-        folder: of results, which workers may share.
+        folder: for results; workers may share it.
         values: all settings that the numbers depend on.
-        name: of the study in the database.
+        name: the study's name in the database.
     """
 
     folder: Path
@@ -95,10 +102,10 @@ class Worker(Search):
     name: str
 
     def __post_init__(self) -> None:
-        self.slots: dict[int, FrozenTrial] = {}  # each with the trial that counts, as they last were
+        self.slots: dict[int, FrozenTrial] = {}  # what `reconcile` last returned
         self.heartbeat = self.tuning.heartbeat_seconds
-        optuna.logging.set_verbosity(optuna.logging.ERROR)  # it warns of what `_patiently` deals with
-        # One clock for all; and a worker that sleeps holds no lock for long.
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # `_patiently` handles what it warns about
+        # One clock for all workers; and one that is suspended does not keep the lock for long.
         options = f"-c timezone=UTC -c lock_timeout=10s -c idle_in_transaction_session_timeout={10 + self.heartbeat}s"
         self.connect_args = {"connect_timeout": 10, "tcp_user_timeout": 60_000, "options": options}
         try:
@@ -108,7 +115,7 @@ class Worker(Search):
                 raise UserError(f"study_storage is {self.shown}: it must be postgresql+psycopg://USER@HOST/DATABASE")
             self.engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=self.connect_args)
         except sqlalchemy.exc.ArgumentError as error:
-            raise UserError(f"study_storage is no database's URL: {first_line(error)}") from None
+            raise UserError(f"study_storage is not the URL of a database: {first_line(error)}") from None
         except ImportError:
             raise UserError("study_storage needs psycopg: pip install -r requirements-distributed.txt") from None
 
@@ -116,8 +123,8 @@ class Worker(Search):
         """Work on trials until none is left, then write study.db and run.json to the folder, and print the best.
 
         Raises:
-            UserError: the study or the folder was started otherwise, or the database is away.
-            Stopped: a signal asked for it; the trial in progress was given back.
+            UserError: the study or the folder was started with other settings, or the database is away.
+            Stopped: a signal asked to stop; the trial in progress was given back.
         """
         self._patiently(self._open)
         while not all(trial.state.is_finished() for trial in self.slots.values()):
@@ -131,13 +138,13 @@ class Worker(Search):
     # ------------------------------------------------------------------------------------- under the lock
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """In the block no other worker changes what belongs to all; the server ends the lock of one that died."""
+        """In the block, no other worker changes what all share; the server ends the lock of a worker that dies."""
         with self.engine.begin() as connection:
             connection.execute(LOCK, {"name": self.name})
             yield
 
     def _open(self) -> None:
-        with self._locked():  # Optuna does not create its tables for two at a time
+        with self._locked():  # Optuna fails if two processes create its tables at once
             url, engine = self.tuning.study_storage, {"pool_pre_ping": True, "connect_args": self.connect_args}
             beats = {"heartbeat_interval": self.heartbeat, "grace_period": GRACE * self.heartbeat}
             self.storage = RDBStorage(url, engine, **beats)
@@ -146,7 +153,7 @@ class Worker(Search):
             self.created = study.user_attrs.get("created", datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ"))
             study.set_user_attr("created", self.created)
             self.values |= {"database_study": self.created, "study_storage": self.shown}
-            self.values |= {"optuna": optuna.__version__, "heartbeat": self.heartbeat}  # common to all
+            self.values |= {"optuna": optuna.__version__, "heartbeat": self.heartbeat}  # must be the same for all
             with self._run_folder(study) as run:
                 self.slots = reconcile(study, self.storage, self.total)
                 finished = sum(trial.state.is_finished() for trial in self.slots.values())
@@ -156,7 +163,7 @@ class Worker(Search):
 
     @contextmanager
     def _run_folder(self, study: optuna.Study) -> Iterator[RunFolder]:
-        """The folder, locked, with the study's metadata, after both are compared with what is to run now."""
+        """The locked folder with the study's metadata, after both are compared with this worker's settings."""
         other = "choose another --name or"
         with open_run(self.session, self.folder, self.values, ("study.db",), f"{other} --results-root", wait=10) as run:
             run.metadata["command"] = run.metadata["command"].replace(self.tuning.study_storage, self.shown)
@@ -166,7 +173,7 @@ class Worker(Search):
             yield replace(run, metadata=metadata)
 
     def _take(self) -> tuple[optuna.Trial, int, Experiment] | None:
-        """A trial that waits, now running, with its slot and values; None if there is none."""
+        """Set a waiting trial to running; returns it with its slot and experiment, None if there is none."""
         with self._locked():
             pruner = SlotPruner(author_study_name(self.experiment), self.tuning)
             study = optuna.load_study(study_name=self.name, storage=self.storage, pruner=pruner)
@@ -176,9 +183,9 @@ class Worker(Search):
                     continue
                 seed, number = self.session.settings.main_seed + slot, found._trial_id
                 study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-                # Not `ask`, which may make a new trial. Another has failed this one if the lock was lost.
+                # Not `ask`, which may make a new trial. If the lock was lost, another worker may have failed this one.
                 with suppress(UpdateFinishedTrialError):
-                    self.storage.record_heartbeat(number)  # first: without one, it would never be stale
+                    self.storage.record_heartbeat(number)  # first: without a heartbeat it would never become stale
                     if self.storage.set_trial_state_values(number, TrialState.RUNNING):
                         trial = optuna.Trial(study, number)
                         return trial, slot, suggest_experiment(trial, self.space, self.experiment)
@@ -193,13 +200,13 @@ class Worker(Search):
             for leftover in checkpoints.glob("*/*.pt"):
                 leftover.unlink(missing_ok=True)
             for folder in (*checkpoints.glob("*"), checkpoints):
-                with suppress(OSError):  # it holds what was written for TensorBoard, or is not there
+                with suppress(OSError):  # it has files for TensorBoard, or does not exist
                     folder.rmdir()
             print_best(open_study(run.path / "study.db", name), name)
 
     # -------------------------------------------------------------------------------------------- a trial
     def _work(self, trial: optuna.Trial, slot: int, experiment: Experiment) -> None:
-        """Train a trial and tell how it ended; give it back if something else comes in between."""
+        """Train a trial and store how it ended; give it back if anything else interrupts it."""
         over = threading.Event()
 
         def report(accuracy: float, step: int) -> tuple[float, bool]:
@@ -212,9 +219,9 @@ class Worker(Search):
             values = {TrialState.COMPLETE: [outcome.value], TrialState.PRUNED: outcome.accuracies[-1:]}
             self.storage.set_trial_state_values(trial._trial_id, outcome.state, values.get(outcome.state))
 
-        def beat() -> None:  # tells the others that this worker lives
+        def beat() -> None:
             while not over.wait(self.heartbeat):
-                with suppress(*AWAY):  # the next will do
+                with suppress(*AWAY):  # the next heartbeat will do
                     self.storage.record_heartbeat(trial._trial_id)
 
         threading.Thread(target=beat, daemon=True).start()
@@ -237,9 +244,12 @@ class Worker(Search):
         outcome.print(slot, trial.params)
 
     def _checkpoints(self, trial: optuna.Trial, slot: int) -> list[Checkpoint]:
-        """Of the slot's trials up to this one, which gets the last one's: each has its own, or two may write to one."""
+        """Checkpoints of the slot's trials up to this one, which takes over the file of the one before.
+
+        Each trial has a file of its own, since two workers may train the same slot for a while.
+        """
         numbers = [each.number for each in self._patiently(lambda: attempts_of(trial.study))[slot]]
-        folder = self.folder / "checkpoints" / self.created  # another study's numbers mean other trials
+        folder = self.folder / "checkpoints" / self.created  # apart from those of another study of this name
         paths = [folder / f"trial_{number}.pt" for number in numbers if number <= trial.number]
         if there := [path for path in paths if path.exists()]:
             there[-1].rename(paths[-1])
@@ -252,11 +262,11 @@ class Worker(Search):
             time.sleep(0.1)
 
     def _patiently(self, action: Callable[[], Any]) -> Any:
-        """What `action` returns, which is tried again while the database is away.
+        """Call `action` until the database is not away; returns what it returns.
 
         Raises:
-            UserError: it stays away.
-            Stopped: a signal asked for it.
+            UserError: the database stays away.
+            Stopped: a signal asked to stop.
         """
         seconds = 10 + GRACE * self.heartbeat
         deadline = time.monotonic() + seconds
@@ -265,7 +275,7 @@ class Worker(Search):
                 return action()
             except UpdateFinishedTrialError:
                 raise
-            except (KeyError, RuntimeError) as error:  # it was deleted, or is of another version
+            except (KeyError, RuntimeError) as error:  # the study was deleted, or has another version
                 raise UserError(f"{self.shown} has no usable {self.name} ({first_line(error)}): start again") from None
             except AWAY as error:
                 problem = f"{self.shown} is away ({first_line(error.__cause__ or error)})"

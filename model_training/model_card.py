@@ -64,13 +64,12 @@ def write_model_card(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=True, finalize=in_a_cell
     ).from_string(TEMPLATE.read_text(encoding="utf-8"))
     settings = dict(about["experiment"]) | {name: about["settings"].get(name) for name in SETTINGS}
-    branches = getattr(experiment, "branches", None)
-    if branches == "global":
+    if not experiment.crops_per_image:
         settings = {name: value for name, value in settings.items() if name not in OF_CROPS}
     text = page.render(
         card_data=card_data.to_yaml(),
         name=f"{experiment.name}, seed {about['seed']}, epoch {about['epoch']}",
-        what=GLASS.get(branches, STANDARD),
+        what=GLASS.get(getattr(experiment, "branches", None), STANDARD),
         data=provenance.data,
         images=len(test.labels),
         settings=settings,

@@ -153,7 +153,7 @@ class _SeedRun:
 
         valid = evaluate(trainer.model, job.valid_loader, trainer.runtime, f"{self.title}, calibration", after_batch)
         calibration = calibrate(valid.scores, valid.labels, self.training.band_error)
-        about["calibration"] = calibration and calibration.as_json()
+        about["calibration"] = calibration and asdict(calibration)
         test_loader = session.loader(self.experiment, session.splits.test)
         test = evaluate(trainer.model, test_loader, trainer.runtime, f"{self.title}, test", after_batch)
         if not processes.is_main():

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 class SelfAttention(nn.MultiheadAttention):
-    """As its base class where query, key and value are one tensor, under the same names; equal up to rounding."""
+    """Its base class for one tensor as query, key and value, with the same parameters; equal up to rounding."""
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, need_weights: bool = False
@@ -19,7 +19,7 @@ class SelfAttention(nn.MultiheadAttention):
 
 
 def pack_self_attention(network: nn.Module) -> None:
-    """Give this class to the attention layers of a network in which each attends to its own input."""
+    """Turn a network's attention layers into `SelfAttention`; each of them must attend to its own input."""
     for module in network.modules():
         if type(module) is nn.MultiheadAttention:
             module.__class__ = SelfAttention

@@ -1,7 +1,7 @@
 """Name -> network with its initial weights, its width and its normalisation. docs/method.md, Model.
 
-`vit`, `convnext` and `resnet` are the paper's, from torchvision; `timm:<model>` is any model of timm. A further network
-of torchvision is one more entry of `TORCHVISION_BACKBONES`.
+`vit`, `convnext` and `resnet` are the paper's, from torchvision; `timm:<model>` is any model of timm. To add a network
+of torchvision, add an entry to `TORCHVISION_BACKBONES`.
 """
 
 import logging
@@ -20,19 +20,19 @@ from models.weights import read_state_dict, state_dict_mismatch
 from utils import UserError, first_line
 
 NUM_CLASSES = 2  # 0 fake, 1 real
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of all torchvision's ImageNet weights
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # for all of torchvision's ImageNet weights
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGENET_SIZE = 224  # pixels a side
 
 
 @dataclass(frozen=True)
 class TorchvisionBackbone:
-    """A network of torchvision whose last layer is linear, with its weights IMAGENET1K_V1."""
+    """A network of torchvision whose last layer is linear; its weights are IMAGENET1K_V1."""
 
     model: str  # its name in torchvision.models.list_models()
-    norm: str | None = None  # path of the normalisation before the last layer, where GLASS takes it off too
-    # path of the layer whose output is the last map, (B, C, h, w) or tokens (B, N, C), before any normalisation of each
-    # place, after which all places have the same sum
+    norm: str | None = None  # path of the normalisation before the last layer, if GLASS removes it too
+    # Path of the layer whose output is the last map, (B, C, h, w) or tokens (B, N, C), before any normalisation of each
+    # place, after which all places have the same sum.
     last_map: str | None = None
     vit_patch: int | None = None  # side of a ViT's patches: the network is built for one image size, a multiple of it
 
@@ -46,15 +46,15 @@ TORCHVISION_BACKBONES = {
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network (B, 3, P, P) -> (B, D) without its last layer, and what a model needs to know of it."""
+    """A network (B, 3, P, P) -> (B, D) without its last layer, and what a model needs to know about it."""
 
     network: nn.Module
     width: int  # D
     mean: tuple[float, ...]  # with std, normalises RGB in [0, 1]
     std: tuple[float, ...]
-    last: str | None = None  # path where the last layer was; None: the network ends without one
+    last: str | None = None  # path of the removed last layer; None: the network has none
     norm: str | None = None  # as in TorchvisionBackbone
-    last_map: str | None = None  # likewise; None of timm's networks, which say it themselves
+    last_map: str | None = None  # likewise; None for timm's networks, in which it is found
 
     def without_head(self) -> nn.Module:
         """The network as GLASS uses it, (B, 3, P, P) -> (B, D)."""
@@ -63,7 +63,7 @@ class Backbone:
         return self.network
 
     def with_head(self, head: nn.Module) -> nn.Module:
-        """The network as (B, 3, P, P) -> logits, with `head` for its last layer."""
+        """The network as (B, 3, P, P) -> logits, with `head` as its last layer."""
         if self.last is None:
             return nn.Sequential(self.network, head)
         self.network.set_submodule(self.last, head)
@@ -76,15 +76,15 @@ class Backbone:
 
 
 def normalised(model: nn.Module, view: torch.Tensor) -> torch.Tensor:
-    """A view (..., 3, P, P) of 0 to 255 as the model takes it: float32, with its mean and standard deviation."""
-    if not getattr(model, "channels_last", True):  # as which views arrive, and whose layout convolutions follow
+    """A view (..., 3, P, P) of 0 to 255 as float32, normalised with the model's mean and standard deviation."""
+    if not getattr(model, "channels_last", True):  # views arrive so, and convolutions follow the layout of their input
         view = view.contiguous()
-    # In place, since the tiles of a large image fill gigabytes.
+    # In place, because the tiles of a large image take gigabytes.
     return torch.div(view, 255).to(model.input_mean.dtype).sub_(model.input_mean).div_(model.input_std)
 
 
 class NormalisedInput(nn.Module):
-    """A model that takes views of 0 to 255: compiled, they become half precision in one pass over their bytes."""
+    """A model that takes views of 0 to 255; compiled, one pass over their bytes gives half precision."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -101,22 +101,22 @@ def features_and_map(network: nn.Module, last_map: str | None, view: torch.Tenso
     Args:
         last_map: as in `Backbone`.
     """
-    seen: list[torch.Tensor] = []
+    maps: list[torch.Tensor] = []
     if last_map is not None:
-        handle = network.get_submodule(last_map).register_forward_hook(lambda *call: seen.append(call[-1]))
+        handle = network.get_submodule(last_map).register_forward_hook(lambda *call: maps.append(call[-1]))
     else:
         layer = getattr(network, "norm", None) or nn.Identity()
-        handle = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        handle = layer.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0]))
     try:
         if last_map is not None:
             features = network(view)
         else:
-            whole = network.forward_features(view)
-            features = network.forward_head(whole)
-            seen.append(whole)  # where there is no such layer
+            maps_of_features = network.forward_features(view)
+            features = network.forward_head(maps_of_features)
+            maps.append(maps_of_features)  # used if the network has no such norm
     finally:
         handle.remove()
-    activations = seen[0]
+    activations = maps[0]
     tokens = getattr(activations, "ndim", 0) == 3
     if tokens:
         places = activations[:, 1 if last_map else getattr(network, "num_prefix_tokens", 0) :]
@@ -129,7 +129,7 @@ def features_and_map(network: nn.Module, last_map: str | None, view: torch.Tenso
             f"another backbone or sampler"
         )
     if not tokens and activations.shape[1] == activations.shape[2] != activations.shape[3]:
-        activations = activations.movedim(-1, 1)  # channels come last in some of timm's networks
+        activations = activations.movedim(-1, 1)  # some of timm's networks have channels last
     return features, activations
 
 
@@ -137,10 +137,10 @@ def load_backbone(name: str, settings: Settings) -> Backbone:
     """The network `name` with its weights from `settings.weights_files`, else downloaded if `pretrained`, else random.
 
     Raises:
-        UserError: no such network, weights unavailable or of another network, or a patch size it cannot take.
+        UserError: no such network, weights that are unavailable or another network's, or a patch size it cannot take.
     """
     files = dict(item.split("=", 1) for item in settings.weights_files)
-    for key in (name, *files):  # a mistyped name would silently leave its file unused
+    for key in (name, *files):  # otherwise the file of a mistyped name would silently be unused
         model = key.removeprefix("timm:")
         if key not in TORCHVISION_BACKBONES and (model == key or not timm.is_model(model.split(".")[0])):
             raise UserError(
@@ -164,7 +164,7 @@ def _load_torchvision(name: str, settings: Settings, file: Path | None) -> Backb
         _load_weights(network, name, file or _imagenet_file(name, get_model_weights(entry.model).IMAGENET1K_V1))
     if not settings.author_runtime:
         pack_self_attention(network)
-    last, layer = [*network.named_modules()][-1]  # of the paper's: heads.head, classifier.2, fc
+    last, layer = [*network.named_modules()][-1]  # heads.head, classifier.2 and fc in the paper's three
     if not isinstance(layer, nn.Linear):
         raise UserError(f"backbone {name} does not end in a linear layer, which the models replace: choose another")
     network.set_submodule(last, nn.Identity())
@@ -172,7 +172,7 @@ def _load_torchvision(name: str, settings: Settings, file: Path | None) -> Backb
 
 
 def _imagenet_file(name: str, weights: WeightsEnum) -> Path:
-    """Where torchvision keeps downloaded weights; downloads them if they are not there."""
+    """The file in which torchvision keeps downloaded weights; downloads them if there is none."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
     if not file.is_file():
         try:
@@ -190,10 +190,10 @@ def _load_timm(name: str, settings: Settings, file: Path | None) -> Backbone:
     cfg = timm.get_pretrained_cfg(model) or timm.models.PretrainedCfg()
     size = {"img_size": P} if cfg.fixed_input_size else {}
     download = settings.pretrained and not file
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the sentence below says it once
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the error below says it once
     try:
         network = timm.create_model(model, pretrained=download, **size)
-    except Exception as error:  # timm, its hub clients and the networks raise many kinds
+    except Exception as error:  # timm, its hub clients and the networks raise many types
         source = cfg.hf_hub_id or cfg.url or "its weights"
         remedy = f": if {source} cannot be downloaded, name a file with --weights-files {name}=FILE" if download else ""
         raise UserError(f"timm cannot build {name} for patch_size {P} ({first_line(error)}){remedy}") from None
@@ -201,7 +201,7 @@ def _load_timm(name: str, settings: Settings, file: Path | None) -> Backbone:
         _load_weights(network, name, file)
     network.reset_classifier(0)
     try:
-        with torch.no_grad():  # timm's own attributes do not hold the width of every network
+        with torch.no_grad():  # timm does not know the width of every network
             features = network.eval()(torch.zeros(1, 3, P, P))
     except Exception as error:
         text = f"backbone {name} does not take {P} x {P} pixels ({first_line(error)}): change patch_size"

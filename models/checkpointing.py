@@ -1,6 +1,6 @@
 """Activation checkpointing: a network's blocks compute their activations again in the backward pass.
 
-Of each block only the input is kept. Slower by at most one forward pass of it; the same numbers.
+Only the input of each block is kept. The numbers are the same; a block costs one more forward pass.
 """
 
 from collections.abc import Iterator
@@ -15,15 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from utils import UserError
 
 SEQUENCES = nn.Sequential | nn.ModuleList
-LAYERS = 3  # with parameters, that a block has at least; a convolution with its normalisation is none
+LAYERS = 3  # with parameters: the fewest of a block; a convolution with its normalisation is not one
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Make the blocks of the crops' backbone, without one of the only backbone, compute again in backward.
+    """Checkpoint the blocks of the crops' backbone, or of the only backbone of a model without crops.
 
-    Parameters and buffers keep their names.
-
-    Raises UserError if there are none.
+    Parameters and buffers keep their names. Raises UserError if there are no blocks.
     """
     for block in repeated_blocks(getattr(model, "local_model", model), "activation_checkpointing"):
         block.__class__ = _checkpointed(type(block))
@@ -33,7 +31,7 @@ def repeated_blocks(network: nn.Module, setting: str) -> list[nn.Module]:
     """The blocks of a network's parts.
 
     Raises:
-        UserError: no block is found; `setting` is what needs one.
+        UserError: there are none; `setting` is the setting that needs them.
     """
     blocks = [block for part in network.children() for block in blocks_of(part)]
     if not blocks:
@@ -44,7 +42,7 @@ def repeated_blocks(network: nn.Module, setting: str) -> list[nn.Module]:
 
 
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
-    """The innermost modules that are items of a sequence and have several layers, in timm and torchvision alike."""
+    """The innermost modules that are items of a sequence and have several layers; so in timm and in torchvision."""
     for child in module.children():
         inner = [*blocks_of(child)]
         item = isinstance(module, SEQUENCES) and not isinstance(child, SEQUENCES)
@@ -54,16 +52,16 @@ def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 class _Checkpointed:
-    """Of a block, in training."""
+    """Base class of a checkpointed block."""
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """As the block's own."""
+        """The block's own forward pass; in training, repeated in the backward pass."""
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(*inputs, **options)
-        if torch.compiler.is_compiling():  # which records the buffers' changes apart from what it computes again
+        if torch.compiler.is_compiling():  # compiled code changes buffers in the first pass only
             return checkpoint(super().forward, *inputs, use_reentrant=False, **options)
-        both = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _spared(self))}  # first and second pass
-        return checkpoint(super().forward, *inputs, **both, **options)
+        contexts = {"context_fn": lambda: (nullcontext(), _buffers_unchanged(self))}  # of the first and second pass
+        return checkpoint(super().forward, *inputs, use_reentrant=False, **contexts, **options)
 
 
 @cache
@@ -72,8 +70,8 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 @contextmanager
-def _spared(block: nn.Module) -> Iterator[None]:
-    """In the block of code, running statistics and counters are copies, which change in their place."""
+def _buffers_unchanged(block: nn.Module) -> Iterator[None]:
+    """Within it, running statistics and counters are copies, which change instead of them."""
     kept = [(module, name, buffer) for module in block.modules() for name, buffer in module.named_buffers("", False)]
     for module, name, buffer in kept:
         setattr(module, name, buffer.clone())

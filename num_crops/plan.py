@@ -1,15 +1,15 @@
-"""What will a training need? Memory of the GPU, FLOPs and hours, found without a GPU.
+"""What will a training need? GPU memory, FLOPs and hours, found without a GPU.
 
     python -m num_crops.plan --backbone vit --batch-size 64 --num-crops 10 --memory 24 [--figure FILE.png]
 
 Prints one line for each of GLASS and the standard model, each precision, without activation checkpointing and with it:
 megabytes (2**20 bytes) of parameters, gradients, optimizer, inputs and activations, the peak of an uncompiled step,
-whether it fits, FLOPs an image, and the largest batch and K that fit. Nine tenths of the memory count; CUDA has the
-rest. Batch and K are those of glass_resnet in config.py unless they are given; both models get this batch. With
---images-per-second, as a training of GLASS at this K prints it each epoch, also the hours of this backbone's part of
-the paper, if loading keeps up.
+whether it fits, FLOPs per image, and the largest batch and K that fit. Nine tenths of the memory count as usable; CUDA
+needs the rest. Batch size and K default to those of glass_resnet in config.py; both models get this batch size. With
+--images-per-second, which a training of GLASS at this K prints after each epoch, also prints the hours of this
+backbone's part of the paper, if loading keeps up.
 
-Hardware: a minute or two of one CPU core. Output: printed; a figure of memory against K if it is asked for.
+Hardware: one CPU core for a minute or two. Output: printed; with --figure, a picture of memory against K.
 """
 
 from collections.abc import Mapping
@@ -39,27 +39,27 @@ PerSecond = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class Options:
-    """Of the card, and of the hours."""
+    """The flags of this command."""
 
-    memory: GigaBytes | None = None  # of the card, in GB of 2**30 bytes; without it, this machine's
+    memory: GigaBytes | None = None  # of the card, in GB of 2**30 bytes; default: this machine's GPU
     figure: Path | None = None  # a PNG to write: memory against K
-    images_per_second: PerSecond | None = None  # of GLASS in training, measured: also show hours
-    images: Count = 12_000  # of the data set, for the hours
+    images_per_second: PerSecond | None = None  # measured in a training of GLASS: also print hours
+    images: Count = 12_000  # in the data set, for the hours
 
 
 def plan(preset: Preset, glass: GlassExperiment, standard: StandardExperiment, **values: Any) -> None:
-    """Plan both models; `values` are of the fields of `Options`.
+    """Plan both models; `values` are those of `Options`.
 
     Raises:
-        UserError: no such backbone, no card's memory is known, a batch that cannot be trained, a figure's name that
-            does not end in .png or a figure of no crops, or too few images for the hours.
+        UserError: no such backbone, unknown memory, a batch that cannot be trained, a figure whose name does not end in
+            .png or without crops to show, or too few images for the hours.
     """
     options = Options(**values)
     if options.memory is None and not torch.cuda.is_available():
         raise UserError("this machine has no GPU: give the memory of the card in GB, such as --memory 24")
     if options.figure and options.figure.suffix != ".png":
         raise UserError(f"the figure is written as PNG, and {options.figure} does not end in .png: name another file")
-    if options.figure and glass.branches == "global":
+    if options.figure and not glass.crops_per_image:
         raise UserError("a model with branches = global has no crops to draw memory against: leave out --figure")
     held_out = sum(counts_of((preset.settings.valid_size, preset.settings.test_size), options.images))
     if options.images_per_second and held_out >= options.images:
@@ -67,47 +67,47 @@ def plan(preset: Preset, glass: GlassExperiment, standard: StandardExperiment, *
     memory = options.memory or torch.cuda.get_device_properties(0).total_memory / 2**30
     rows, lines, flops = [], {}, {}
     ways = [*product((glass, standard), PRECISIONS.items(), ("off", "on"))]
-    for experiment, (precision, label), again in tqdm(ways, desc="planning", leave=False, disable=None):
-        settings = replace(preset.settings, precision=precision, activation_checkpointing=again)
+    for experiment, (precision, label), checkpointing in tqdm(ways, desc="planning", leave=False, disable=None):
+        settings = replace(preset.settings, precision=precision, activation_checkpointing=checkpointing)
         try:
             training = PlannedTraining(experiment, settings)
         except UserError as error:
-            if again == "off":
+            if checkpointing == "off":
                 raise
             print(f"left out, {experiment.name} with checkpointing in {precision}: {error}")
             continue
         needs = cache(training.needs)
-        B, K = experiment.batch_size, experiment.num_crops if training.crops else 0
+        B, K = experiment.batch_size, experiment.crops_per_image
         family, fits = type(experiment).__name__.removesuffix("Experiment").lower(), USABLE * memory * 1024
-        if (family, again) not in flops:
-            flops[family, again] = training.flops(K)
+        if (family, checkpointing) not in flops:
+            flops[family, checkpointing] = training.flops(K)
         batch = largest(lambda n, needs=needs, K=K: needs(n, K).peak, fits, B, MOST_IMAGES)
         crops = f"{largest(lambda n, needs=needs, B=B: needs(B, n).peak, fits, K, MOST_CROPS):,}" if K else "-"
-        sizes, gflops = [*map(round, astuple(needs(B, K)))], flops[family, again] / 1e9
+        sizes, gflops = [*map(round, astuple(needs(B, K)))], flops[family, checkpointing] / 1e9
         within = "yes" if sizes[-1] <= fits else "no"
-        rows.append((family, label, again, *sizes, within, gflops, batch, crops))
+        rows.append((family, label, checkpointing, *sizes, within, gflops, batch, crops))
         if K and options.figure:
-            name = f"{label}, checkpointing" if again == "on" else label
+            name = f"{label}, checkpointing" if checkpointing == "on" else label
             lines[name] = {n: needs(B, n).peak / 1024 for n in sorted({1, K, *range(4, max(K, 16) + 1, 4)})}
     print(f"{glass.backbone}, batches of {glass.batch_size}, K = {glass.num_crops}, a card of {memory:g} GB")
     print(f"Peaks are of uncompiled steps; batches are tried up to {MOST_IMAGES:,}, crops up to {MOST_CROPS:,}.")
-    print("A peak is no sum: gradients come as activations go, and what is computed again comes on top.\n")
+    print("A peak is not the sum: gradients are made while activations are freed, or recomputed with checkpointing.\n")
     print(render_table(COLUMNS, rows))
     if options.figure:
         _draw(options.figure, f"GLASS, {glass.backbone}, batches of {glass.batch_size}", lines, memory)
     if options.images_per_second:
-        of_steps = {family: flops[family, "off"] for family in ("glass", "standard")}
+        step_flops = {family: flops[family, "off"] for family in ("glass", "standard")}
         one_more = PlannedTraining(glass, preset.settings).flops(glass.num_crops + 1)
         rate = f"{options.images_per_second:g} images/s with GLASS at K = {glass.num_crops}"
-        print(f"\nHours at {rate}, and as many FLOPs a second in all else; K of tuning and of the study of crop counts")
-        print("is the mean of those tried, to validate an image takes a third of a step, and no trial is pruned.\n")
-        print(_hours(preset, glass, options, of_steps | {"crop": one_more - of_steps["glass"]}))
+        print(f"\nHours at {rate}, with the same FLOPs per second in all else; K of tuning and of the study of crop")
+        print("counts is the mean of those tried, validating an image takes a third of a step, no trial is pruned.\n")
+        print(_hours(preset, glass, options, step_flops | {"crop": one_more - step_flops["glass"]}))
 
 
 def _hours(preset: Preset, glass: GlassExperiment, options: Options, flops: Mapping[str, int]) -> str:
-    """The table of hours: every image of every epoch, nothing pruned; to validate an image takes a third of a step.
+    """The table of hours: every image of every epoch, nothing pruned; validating an image takes a third of a step.
 
-    `flops` are of a training step for an image, GLASS's and the standard model's, and for each crop more.
+    `flops` of a training step per image: of "glass" and "standard", and of each "crop" more.
     """
     settings, total = preset.settings, options.images
     valid, test = counts_of((settings.valid_size, settings.test_size), total)
@@ -126,8 +126,8 @@ def _hours(preset: Preset, glass: GlassExperiment, options: Options, flops: Mapp
     }
     rows = []
     for name, (epochs, (trained, validated), crops) in work.items():
-        of_image = flops["standard"] if crops is None else flops["glass"] + (crops - K) * flops["crop"]
-        seconds = epochs * (trained + validated / 3) * of_image / flops["glass"] / options.images_per_second
+        per_image = flops["standard"] if crops is None else flops["glass"] + (crops - K) * flops["crop"]
+        seconds = epochs * (trained + validated / 3) * per_image / flops["glass"] / options.images_per_second
         rows.append((name, epochs * (trained + validated) / 1e6, seconds / 3600))
     rows.append(("all of this backbone", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
     return render_table(("experiment", "million_images", "hours"), rows)

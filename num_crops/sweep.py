@@ -17,9 +17,9 @@ def sweep(preset: Preset, experiment: GlassExperiment, restart: bool = False) ->
     """`run_cost_study` with each K; prints the least-squares lines of memory and of time against K.
 
     Raises:
-        UserError: besides, a model without crops.
+        UserError: as `run_cost_study` does, and for a model without crops.
     """
-    if experiment.branches == "global":
+    if not experiment.crops_per_image:
         raise UserError(
             f"{experiment.name} has branches = global, and so no crops to be counted: choose other branches"
         )

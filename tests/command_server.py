@@ -1,4 +1,4 @@
-"""Runs `python -m module arguments` in a fork of a process that has imported the libraries, which takes four seconds.
+"""Runs `python -m module arguments` in a fork of a process that has imported the libraries, which saves four seconds.
 
 Nothing of the project itself is imported there. A `Server` starts one such process and uses it for all commands.
 """
@@ -25,7 +25,7 @@ LIBRARIES = (
 
 
 class Server:
-    """Ends with this process, whose end closes its standard input."""
+    """Ends with this process, because that closes its standard input."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         command = [sys.executable, "-m", "tests.command_server"]
@@ -40,7 +40,7 @@ class Server:
     def run(
         self, command: Sequence[str], environment: Mapping[str, str], timeout: float
     ) -> subprocess.CompletedProcess[str]:
-        """`python -m *command` without a terminal; it is killed after `timeout` seconds."""
+        """Run `python -m *command` without a terminal; it is killed after `timeout` seconds."""
         with tempfile.TemporaryDirectory() as scratch:
             files = [Path(scratch, name) for name in ("out", "errors")]
             process = Process(self, list(command), environment, files)
@@ -52,7 +52,7 @@ class Server:
             return subprocess.CompletedProcess(["python", "-m", *command], process.wait(), *texts)
 
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> "Process":
-        """`python -m *command`, as subprocess.Popen would, with its output in pipes."""
+        """Start `python -m *command` as subprocess.Popen would, with its output in pipes."""
         with tempfile.TemporaryDirectory() as scratch:
             pipes = [Path(scratch, name) for name in ("out", "errors")]
             for pipe in pipes:
@@ -63,7 +63,7 @@ class Server:
 
 
 class Process:
-    """What the tests use of subprocess.Popen; its process is a child of the server, and leads a group of its own."""
+    """The part of subprocess.Popen that tests use; the process is a child of the server and leads a process group."""
 
     stdout: TextIO
     stderr: TextIO
@@ -113,9 +113,9 @@ class Process:
 
 
 def serve() -> None:
-    """For each line of standard input: fork, or look whether a fork has ended; answer with its number or exit code."""
+    """For each line of standard input: fork, or poll a fork; answer with its process number or exit code."""
     gc.collect()
-    gc.freeze()  # or each fork copies what it looks through for garbage, above all at its end: a second and more
+    gc.freeze()  # or garbage collection in a fork would copy all memory, which takes a second
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it, and so would their commands
     for line in sys.stdin:
         kind, *request = json.loads(line)
@@ -131,13 +131,13 @@ def serve() -> None:
 
 
 def become(command: list[str], environment: dict[str, str], files: list[str]) -> None:
-    """In a fork: the command's process, as far as it can see."""
+    """Make a fork look like a new process of the command, and run it."""
     os.setsid()
     for number, name in enumerate((os.devnull, *files)):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY), number)
     os.environ.clear()
     os.environ.update(environment)
-    tempfile.tempdir = None  # as the environment says
+    tempfile.tempdir = None  # determined by the new environment
     sys.argv = command
     runpy.run_module(command[0], run_name="__main__", alter_sys=True)
 

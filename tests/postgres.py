@@ -1,4 +1,4 @@
-"""A PostgreSQL server of a test's own: on the loopback, in a temporary folder, without passwords and fsync."""
+"""A PostgreSQL server for tests: on the loopback, in a temporary folder, without passwords and fsync."""
 
 import glob
 import importlib.util
@@ -16,12 +16,12 @@ INITDB = shutil.which("initdb") or next(iter(sorted(glob.glob("/usr/lib/postgres
 MISSING = " and ".join(
     name for name, there in (("initdb", INITDB), ("psycopg", importlib.util.find_spec("psycopg"))) if not there
 )
-# The server refuses to be root.
+# The server refuses to run as root.
 USER: dict[str, Any] = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}
 
 
 class Postgres:
-    """Runs from when it is made until the end of its `with` block."""
+    """Runs from its creation to the end of its `with` block."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="postgres_"))
@@ -41,12 +41,8 @@ class Postgres:
 
     def start(self) -> None:
         options = (f"port={self.port}", "listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off")
-        command = [
-            self._binaries / "postgres",
-            "-D",
-            self.folder / "data",
-            *(part for o in options for part in ("-c", o)),
-        ]
+        flags = [part for option in options for part in ("-c", option)]
+        command = [self._binaries / "postgres", "-D", self.folder / "data", *flags]
         with open(self.folder / "log", "a") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, **USER)
         deadline = time.monotonic() + 60
@@ -55,7 +51,7 @@ class Postgres:
             time.sleep(0.05)
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
-        """SIGINT: it ends all connections; SIGQUIT: as in a crash."""
+        """SIGINT: end all connections; SIGQUIT: as in a crash."""
         self._process.send_signal(how)
         self._process.wait(60)
 

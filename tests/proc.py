@@ -1,4 +1,4 @@
-"""What Linux says of processes in /proc. Imports next to nothing: new processes are measured with it."""
+"""What Linux's /proc says about processes. Imports almost nothing, since it measures new processes."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def workers_of(process: Process) -> list[int]:
 
 
 def bytes_read() -> int:
-    """That the disk has read for this process so far: what the page cache held does not count."""
+    """Bytes read from the disk for this process so far, without those from the page cache."""
     return _counter("io", "read_bytes")
 
 

@@ -1,9 +1,9 @@
-"""The author's studies with a given function in place of training (fixtures/tuning.json), through `tune`.
+"""The author's studies through `tune`, with the function of fixtures/tuning.json instead of training.
 
     python -m tests.reference_studies STUDY --data-root DIR --results-root DIR
 
-The index of the data comes first: data.data_preprocess with conftest's PREPROCESS_FLAGS. Prints how many trials are the
-author's; exit code 1 if one is not.
+Needs an index of the data: data.data_preprocess with conftest's PREPROCESS_FLAGS. Prints how many trials equal the
+author's; exit code 1 if one does not.
 """
 
 import argparse
@@ -29,7 +29,7 @@ STUDIES = read_json(FIXTURES / "tuning.json")["studies"]
 
 
 def accuracies(experiment: Experiment) -> Iterator[float]:
-    """After each epoch, as the fixture says."""
+    """The accuracy after each epoch: the fixture's function."""
 
     def bump(rate: float, exponent: float) -> float:
         return math.exp(-((math.log10(rate) + exponent) ** 2))
@@ -56,7 +56,7 @@ def given(_search: object, _number: int, experiment: Experiment, _checkpoint: Ch
 
 
 def toy_paper(data: Path, results: Path) -> Preset:
-    """The paper's studies on an index of toy images, which nothing looks at."""
+    """The paper's studies on an index of toy images, which are not used."""
     toy = dict(data_root=data, results_root=results, patch_size=32, valid_size=6, test_size=6, device="cpu")
     return replace(config.PAPER, name="demo", settings=replace(config.PAPER.settings, **toy))
 

@@ -1,4 +1,4 @@
-"""Checkpoints of the author's code, state dicts without a word of their model: used as such, or refused."""
+"""Checkpoints of the author's code, which are state dicts without metadata: used with flags, or refused."""
 
 import re
 from pathlib import Path
@@ -33,7 +33,7 @@ def models() -> dict[str, nn.Module]:
 
 @pytest.fixture(scope="module")
 def checkpoints(models: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """glass_resnet.pt as torch.compile and a dictionary leave it; standard_resnet.pt is a plain state dict."""
+    """glass_resnet.pt is of a compiled model, within a dictionary; standard_resnet.pt is a plain state dict."""
     folder = tmp_path_factory.mktemp("checkpoints")
     compiled = {f"_orig_mod.{name}": tensor for name, tensor in models["glass_resnet"].state_dict().items()}
     torch.save({"epoch": 7, "model_state_dict": compiled}, folder / "glass_resnet.pt")
@@ -42,7 +42,7 @@ def checkpoints(models: dict[str, nn.Module], tmp_path_factory: pytest.TempPathF
 
 
 def direct_probability(model: nn.Module, path: Path, num_crops: int) -> float:
-    """Of fake, by the model itself."""
+    """The probability of fake, computed with the model directly."""
     image = read_image(path, 10**9)
     picture, views = Picture(image, pixel_key(image)), ViewSettings(224, num_crops, 606, standard=not num_crops)
     resized, boxes = picture.resized(views), picture.boxes(views, 1)[0] if num_crops else []
@@ -52,7 +52,7 @@ def direct_probability(model: nn.Module, path: Path, num_crops: int) -> float:
         return model(*((t - model.input_mean) / model.input_std for t in tensors)).double().softmax(1)[0, 0].item()
 
 
-def test_a_checkpoint_gives_the_numbers_of_the_model_it_is_of(
+def test_a_checkpoint_gives_the_numbers_of_its_model(
     models: dict[str, nn.Module], checkpoints: Path, toy_data: Path, tmp_path: Path
 ) -> None:
     files = [toy_data / "fake" / "0000.png", toy_data / "real" / "0001.jpg"]
@@ -77,7 +77,9 @@ def test_a_checkpoint_gives_the_numbers_of_the_model_it_is_of(
         assert found == pytest.approx(expected[name], abs=1e-5)
 
 
-def test_what_a_checkpoint_does_not_say_or_is_not_is_one_sentence(checkpoints: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_kind_or_without_the_flags_it_needs_is_one_sentence(
+    checkpoints: Path, tmp_path: Path
+) -> None:
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pt")
     torch.save({"model": {}, "optimizer": 1, "history": []}, tmp_path / "state.pt")
     torch.save({"weight": Bomb(tmp_path / "ran")}, tmp_path / "bomb.pt")

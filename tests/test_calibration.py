@@ -1,11 +1,13 @@
 """Calibration of scores: metrics against scikit-learn's, intervals, temperature, thresholds and verdicts."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 from scipy.special import expit
 from sklearn import metrics
 
-from training.calibration import Calibration, calibrate, fit_temperature
+from training.calibration import Calibration, calibrate
 from training.detection_metrics import bootstrap_intervals, detection_metrics, paired_differences, sources_apart
 from training.metrics import compute_metrics
 
@@ -57,11 +59,11 @@ def test_intervals_agree_with_a_plain_bootstrap() -> None:
     expected = np.quantile(aucs, (0.025, 0.975))
     assert bootstrap_intervals([fake], labels, [0.5])["auc"] == pytest.approx(tuple(expected), abs=0.012)
     both = bootstrap_intervals([fake, fake], labels, [0.5, 0.5])
-    assert both["auc"] == bootstrap_intervals([fake], labels, [0.5])["auc"]  # of a mean of equals
+    assert both["auc"] == bootstrap_intervals([fake], labels, [0.5])["auc"]  # the mean of two equal models
 
 
-def test_groups_are_resampled_whole() -> None:
-    """Ten copies of each image in a group say no more than one; pairs whose halves share their noise say more."""
+def test_whole_groups_are_resampled() -> None:
+    """Ten copies of each image in one group give the interval of one; pairs that share their noise a smaller one."""
     scores, labels = scored(60)
     fake = expit(scores)
     single = bootstrap_intervals([fake], labels, [0.5])["auc"]
@@ -75,9 +77,9 @@ def test_groups_are_resampled_whole() -> None:
 
 
 def test_paired_differences_are_those_of_a_plain_bootstrap_of_pairs() -> None:
-    """One seed against two, 40 pairs; the same pairs are drawn for both."""
+    """One seed against two, on 40 pairs; the same pairs are drawn for both."""
     random, labels, pairs = np.random.default_rng(7), np.repeat([0, 1], 40), np.tile(np.arange(40), 2)
-    scores = random.normal(0, 2, 40)[pairs] + np.where(labels == 0, 0.7, -0.7)  # what is hard is hard for all
+    scores = random.normal(0, 2, 40)[pairs] + np.where(labels == 0, 0.7, -0.7)  # the same images are hard for all
     one, *two = (expit(scores + random.normal(0, noise, 80)) for noise in (0.6, 0.3, 0.4))
     found = paired_differences([one], two, labels, ([0.5], [0.4, 0.6]), pairs, resamples=200)
 
@@ -101,23 +103,20 @@ def test_paired_differences_are_those_of_a_plain_bootstrap_of_pairs() -> None:
     assert swapped["nll"] == pytest.approx((-found["nll"][0], -found["nll"][2], -found["nll"][1]))
 
 
-def test_the_temperature_undoes_a_scaling_of_the_scores() -> None:
-    scores, labels = scored(20_000)
-    for factor in (0.5, 1, 3):
-        assert fit_temperature(factor * scores, labels == 0) == pytest.approx(factor, rel=0.03)
-
-
 @pytest.mark.parametrize("factor", [0.5, 1, 2, 4])
 @pytest.mark.parametrize("n", [10, 30, 100, 1000])
-def test_calibration_makes_nothing_worse_however_few_the_images(n: int, factor: float) -> None:
-    """Over 20 validation sets: the mean calibration error on 5,000 other images against that of the raw scores."""
+def test_calibration_does_not_raise_the_calibration_error_with_few_images_and_lowers_it_with_many(
+    n: int, factor: float
+) -> None:
+    """Means over 20 validation sets, on 5,000 other images."""
     scores, labels = scored(5000, seed=1, apart=2)
     raw, errors = detection_metrics(expit(factor * scores), labels)["ece"], []
     for seed in range(20):
-        calibration = calibrate(factor * scored(n, 100 + seed, apart=2)[0], scored(n, 100 + seed, apart=2)[1], 0.05)
+        valid_scores, valid_labels = scored(n, 100 + seed, apart=2)
+        calibration = calibrate(factor * valid_scores, valid_labels, 0.05)
         errors.append(detection_metrics(calibration.probabilities(factor * scores), labels)["ece"])
     assert np.mean(errors) < raw + 0.01
-    assert n < 1000 or np.mean(errors) < 0.02  # and enough images calibrate
+    assert n < 1000 or np.mean(errors) < 0.02
 
 
 def test_calibration_lowers_the_calibration_error_on_other_images() -> None:
@@ -139,10 +138,8 @@ def test_thresholds_keep_their_error_rates_on_the_images_they_were_fitted_on() -
     assert (fake[labels == 1] >= calibration.fpr_5).sum() == int(0.05 * reals)
     assert (fake[labels == 1] >= calibration.fake_from).sum() == int(0.05 * reals)
     assert (fake[labels == 0] < calibration.real_below).sum() == int(0.05 * fakes)
-    accuracies = [
-        metrics.balanced_accuracy_score(labels == 0, fake >= threshold) for threshold in np.linspace(0, 1, 501)
-    ]
-    assert detection_metrics(fake, labels, calibration.balanced)["balanced_accuracy"] >= max(accuracies)
+    best = max(metrics.balanced_accuracy_score(labels == 0, fake >= at) for at in np.linspace(0, 1, 501))
+    assert detection_metrics(fake, labels, calibration.balanced)["balanced_accuracy"] >= best
     middle = (calibration.real_below + calibration.fake_from) / 2
     verdicts = [calibration.verdict(p) for p in (0.0, calibration.real_below, middle, calibration.fake_from, 1.0)]
     assert verdicts == ["real", "inconclusive", "inconclusive", "fake", "fake"]
@@ -155,10 +152,10 @@ def test_separable_classes_have_no_inconclusive_images_and_a_finite_temperature(
     assert calibration.metrics(scores, labels)["conclusive_accuracy"] == 1
 
 
-def test_probabilities_of_exactly_0_and_1_give_thresholds_that_can_be_read_again() -> None:
+def test_probabilities_of_exactly_0_and_1_give_valid_thresholds() -> None:
     scores, labels = np.array([-800, 5, 5, -5, -5, -5], float), np.repeat([0, 1], 3)
     calibration = calibrate(scores, labels, 0.05)
-    assert calibration.real_below == 0 and Calibration(**calibration.as_json()) == calibration
+    assert calibration.real_below == 0 and Calibration(**asdict(calibration)) == calibration
     assert calibration.verdict(0.0) != "real"
 
 
@@ -169,7 +166,7 @@ def test_ties_at_a_threshold_are_not_false_positives() -> None:
     assert calibrate(scores, np.ones(20, int), 0.1) is None
 
 
-def test_chance_to_tell_sources_apart_shuffles_whole_groups() -> None:
+def test_the_chance_level_of_telling_sources_apart_permutes_whole_groups() -> None:
     random = np.random.default_rng(3)
     group = np.repeat(np.arange(12), 4)  # bursts of four near copies
     fakes = [random.uniform(size=12)[group] + random.normal(0, 1e-3, 48) for _ in range(2)]
@@ -185,7 +182,6 @@ def test_chance_to_tell_sources_apart_shuffles_whole_groups() -> None:
     order, again = np.argsort(np.unique(group.astype(str)).astype(int)), np.random.default_rng(0)
     by_name = np.array(["a", "b", "c"])[np.unique(group.astype(str)).astype(int) // 4]  # of the groups, by their names
     by_chance = [plain(again.permutation(by_name)[order][group]) for _ in range(200)]
-    assert found.aucs.mean() == pytest.approx(plain(sources)) and found.chance == pytest.approx(
-        np.quantile(by_chance, 0.95)
-    )
+    assert found.aucs.mean() == pytest.approx(plain(sources))
+    assert found.chance == pytest.approx(np.quantile(by_chance, 0.95))
     assert found.chance > sources_apart(fakes, sources, np.arange(48).astype(str), permutations=200).chance + 0.03

@@ -1,4 +1,4 @@
-"""Activation checkpointing changes memory and no number; what the planner says is near what was measured on a GPU."""
+"""Activation checkpointing changes memory and no number; the planner is near what was measured on a GPU."""
 
 import copy
 import re
@@ -15,7 +15,7 @@ from config import NumCrops
 from models.build import build_model
 from models.checkpointing import checkpoint_blocks
 from num_crops.sweep import sweep
-from tests.conftest import MakePreset, copy_index, refused, succeed, toy_job
+from tests.conftest import MakePreset, refused, succeed, toy_job
 from training.memory import USABLE, PlannedTraining, largest
 from training.runtime import build_runtime
 from utils import UserError, find_experiment
@@ -98,7 +98,7 @@ def test_a_crop_keeps_a_fraction_for_backward(name: str, share: float) -> None:
     assert saved[1] < saved[0] / share
 
 
-def test_evaluation_computes_once_and_a_copy_has_blocks_of_its_own() -> None:
+def test_evaluation_computes_once_and_a_copy_has_its_own_blocks() -> None:
     block, passes = Block(), []
     checkpoint_blocks(nn.Sequential(nn.Sequential(block)))
     block.first.register_forward_hook(lambda *_: passes.append(1))
@@ -108,19 +108,14 @@ def test_evaluation_computes_once_and_a_copy_has_blocks_of_its_own() -> None:
     assert isinstance(block, Block) and list(block.state_dict()) == list(Block().state_dict())
 
 
-def test_costs_with_and_without_checkpointing_are_kept_apart(
-    toy_preset: MakePreset, indexed: Path, tmp_path: Path
-) -> None:
-    settings = {"results_root": copy_index(indexed, tmp_path / "results")}
+def test_costs_with_and_without_checkpointing_are_not_mixed(toy_preset: MakePreset, results: Path) -> None:
     costs = NumCrops(batch_size=8, crop_counts=(1,), quick=True, warmup_steps=0, measured_steps=1)
-    for chosen, sentence in (("off", ""), ("on", "recomputation = None, now on")):
-        preset = replace(toy_preset(**settings, activation_checkpointing=chosen), num_crops=costs)
-        experiment = find_experiment(preset, "glass_resnet")
-        if sentence:
-            with pytest.raises(UserError, match=sentence):
-                sweep(preset, experiment)
-        else:
-            sweep(preset, experiment)
+    off = replace(toy_preset(results_root=results), num_crops=costs)
+    on = replace(off, settings=replace(off.settings, activation_checkpointing="on"))
+    experiment = find_experiment(off, "glass_resnet")
+    sweep(off, experiment)
+    with pytest.raises(UserError, match="recomputation = None, now on"):
+        sweep(on, experiment)
 
 
 @pytest.mark.parametrize(("name", "peaks"), MEASURED)
@@ -177,7 +172,7 @@ def test_the_planner_takes_models_without_crops_and_refuses_what_it_cannot_plan(
     assert "finite" in refused(*arguments, "0.5", "--images-per-second", "inf")
 
 
-def test_a_model_that_chooses_its_crops_is_planned_with_all_that_it_is_given() -> None:
+def test_a_model_that_chooses_its_crops_is_planned_with_all_crops_that_it_receives() -> None:
     experiment, settings = find_experiment(config.PAPER, "glass_resnet"), replace(PAPER, patch_size=32)
     of_four, chosen = (
         PlannedTraining(replace(experiment, backbone="timm:test_resnet", crop_sampler=sampler), settings).needs(8, 4)
@@ -187,7 +182,7 @@ def test_a_model_that_chooses_its_crops_is_planned_with_all_that_it_is_given() -
     assert chosen.activations == of_four.activations and chosen.peak > of_four.peak
 
 
-def test_where_one_image_cannot_be_trained_and_two_do_not_fit_the_largest_batch_is_none() -> None:
+def test_the_largest_batch_is_0_where_one_image_cannot_be_trained_and_two_do_not_fit() -> None:
     experiment = replace(find_experiment(config.PAPER, "standard_resnet"), backbone="timm:test_resnet")
     needs = PlannedTraining(experiment, replace(PAPER, patch_size=32)).needs
     assert largest(lambda n: needs(n, 0).peak, needs(2, 0).peak - 0.01, 8, 64) == 0

@@ -17,8 +17,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import config
 from config import CostSettings, LogUniform, NumCrops, Preset, Reproduce, StandardMemory, Training, Tuning
 from data.views import ViewSettings
-from hyperparameter_tuning.search_spaces import suggest_experiment
 from hyperparameter_tuning.study import build_live_study
+from hyperparameter_tuning.trials import suggest_experiment
 from model_training.ablations import variants_of
 from model_training.reproduce import commands_of
 from model_training.run import train_and_evaluate

@@ -1,4 +1,4 @@
-"""Metrics by reference and by hand."""
+"""Metrics equal to a reference and to values computed by hand."""
 
 import json
 import math

@@ -23,7 +23,6 @@ from utils import UserError, find_experiment
 REFERENCE = json.loads((FIXTURES / "models.json").read_text())["models"]
 RANDOM = replace(config.PAPER.settings, pretrained=False)
 SMALL = replace(config.DEMO.settings, patch_size=64)
-DEMO_NAMES = [experiment.name for experiment in config.DEMO.experiments]
 
 
 def fill_by_formula(model: nn.Module) -> None:
@@ -56,6 +55,8 @@ def test_names_sizes_and_logits_are_the_reference(name: str) -> None:
     state = model.state_dict()
     assert sum(parameter.numel() for parameter in model.parameters()) == expected["parameters"]
     assert len(state) == expected["n_state"]
+    normalisation = torch.cat([model.input_mean, model.input_std]).flatten().tolist()
+    assert normalisation == pytest.approx([0.485, 0.456, 0.406, 0.229, 0.224, 0.225])
     for key, shape in (expected.get("state_shapes") or expected["head_shapes"]).items():
         assert list(state[key].shape) == shape
     with torch.no_grad():
@@ -71,30 +72,11 @@ def test_names_sizes_and_logits_are_the_reference(name: str) -> None:
     torch.testing.assert_close(logits, torch.tensor(expected["logits"]), rtol=1e-4, atol=0)
 
 
-def small_model(name: str) -> tuple[config.Experiment, nn.Module, list[torch.Tensor]]:
-    experiment = find_experiment(config.DEMO, name)
-    views = [torch.randn(2, 3, 64, 64)]
+@pytest.mark.parametrize("experiment", config.DEMO.experiments, ids=lambda experiment: experiment.name)
+def test_every_parameter_gets_a_gradient_and_lies_in_exactly_one_group(experiment: config.Experiment) -> None:
+    model, views = build_model(experiment, SMALL), [torch.randn(2, 3, 64, 64)]
     if isinstance(experiment, GlassExperiment):
         views.append(torch.randn(2, 3, 3, 64, 64))
-    return experiment, build_model(experiment, SMALL), views
-
-
-@pytest.mark.parametrize("name", [name for name in DEMO_NAMES if name.startswith("glass")])
-def test_glass_does_not_depend_on_crop_order_and_its_attention_sums_to_one(name: str) -> None:
-    _, model, (global_view, crops) = small_model(name)
-    with torch.no_grad():
-        logits, attention = model.eval().forward_with_attention(global_view, crops)
-        turned, turned_attention = model.forward_with_attention(global_view, crops[:, [2, 0, 1]])
-    torch.testing.assert_close(attention.sum(dim=1), torch.ones(2))
-    torch.testing.assert_close(turned, logits, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(turned_attention, attention[:, [2, 0, 1]], rtol=1e-4, atol=1e-5)
-    assert not torch.equal(model(global_view, crops + 1), logits)
-    assert not torch.equal(model(global_view + 1, crops), logits)
-
-
-@pytest.mark.parametrize("name", DEMO_NAMES)
-def test_every_parameter_gets_a_gradient_and_lies_in_exactly_one_group(name: str) -> None:
-    experiment, model, views = small_model(name)
     with torch.no_grad():
         for parameter in model.parameters():  # away from zero, at which some layers start and stop the gradient
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -120,10 +102,9 @@ def test_any_timm_model_serves_with_its_own_width_and_normalisation(tmp_path: Pa
         assert torch.equal(part.stem[0].weight, trained.stem[0].weight)
         assert model.input_mean.flatten().tolist() == list(trained.pretrained_cfg["mean"]) == [0.5] * 3
         assert "input_mean" not in model.state_dict()
-    assert build_model(find_experiment(config.PAPER, "glass_vit"), RANDOM).input_mean[0].item() == pytest.approx(0.485)
 
 
-def test_a_further_network_of_torchvision_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_network_of_torchvision_takes_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TORCHVISION_BACKBONES, "swin", TorchvisionBackbone("swin_t"))
     standard, glass = (
         build_model(replace(find_experiment(config.DEMO, name), backbone="swin"), SMALL).eval()
@@ -135,25 +116,22 @@ def test_a_further_network_of_torchvision_is_one_entry(monkeypatch: pytest.Monke
     assert standard(view).shape == glass(view, view[:, None]).shape == (2, 2)
 
 
-NOT_SAFE = r"is not a weights file that can be loaded safely \((?!.*This file can still be loaded)"
-NOT_PLAIN, NOT_ITS = "something else than a state dict", "does not hold the weights of backbone resnet"
+UNSAFE = r"is not a weights file that can be loaded safely \((?!.*This file can still be loaded)"
+NO_STATE_DICT, OTHER = "something else than a state dict", "does not hold the weights of backbone resnet"
 UNFIT = {  # content of a weights file, and the sentence
-    "nothing": (b"", NOT_SAFE),
-    "a web page": (b"<!doctype html><title>404</title>", NOT_SAFE),
-    "a bomb": ({"weight": Bomb(Path("ran"))}, NOT_SAFE),
-    "keys of two kinds": ({0: torch.zeros(1), "z": torch.zeros(1)}, NOT_PLAIN),
-    "a sparse tensor": ({"conv1.weight": torch.zeros(64, 3, 7, 7).to_sparse()}, NOT_PLAIN),
-    "a tensor without numbers": ({"conv1.weight": torch.zeros(64, 3, 7, 7, device="meta")}, NOT_PLAIN),
-    "another network": ({"patch_embedding.weight": torch.zeros(1)}, NOT_ITS),
+    "nothing": (b"", UNSAFE),
+    "a web page": (b"<!doctype html><title>404</title>", UNSAFE),
+    "a bomb": ({"weight": Bomb(Path("ran"))}, UNSAFE),
+    "keys of two types": ({0: torch.zeros(1), "z": torch.zeros(1)}, NO_STATE_DICT),
+    "a sparse tensor": ({"conv1.weight": torch.zeros(64, 3, 7, 7).to_sparse()}, NO_STATE_DICT),
+    "a tensor without values": ({"conv1.weight": torch.zeros(64, 3, 7, 7, device="meta")}, NO_STATE_DICT),
+    "another network": ({"patch_embedding.weight": torch.zeros(1)}, OTHER),
 }
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
 @pytest.mark.parametrize("kind", UNFIT)
-@pytest.mark.parametrize("downloaded", [False, True])
-def test_weights_of_another_kind_are_refused_and_never_run(
-    downloaded: bool, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unfit_weights_are_refused_and_never_run(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content, sentence = UNFIT[kind]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # where torchvision keeps what it has downloaded
@@ -164,8 +142,9 @@ def test_weights_of_another_kind_are_refused_and_never_run(
     else:
         torch.save(content, file)
     own = replace(config.PAPER.settings, weights_files=(f"resnet={file}",))
-    with pytest.raises(UserError, match=sentence):
-        build_model(resnet_experiment("resnet"), config.PAPER.settings if downloaded else own)
+    for settings in (own, config.PAPER.settings):  # named, and downloaded before
+        with pytest.raises(UserError, match=sentence):
+            build_model(resnet_experiment("resnet"), settings)
     assert not (tmp_path / "ran").exists()
 
 

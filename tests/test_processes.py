@@ -1,4 +1,4 @@
-"""Several processes of one training, under torchrun: the same numbers, errors of all, signals."""
+"""Several processes of one training, under torchrun: the same numbers as one, shared errors, signals."""
 
 import re
 import shutil
@@ -13,9 +13,8 @@ import pytest
 
 from config import DEMO
 from data.loaders import EpochBatches
-from hyperparameter_tuning.search_spaces import suggest_experiment
 from hyperparameter_tuning.study import build_live_study
-from hyperparameter_tuning.trials import author_study_name
+from hyperparameter_tuning.trials import author_study_name, suggest_experiment
 from tests.campaigns.processes import RATES, command, differences, stop_after
 from tests.conftest import (
     PREPROCESS_FLAGS,
@@ -34,22 +33,22 @@ EPOCHS = ("--epochs", "3")
 
 
 def toy(experiment: str, *places: Path) -> tuple[str | Path, ...]:
-    """`command` with timm's smallest model of the kind, since each step is saved."""
+    """`command` with timm's smallest model of this kind, since it saves after each step."""
     return (*command(experiment, *places), *EPOCHS, "--backbone", f"timm:test_{experiment.partition('_')[2]}")
 
 
-def assert_as_by_one(experiment: str, results: Path, data: Path, indexed: Path, folder: Path) -> None:
-    one = copy_index(indexed, folder / "by one")
+def assert_as_with_one_process(experiment: str, results: Path, data: Path, indexed: Path, folder: Path) -> None:
+    one = copy_index(indexed, folder / "one process")
     succeed(*toy(experiment, data, one))
     loss, prediction = differences(one, results, experiment)
     assert loss <= 1e-5 and prediction <= 1e-4
 
 
 def test_two_processes_train_and_test_as_one(toy_data: Path, indexed: Path, results: Path, tmp_path: Path) -> None:
-    again = ("--activation-checkpointing", "on")  # sums over processes are then computed again, in backward
-    done = succeed(*torchrun(2, *toy("glass_vit", toy_data, results), *again))
+    more = ("--activation-checkpointing", "on")  # the backward pass then repeats sums over processes
+    done = succeed(*torchrun(2, *toy("glass_vit", toy_data, results), *more))
     assert done.count("epoch 1/3") == 1  # main alone prints
-    assert_as_by_one("glass_vit", results, toy_data, indexed, tmp_path)
+    assert_as_with_one_process("glass_vit", results, toy_data, indexed, tmp_path)
     run = read_json(results / "demo" / "glass_vit" / "seed_1" / "run.json")
     assert run["environments"][0]["processes"] == 2
 
@@ -59,12 +58,12 @@ def test_a_training_resumes_with_another_number_of_processes(
     toy_data: Path, indexed: Path, results: Path, tmp_path: Path
 ) -> None:
     arguments = toy("glass_resnet", toy_data, results)
-    for epoch, processes, expected in ((1, 1, 75), (2, 2, 1)):  # torchrun's own code, whatever those of its processes
+    for epoch, processes, expected in ((1, 1, 75), (2, 2, 1)):  # torchrun exits with 1 if a process fails
         code, errors = stop_after(epoch, processes, *arguments)
         assert code == expected and errors.count("stopped: saved") == 1, errors
     third = succeed(*torchrun(3, *arguments))
     assert "processes 2 -> 3" in third and "resumed at epoch" in third
-    assert_as_by_one("glass_resnet", results, toy_data, indexed, tmp_path)
+    assert_as_with_one_process("glass_resnet", results, toy_data, indexed, tmp_path)
 
 
 def test_processes_share_every_batch() -> None:
@@ -84,12 +83,12 @@ def test_processes_share_every_batch() -> None:
         assert sorted(chain(*rounds)) == [(n, None) for n in range(3, 23)]
 
 
-def test_what_one_process_cannot_do_ends_all_with_one_sentence(toy_data: Path, tmp_path: Path) -> None:
+def test_an_error_of_one_process_ends_all_with_one_sentence(toy_data: Path, tmp_path: Path) -> None:
     data, results = shutil.copytree(toy_data, tmp_path / "data"), tmp_path / "results"
     succeed("data.data_preprocess", *PREPROCESS_FLAGS, "--data-root", data, "--results-root", results)
     arguments = (*command("standard_resnet", data, results)[: -len(RATES)], "--backbone", TOY_BACKBONE)
     (late := results / "demo" / "standard_resnet" / "seed_2" / "predictions.csv").mkdir(parents=True)
-    unwritable = run_module(*torchrun(2, *arguments, "--seeds", "2"))  # by the first, when the other has no more to do
+    unwritable = run_module(*torchrun(2, *arguments, "--seeds", "2"))  # by main, when the other has finished
     late.rmdir()
     for path in list(data.glob("*/*"))[::7]:
         path.write_bytes(bytes(path.stat().st_size))
@@ -119,7 +118,7 @@ def test_two_processes_measure_costs_that_one_prints(toy_data: Path, results: Pa
 
 
 @pytest.mark.slow
-def test_machines_that_are_not_started_alike_are_refused(toy_data: Path, results: Path) -> None:
+def test_machines_that_are_started_with_different_settings_are_refused(toy_data: Path, results: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         at = f"127.0.0.1:{free.getsockname()[1]}"
@@ -136,7 +135,7 @@ def test_machines_that_are_not_started_alike_are_refused(toy_data: Path, results
     assert errors.count("error: ") == 1 and not list(results.glob("*/standard_resnet"))
 
 
-def test_what_does_not_train_is_refused_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_that_do_not_train_are_refused_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert "torchrun is for commands that train: start python -m model_training.reproduce by itself" in refused(
         "model_training.reproduce", "--preset", "demo"

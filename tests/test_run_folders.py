@@ -1,4 +1,4 @@
-"""A run folder holds what was promised: results of a finished training, refusals, the same bytes every time."""
+"""Run folders: the results of a finished training, the same bytes every time, and what is refused."""
 
 import math
 import shutil
@@ -52,7 +52,7 @@ def finished(indexed: Path, toy_preset: MakePreset, tmp_path_factory: pytest.Tem
     return preset, train(preset, "glass_resnet")
 
 
-def test_a_run_folder_holds_what_was_promised(finished: tuple[Preset, Path]) -> None:
+def test_a_run_folder_holds_the_files_and_metadata_of_the_readme(finished: tuple[Preset, Path]) -> None:
     preset, folder = finished
     assert sorted(file.name for file in folder.iterdir()) == [
         ".lock", "README.md", "history.csv", "metrics.json", "model.safetensors", "predictions.csv", "run.json",
@@ -100,9 +100,13 @@ def test_a_finished_seed_is_skipped_and_a_new_one_is_run(
     finished: tuple[Preset, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     preset, folder = finished
-    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in folder.iterdir()}
+
+    def contents() -> dict[Path, tuple[int, bytes]]:
+        return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in folder.iterdir()}
+
+    before = contents()
     train(replace(preset, training=replace(preset.training, seeds=(7, 8))), "glass_resnet")
-    assert before == {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in folder.iterdir()}
+    assert before == contents()
     assert (folder.parent / "seed_8" / "metrics.json").exists()
     assert "seed 7" in (out := capsys.readouterr().out) and "finished before" in out
 
@@ -118,18 +122,14 @@ def test_a_folder_of_other_settings_or_data_is_refused(finished: tuple[Preset, P
 
 
 @pytest.mark.parametrize("file", ["run.json", "metrics.json"])
-@pytest.mark.parametrize("content", ["{}", "[]", "{", ""])
-def test_a_damaged_file_of_a_finished_run_is_one_sentence(
-    finished: tuple[Preset, Path], file: str, content: str
-) -> None:
+def test_a_damaged_file_of_a_finished_run_is_one_sentence(finished: tuple[Preset, Path], file: str) -> None:
     preset, folder = finished
     original = (folder / file).read_text()
-    try:
+    for content in ("{}", "[]", "{", ""):
         (folder / file).write_text(content)
         with pytest.raises(UserError, match=rf"seed_7/{file} (cannot be read|does not say)"):
             train(preset, "glass_resnet")
-    finally:
-        (folder / file).write_text(original)
+    (folder / file).write_text(original)
 
 
 def test_a_run_that_failed_before_its_first_epoch_may_start_over_with_other_settings(
@@ -143,24 +143,22 @@ def test_a_run_that_failed_before_its_first_epoch_may_start_over_with_other_sett
 
 def test_an_unreadable_file_keeps_every_other_image_in_its_split(toy_preset: MakePreset, results: Path) -> None:
     preset = toy_preset(results_root=results)
-    _, whole = load_splits(preset)
-    broken = whole.train[3]
+    _, before = load_splits(preset)
+    broken = before.train[3]
 
     def break_one(text: str) -> str:
-        lines = text.splitlines()
+        lines = text.splitlines(keepends=True)
         start = lines[broken + 1].rsplit(",", 3)[0]  # before height, problem and key
-        lines[broken + 1] = f"{start},0,truncated,"
-        return "\n".join(lines) + "\n"
+        lines[broken + 1] = f"{start},0,truncated,\n"
+        return "".join(lines)
 
     edit_index(results, break_one)
     _, splits = load_splits(preset)
-    assert splits.train == [row for row in whole.train if row != broken]
-    assert (splits.valid, splits.test) == (whole.valid, whole.test)
-    final, final_whole = splits.final_train + splits.final_valid, whole.final_train + whole.final_valid
-    assert final == [row for row in final_whole if row != broken]
+    for name, rows in vars(before).items():
+        assert getattr(splits, name) == [row for row in rows if row != broken]
 
 
-def test_torchs_switches_are_the_callers_again_after_a_run_and_a_prediction(
+def test_torchs_switches_are_restored_after_a_run_and_a_prediction(
     finished: tuple[Preset, Path], toy_data: Path
 ) -> None:
     _, folder = finished

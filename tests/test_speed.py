@@ -1,4 +1,4 @@
-"""What makes a step fast changes no number."""
+"""Optimisations of a training step change no number."""
 
 import copy
 import shutil
@@ -32,11 +32,11 @@ def test_packed_attention_is_that_of_torchvision() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("gcc"), reason="torch.compile needs a C compiler")
-@pytest.mark.parametrize(  # the whole of glass_resnet is a program that torch 2.11 gets wrong on the CPU
+@pytest.mark.parametrize(  # torch 2.11 compiles the complete glass_resnet wrongly on the CPU
     ("name", "chosen"),
     [("glass_vit", {}), ("glass_vit", {"compile_blocks": True}), ("glass_resnet", {"compile_blocks": True})],
 )
-def test_compiled_steps_and_evaluation_are_those_of_the_plain_way(
+def test_compiled_steps_and_evaluation_are_those_of_the_uncompiled_model(
     name: str, chosen: dict[str, bool], toy_preset: MakePreset
 ) -> None:
     found = []
@@ -57,14 +57,14 @@ def test_compiled_steps_and_evaluation_are_those_of_the_plain_way(
 
 
 def compiled_in_blocks(toy_preset: MakePreset, **changes: object) -> Job:
-    """A training of the toy glass_resnet as on CUDA with --compile-blocks, where nothing has been compiled yet."""
+    """A training of the toy glass_resnet as on CUDA with --compile-blocks; nothing is compiled yet."""
     job = toy_job(toy_preset(), "glass_resnet", **changes)
     trainer = job.trainer
     runtime = replace(trainer.runtime, compile=True, compile_blocks=True)
     return replace(job, trainer=replace(trainer, runtime=runtime))
 
 
-def test_compilation_by_blocks_refuses_what_it_cannot_do_in_a_sentence(toy_preset: MakePreset) -> None:
+def test_compiling_blocks_of_a_network_without_any_is_refused_and_errors_stay_sentences(toy_preset: MakePreset) -> None:
     with pytest.raises(UserError, match="has no repeated blocks, which compile_blocks is for: set compile_blocks off"):
         compiled_in_blocks(toy_preset, backbone="timm:vgg11")
     with pytest.raises(UserError, match="batch of one image, which batch normalisation does not take here"):

@@ -57,7 +57,7 @@ def test_a_trial_whose_value_is_not_that_of_its_best_epoch_is_refused(preset: Pr
         write_tables(preset)
 
 
-def test_fitted_lines_give_back_the_costs_of_crops_and_the_standard_cost_stands_beside_them(preset: Preset) -> None:
+def test_fitted_lines_reproduce_the_costs_of_crops_and_standard_costs_are_compared_with_glass(preset: Preset) -> None:
     for k in (1, 2, 4):
         write_costs(preset, f"num_crops/glass_vit/full/k_{k}", [(k, 100 + 50 * k, 3 + 0.5 * k, 0.9 + 0.001 * k)])
     write_costs(
@@ -87,7 +87,7 @@ def test_fitted_lines_give_back_the_costs_of_crops_and_the_standard_cost_stands_
     assert "compilation before them (standard_vit full)" in costs
 
 
-def test_crop_counts_are_one_study_only_if_measured_alike(preset: Preset) -> None:
+def test_crop_counts_that_were_measured_with_different_settings_are_refused(preset: Preset) -> None:
     for k in (10, 9, 2):
         write_costs(preset, f"num_crops/glass_vit/full/k_{k}", [(k, 2.0, 3.0, 0.9)], measured_steps=7 + (k == 2))
     with pytest.raises(UserError, match=r"k_2 and .*k_9 differ \(measured_steps = 8, now 7\), so a line through both"):

@@ -1,4 +1,4 @@
-"""What --tensorboard writes, read back."""
+"""The files of --tensorboard, read back."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Workers on many machines share one study in PostgreSQL: nothing is lost or doubled, whoever dies or sleeps."""
+"""Workers on many machines share one study in PostgreSQL: no trial is lost or doubled if one dies or is suspended."""
 
 import os
 import random
@@ -28,7 +28,7 @@ from tests.toy_workers import NAME, shake, start, trials_of, workers_preset
 from training.checkpoints import Checkpoint
 from utils import UserError, find_experiment, read_json
 
-of_a_server = pytest.mark.skipif(bool(MISSING), reason=f"there is no {MISSING}")
+needs_server = pytest.mark.skipif(bool(MISSING), reason=f"there is no {MISSING}")
 COMMAND = f"hyperparameter_tuning.{NAME}_tuning"
 FLAGS = (*TOY_FLAGS, "--epochs", "3", "--min-resource", "1", "--max-resource", "3", "--reduction-factor", "2")
 
@@ -41,14 +41,14 @@ def server() -> Iterator[Postgres]:
 
 @pytest.fixture
 def url(server: Postgres) -> str:
-    """Of a database of the test's own."""
+    """The URL of a new database."""
     name = f"d{random.getrandbits(32)}"
     server.execute(f"CREATE DATABASE {name}")
     return f"{server.url.removesuffix('/postgres')}/{name}"
 
 
 def shared(url: str) -> list[FrozenTrial]:
-    """The trials in the database, once there are tables, which only workers create."""
+    """The trials in the database; none before workers have created its tables."""
     try:
         storage = RDBStorage(url, {"poolclass": sqlalchemy.NullPool}, True, skip_table_creation=True)
         return optuna.load_study(study_name=f"demo/{NAME}", storage=storage).trials
@@ -69,15 +69,15 @@ def ended(process: Process) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-@of_a_server
-def test_kills_and_a_restart_of_the_server_lose_and_double_nothing(toy_data: Path, results: Path) -> None:
+@needs_server
+def test_kills_and_a_restart_of_the_server_lose_and_double_no_trial(toy_data: Path, results: Path) -> None:
     with Postgres() as server:
         assert not shake(server, toy_data, results, trials=12, kills=4, restarts=1, seed=1)
 
 
 @pytest.mark.slow
-@of_a_server
-def test_a_worker_that_slept_gives_up_its_trial_and_lives_on(url: str, toy_data: Path, results: Path) -> None:
+@needs_server
+def test_a_worker_that_was_suspended_gives_up_its_trial_and_continues(url: str, toy_data: Path, results: Path) -> None:
     preset = workers_preset(toy_data, results, url, trials=3)
     sleeper = start(preset, 0.3, "sleeper")
     wait_for(lambda: any(trial.intermediate_values for trial in shared(url)))
@@ -95,9 +95,9 @@ def test_a_worker_that_slept_gives_up_its_trial_and_lives_on(url: str, toy_data:
     assert states.count(TrialState.FAIL) == 1 and len(states) == 4
 
 
-@of_a_server
-def test_what_a_kill_leaves_between_two_steps_is_completed(url: str, server: Postgres) -> None:
-    storage = RDBStorage(url, heartbeat_interval=1, grace_period=1)
+@needs_server
+def test_what_a_kill_leaves_unfinished_is_completed(url: str, server: Postgres) -> None:
+    storage = RDBStorage(url, heartbeat_interval=1, grace_period=600)
     study = optuna.create_study(study_name="s", storage=storage, direction="maximize")
     assert [*reconcile(study, storage, 3)] == [0, 1, 2]
     first, second, third = study.get_trials(deepcopy=False)
@@ -108,21 +108,22 @@ def test_what_a_kill_leaves_between_two_steps_is_completed(url: str, server: Pos
     storage.set_trial_state_values(second._trial_id, TrialState.FAIL)  # killed before it was enqueued again
     storage.set_trial_user_attr(third._trial_id, "failure", "no memory")
     storage.set_trial_state_values(third._trial_id, TrialState.FAIL)
-    study.enqueue_trial({}, {"slot": 0})  # two had the lock
-    study.enqueue_trial({})  # by hand: it is nobody's
+    study.enqueue_trial({}, {"slot": 0})  # by a worker that had lost the lock
+    study.enqueue_trial({})  # by hand: it has no slot
 
     slots = reconcile(study, storage, 3)
     assert {slot: trial.number for slot, trial in slots.items()} == {0: 0, 1: 5, 2: 2}
     assert (slots[1].system_attrs["fixed_params"], slots[1].user_attrs["repeats"]) == ({"x": 0.25}, 1)
     assert study.trials[3].state == TrialState.FAIL
     assert reconcile(study, storage, 3).keys() == slots.keys() and len(study.trials) == 6
+    storage.grace_period = 1
     time.sleep(2.5)  # the first is stale now
     slots = reconcile(study, storage, 4)
     assert {slot: trial.number for slot, trial in slots.items()} == {0: 6, 1: 5, 2: 2, 3: 7}
     assert slots[0].user_attrs == {"slot": 0, "repeats": 3}
     assert len(reconcile(study, storage, 2)) == 4
 
-    for death in range(4):  # a trial that its worker does not survive: three repeats, beside those of a stopped one
+    for death in range(4):  # a trial that kills its worker is repeated three times; giving it back does not count
         for kind in ("given_back", "killed"):
             trial = reconcile(study, storage, 4)[3]
             assert trial.state == TrialState.WAITING, (death, kind)
@@ -134,24 +135,22 @@ def test_what_a_kill_leaves_between_two_steps_is_completed(url: str, server: Pos
     assert reconcile(study, storage, 4)[3].number == last.number
 
 
-def test_slots_are_in_the_brackets_of_the_authors_trials() -> None:
-    experiment = find_experiment(config.PAPER, "glass_vit")
-    author = build_live_study(author_study_name(experiment), 606, config.PAPER.tuning)
-    ours = optuna.create_study(
-        study_name="paper/glass_vit", pruner=SlotPruner(author_study_name(experiment), config.PAPER.tuning)
-    )
+def test_slots_have_the_brackets_of_the_authors_trials() -> None:
+    name, tuning = author_study_name(find_experiment(config.PAPER, "glass_vit")), config.PAPER.tuning
+    author = build_live_study(name, 606, tuning)
+    ours = optuna.create_study(study_name="paper/glass_vit", pruner=SlotPruner(name, tuning))
     brackets = set()
     for slot in range(100):
         trial = author.ask()
         author.tell(trial, trial.should_prune())
-        number = optuna.trial.create_trial(state=TrialState.WAITING, user_attrs={"slot": slot})
+        own = optuna.trial.create_trial(state=TrialState.WAITING, user_attrs={"slot": slot})
         bracket = author.pruner._get_bracket_id(author, author.trials[slot])
-        assert ours.pruner._get_bracket_id(ours, number) == bracket
+        assert ours.pruner._get_bracket_id(ours, own) == bracket
         brackets.add(bracket)
     assert brackets == {0, 1}
 
 
-@of_a_server
+@needs_server
 def test_two_commands_share_a_study_that_the_tables_read(
     url: str, toy_data: Path, results: Path, indexed: Path, tmp_path: Path
 ) -> None:
@@ -190,8 +189,10 @@ def test_two_commands_share_a_study_that_the_tables_read(
     assert "database_study = None, now 2" in refused(*flags, *at)
 
 
-@of_a_server
-def test_a_stopped_worker_gives_back_and_the_next_resumes(url: str, toy_data: Path, results: Path) -> None:
+@needs_server
+def test_a_stopped_worker_gives_its_trial_back_and_the_next_one_resumes_it(
+    url: str, toy_data: Path, results: Path
+) -> None:
     roots = ("--data-root", toy_data, "--results-root", results, "--study-storage", url)
     flags = [COMMAND, *FLAGS, "--epochs", "40", "--max-resource", "40", "--min-resource", "40", "--trials", "1", *roots]
     stopped = start_module(*flags)
@@ -210,7 +211,7 @@ def test_a_stopped_worker_gives_back_and_the_next_resumes(url: str, toy_data: Pa
     assert read_json(results / "demo" / "tuning" / NAME / "run.json")["settings"]["study_storage"] == url
 
 
-@of_a_server
+@needs_server
 def test_a_trial_that_fails_for_a_reason_is_not_repeated(url: str, toy_data: Path, results: Path) -> None:
     worker = start(workers_preset(toy_data, results, url, trials=2), 0, fails=0)
     worker.join(90)
@@ -226,11 +227,11 @@ def test_a_trial_that_fails_for_a_reason_is_not_repeated(url: str, toy_data: Pat
     [
         ("sqlite:///study.db", r"study_storage is sqlite:///study.db: it must be postgresql\+psycopg://USER"),
         ("mysql://me:secret@host/db", r"study_storage is mysql://me:\*\*\*@host/db: it must be postgresql"),
-        ("nothing", "study_storage is no database's URL"),
+        ("nothing", "study_storage is not the URL of a database"),
         pytest.param(
             "postgresql+psycopg://me@127.0.0.1:1/db",
             r"127.0.0.1:1/db is away \(.*refused.*\), for more than 15 s: start the server, or correct --study-storage",
-            marks=[of_a_server, pytest.mark.slow],
+            marks=[needs_server, pytest.mark.slow],
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Workers on one study whose trials sleep instead of training, killed at random moments while the server restarts."""
+"""Workers on one study whose trials sleep instead of training, and a campaign that kills them at random moments."""
 
 import multiprocessing
 import os
@@ -42,9 +42,9 @@ def workers_preset(data: Path, results: Path, url: str, trials: int, heartbeat: 
 
 @dataclass(frozen=True)
 class Sleep:
-    """A `Train` that sleeps for so many seconds an epoch, and notes each start in a file; slot `fails` does so."""
+    """A `Train` that sleeps instead of training and logs each start to a file; the trial of slot `fails` fails."""
 
-    seconds: float
+    seconds: float  # per epoch
     starts: Path
     fails: int | None = None
 
@@ -62,14 +62,14 @@ class Sleep:
 
 
 def work(preset: Preset, train: Sleep, log: Path) -> None:
-    """The command, as a process of its own."""
+    """Run the command in this new process."""
     os.setsid()
     with open(log, "a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         run_command("", lambda _: tune(preset, find_experiment(preset, NAME), train=train), argv=[])
 
 
 def start(preset: Preset, seconds: float = 0.1, log: str = "log", **sleep: int) -> multiprocessing.process.BaseProcess:
-    """A worker, not waited for; its log and the starts of trials are files of the results root."""
+    """Start a worker; its log and the starts of trials are files in the results root."""
     root = preset.settings.results_root
     os.environ.update(ENVIRONMENT)
     process = FORKS.Process(target=work, args=(preset, Sleep(seconds, root / "starts", **sleep), root / log))
@@ -78,27 +78,29 @@ def start(preset: Preset, seconds: float = 0.1, log: str = "log", **sleep: int) 
 
 
 def trials_of(results: Path) -> list[FrozenTrial]:
-    """Of the study that was exported."""
+    """The trials of the exported study."""
     path = results / "demo" / "tuning" / NAME / "study.db"
     return optuna.load_study(study_name=NAME, storage=f"sqlite:///{path}").trials
 
 
 def shake(server: Postgres, data: Path, results: Path, trials: int, kills: int, restarts: int, seed: int) -> list[str]:
-    """Four workers, SIGKILLs of random ones, which are started again, and restarts of the server, at random moments.
+    """At random moments, kill and replace a random one of four workers, or restart the server.
 
     Returns:
-        A sentence for each thing that is wrong in the end.
+        A sentence for each thing that is wrong at the end.
     """
     moments, preset = random.Random(seed), workers_preset(data, results, server.url, trials)
     workers = [start(preset, moments.uniform(0.1, 0.3), f"log{n}") for n in range(4)]
     events = ["kill"] * kills + ["restart"] * restarts
     moments.shuffle(events)
     killed, starts = 0, results / "starts"
-    for number, event in enumerate(events):  # evenly over the study, and a random moment later
+
+    def starts_so_far() -> int:
+        return len(starts.read_text().split()) if starts.exists() else 0
+
+    for number, event in enumerate(events):  # spread evenly over the study, plus a random delay
         until = time.monotonic() + 120
-        while time.monotonic() < until and not (
-            starts.exists() and len(starts.read_text().split()) > number * trials / len(events)
-        ):
+        while time.monotonic() < until and starts_so_far() <= number * trials / len(events):
             time.sleep(0.02)
         time.sleep(moments.uniform(0, 1))
         if event == "restart":
@@ -132,10 +134,10 @@ def shake(server: Postgres, data: Path, results: Path, trials: int, kills: int, 
         wrong.append(f"trials that finished, by slot: {settled}")
     if left := {trial.state.name for trial in study.trials} - {"COMPLETE", "PRUNED", "FAIL"}:
         wrong.append(f"trials were left {left}")
-    began = len(starts.read_text().split())
-    if began > trials + kills + 4 * restarts:
-        wrong.append(f"{began} starts of {trials} trials, more than kills and restarts explain")
+    started = starts_so_far()
+    if started > trials + kills + 4 * restarts:
+        wrong.append(f"{started} starts of {trials} trials, more than kills and restarts explain")
     if killed < kills:
         wrong.append(f"only {killed} of {kills} kills: the study was too short")
-    print(f"{trials} trials, {killed} kills, {restarts} restarts of the server: {began} starts", file=sys.stderr)
+    print(f"{trials} trials, {killed} kills, {restarts} restarts of the server: {started} starts", file=sys.stderr)
     return wrong

@@ -1,13 +1,13 @@
 """Calibration of scores: a temperature and thresholds, fitted on the validation split only.
 
-A score s is the logit of fake minus that of real; the probability of fake is 1 / (1 + exp(-s)), and calibrated
+A score s is the logit of fake minus that of real. The probability of fake is 1 / (1 + exp(-s)), the calibrated one
 1 / (1 + exp(-s / T)). The temperature T (Guo et al., arXiv 1706.04599) minimises the negative log-likelihood with a
 prior on log T around 0: the likelihood alone has no minimum where a small validation split is classified without an
-error. T stays 1 where the images do not say otherwise, by a likelihood-ratio test: few images fit anything.
+error. T stays 1 unless a likelihood-ratio test rejects that: a few images fit anything.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -26,18 +26,18 @@ Verdict = Literal["fake", "real", "inconclusive"]
 class Calibration:
     """Thresholds are on the calibrated probability of fake; an image at a threshold is classified as fake.
 
-    They are of a single draw of an image's crops, as validation makes it: a mean over several varies less.
-    Between `real_below` and `fake_from`, the verdict is inconclusive. They are equal where the classes overlap less.
+    They are fitted on a single draw of each image's crops, as validation makes it; a mean over draws varies less.
+    The verdict is inconclusive between `real_below` and `fake_from`, which are equal where the classes hardly overlap.
     """
 
     temperature: float
-    balanced: float  # threshold of the best balanced accuracy
+    balanced: float  # threshold with the best balanced accuracy
     fpr_1: float  # threshold with at most 1% false positives
-    fpr_5: float  # and 5%
+    fpr_5: float  # the same with 5%
     real_below: float  # at most a share `band_error` of the fake images is below it
-    fake_from: float  # and of the real images above it
+    fake_from: float  # at most a share `band_error` of the real images is above it
     band_error: float
-    fake_images: int  # that it was fitted on; 1% of fewer than 100 is none
+    fake_images: int  # that it was fitted on; 1% of fewer than 100 images is none
     real_images: int
 
     def __post_init__(self) -> None:
@@ -76,13 +76,9 @@ class Calibration:
             "conclusive_accuracy": _share(right),
         }
 
-    def as_json(self) -> dict[str, Any]:
-        """All fields."""
-        return asdict(self)
-
 
 def calibrate(scores: np.ndarray, labels: np.ndarray, band_error: float) -> Calibration | None:
-    """Fit temperature and thresholds; None where the validation images are of one class.
+    """Fit temperature and thresholds; None where all validation images are of one class.
 
     Args:
         scores: (N,), logit of fake minus logit of real.
@@ -95,7 +91,7 @@ def calibrate(scores: np.ndarray, labels: np.ndarray, band_error: float) -> Cali
     probabilities = expit(scores / temperature)
     fake, real = np.sort(probabilities[is_fake]), np.sort(probabilities[~is_fake])
     fake_from = _threshold_over(real, band_error)
-    real_below = max(0.0, 1 - _threshold_over(np.sort(1 - fake), band_error))  # which may be a little over 1
+    real_below = max(0.0, 1 - _threshold_over(np.sort(1 - fake), band_error))  # the threshold may be just above 1
     balanced = _balanced_threshold(fake, real)
     if real_below > fake_from:
         real_below = fake_from = min(max(balanced, fake_from), real_below)
@@ -110,11 +106,11 @@ def _share(chosen: np.ndarray) -> float:
 
 
 def fit_temperature(scores: np.ndarray, is_fake: np.ndarray) -> float:
-    """T, between 1/20 and 20; 1 where it is not significantly another (likelihood-ratio test, 5%)."""
-    of_own_class, bound = np.where(is_fake, scores, -scores), np.log(20)
+    """T, between 1/20 and 20; 1 where it does not differ from 1 significantly (likelihood-ratio test, 5%)."""
+    margins, bound = np.where(is_fake, scores, -scores), np.log(20)
 
     def loss(log_temperature: float) -> float:
-        return -log_expit(of_own_class / np.exp(log_temperature)).sum()
+        return -log_expit(margins / np.exp(log_temperature)).sum()
 
     fitted = minimize_scalar(
         lambda value: loss(value) + 0.5 * (value / PRIOR_DEVIATION) ** 2,
@@ -124,14 +120,14 @@ def fit_temperature(scores: np.ndarray, is_fake: np.ndarray) -> float:
 
 
 def _threshold_over(probabilities: np.ndarray, share: float) -> float:
-    """A threshold halfway between two of the sorted `probabilities`, at most a share of which is above it."""
+    """A threshold halfway between two of the sorted `probabilities`, with at most this share of them above it."""
     above = int(share * len(probabilities))
     lower, upper = np.append(probabilities, 1.0)[-above - 2 : len(probabilities) + 1 - above]
     return float(max((lower + upper) / 2, np.nextafter(lower, 2)))
 
 
 def _balanced_threshold(fake: np.ndarray, real: np.ndarray) -> float:
-    """Of the midpoints of neighbouring probabilities, the one of the best balanced accuracy nearest to 1/2."""
+    """The midpoint of neighbouring probabilities with the best balanced accuracy; the one nearest to 1/2 if several."""
     values = np.unique(np.concatenate([[0.0], fake, real, [1.0]]))
     middles = (values[1:] + values[:-1]) / 2
     recall = 1 - np.searchsorted(fake, middles) / len(fake)

@@ -1,4 +1,4 @@
-"""Model weights, and the state from which a training is resumed; nothing is ever unpickled."""
+"""Weights files, and checkpoints from which a training is resumed; nothing is ever unpickled."""
 
 import hashlib
 import io
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from utils import UserError, first_line, replacing
 def save_model(path: Path, state: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
     """Write a model's state dict as safetensors, with `about` (JSON-ready: all that rebuilds the model) as metadata.
 
-    Each tensor must have memory of its own, which layers that share weights have in `copied` only.
+    Each tensor must have memory of its own: layers that share weights need `copied`.
     """
     state = {name: tensor.contiguous() for name, tensor in state.items()}
     try:
@@ -45,11 +45,11 @@ def save_model(path: Path, state: Mapping[str, torch.Tensor], about: Mapping[str
 def load_model(path: Path, model: nn.Module) -> dict[str, Any]:
     """Load weights that `save_model` wrote, or a state dict of torch.save as of the author's code, into `model`.
 
-    Returns what was told about it; nothing of a state dict.
+    Returns the metadata that `save_model` was given; a state dict has none.
 
     Raises:
-        UserError: not such a file, of another model, or with weights that are not finite numbers; `model` is then
-            as it was.
+        UserError: the file is of another kind or holds another model, or weights are not finite; `model` is then
+            unchanged.
     """
     if written_by_torch(path):
         state, about = read_state_dict(path), {}
@@ -60,20 +60,20 @@ def load_model(path: Path, model: nn.Module) -> dict[str, Any]:
     problem = state_dict_mismatch(state, model.state_dict())
     if problem:
         raise UserError(f"{path} does not fit this model: {problem}")
-    first: dict[int, str] = {}  # a tensor's memory -> its first name
+    first_names: dict[int, str] = {}  # a tensor's memory -> its first name
     for name, tensor in model.state_dict().items():
-        one = first.setdefault(tensor.data_ptr(), name)
-        if one != name and tensor.numel() and not torch.equal(state[one], state[name]):
-            raise UserError(f"{path} holds two networks where this model has one for both views: {one} is not {name}")
+        first = first_names.setdefault(tensor.data_ptr(), name)
+        if first != name and tensor.numel() and not torch.equal(state[first], state[name]):
+            raise UserError(f"{path} holds two networks where this model has one for both views: {first} is not {name}")
     model.load_state_dict(state)
     return about
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What `save_model` was told about the model; no weights are read.
+    """The metadata that `save_model` was given; no weights are read.
 
     Raises:
-        UserError: not such a file.
+        UserError: `save_model` did not write this file.
     """
     with _opened(path) as file:
         return _about(file)
@@ -100,26 +100,26 @@ def _opened(path: Path) -> Iterator[safe_open]:
 def _about(file: safe_open) -> dict[str, Any]:
     about = json.loads((file.metadata() or {}).get("about", "null"))
     if not isinstance(about, dict):
-        raise ValueError("its metadata says nothing of the model")
+        raise ValueError("its metadata does not describe a model")
     return about
 
 
 # ----------------------------------------------------------------------------------------- training in progress
-SHARE_OF_SAVING = 0.05  # of the time, at most, where a save may be left out
+SHARE_OF_SAVING = 0.05  # of the time, at most, that optional saves take
 
 
 class Checkpoint:
     """The file from which a training that was stopped or killed is resumed, bit for bit on the same machine.
 
-    It is written by a thread, from a copy of the state, while training goes on, and of several processes by main. It
-    ends with a digest of itself: most damaged states would load and train, to other numbers.
+    A thread of the main process writes it from a copy of the state while training continues. It ends with a digest of
+    itself: most damaged states would load and train, to other numbers.
 
     Args:
-        path: of the file; it holds the last state, never two.
-        every_steps: save within an epoch too, after so many steps; 0: only between epochs.
-        best_model: told the model's state dict and the epoch after each epoch that is the best so far, once the file
-            holds that epoch, and again when training resumes there: what it writes is always of an epoch in the file.
-        background: False: `save` returns when all is written, for who measures the time of what follows.
+        path: of the file, which holds the last state only.
+        every_steps: also save within an epoch, each time after this many steps; 0: only between epochs.
+        best_model: called with the model's state dict and the epoch after each epoch that is the best so far, once the
+            file holds that epoch, and again when training resumes there: the file always holds the epoch it writes.
+        background: False: `save` returns when the file is written, so that it does not slow what is measured next.
     """
 
     def __init__(
@@ -132,21 +132,22 @@ class Checkpoint:
         self.path, self.every_steps, self.best_model, self.background = path, every_steps, best_model, background
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._due = 0.0  # when a save may come that may be left out
+        self._next_optional_save = 0.0  # on the monotonic clock
 
     def save(self, trainer: Trainer, progress: Progress, must: bool = True) -> None:
-        """Write the state after the last step, whole or not at all.
+        """Write the state after the last step; a reader sees the old file or the new one, never a part.
 
         Args:
-            must: False: if this epoch is not the best, it may be left out, so that saving takes little of the time.
+            must: False: skip it if this epoch is not the best and the last save was a short time ago.
 
         Raises:
             UserError: this state, or the one before, cannot be written.
         """
-        free = time.monotonic() >= self._due and not self._is_writing()
-        if not (must or self._is_best(progress) or processes.same(free)):
+        idle = not (self._thread and self._thread.is_alive())
+        due = idle and time.monotonic() >= self._next_optional_save
+        if not (must or self._is_best(progress) or processes.same(due)):
             return
-        own, *others = processes.gathered(_random_states(trainer.runtime.device))  # of main, and of the others
+        main, *others = processes.gathered(_random_states(trainer.runtime.device))
         if not processes.is_main():
             return
         self.wait()
@@ -155,7 +156,7 @@ class Checkpoint:
             "optimizer": trainer.optimizer.state_dict(),
             "scheduler": trainer.scheduler.state_dict(),
             "scaler": trainer.scaler.state_dict(),
-            "random": own,
+            "random": main,
             "random_of_others": others,
             "progress": asdict(progress),
         }
@@ -171,11 +172,7 @@ class Checkpoint:
         self.wait()
 
     def wait(self) -> None:
-        """Until the last state is written.
-
-        Raises:
-            UserError: it could not be.
-        """
+        """Return when the last state is written; raise the UserError that kept it from being written."""
         if self._thread:
             self._thread.join()
         self._thread, error, self._error = None, self._error, None
@@ -183,88 +180,85 @@ class Checkpoint:
             raise error
 
     def load(self, trainer: Trainer) -> Progress:
-        """Put `trainer` and all random generators into the saved state, if there is one; returns how far it is.
+        """Restore the saved state of `trainer` and of all random generators, if there is one; returns the progress.
 
         Raises:
-            UserError: the file is not what was saved there, or is of another model.
+            UserError: the file is damaged, or holds another model.
         """
         state = self._read()
         if state is None:
             return Progress()
-        with self._usable():
+        with self._refusing_unusable_state():
             trainer.model.load_state_dict(state["model"])
             trainer.optimizer.load_state_dict(state["optimizer"])
             trainer.scheduler.load_state_dict(state["scheduler"])
             trainer.scaler.load_state_dict(state["scaler"])
             random_states = [state["random"], *state.get("random_of_others", ())]
-            if processes.rank() < len(random_states):  # another number of processes draws otherwise
+            if processes.rank() < len(random_states):  # it may have been saved by fewer processes
                 _set_random_states(random_states[processes.rank()], trainer.runtime.device)
-            progress = _progress(state)
+            progress = _progress_of(state)
         if self._is_best(progress) and processes.is_main():
             self.best_model(state["model"], progress.epoch)
         return progress
 
     def history(self) -> list[EpochRecord]:
-        """The finished epochs of the saved state; none without one.
+        """The finished epochs of the saved state; empty if there is no file.
 
         Raises:
-            UserError: the file is not what was saved there.
+            UserError: the file is damaged.
         """
         state = self._read()
-        with self._usable():
-            return _progress(state).history if state else []
+        with self._refusing_unusable_state():
+            return _progress_of(state).history if state else []
 
     def remove(self) -> None:
-        """Delete the file: the training is finished."""
+        """Delete the file, when the training is finished."""
         if processes.is_main():
             self.path.unlink(missing_ok=True)
 
     def _is_best(self, progress: Progress) -> bool:
-        """Whether the state is the one after the best epoch, and somebody wants it."""
-        at_end_of_epoch = progress.history and not progress.steps
-        return bool(self.best_model and at_end_of_epoch and best_epoch(progress.history) is progress.history[-1])
-
-    def _is_writing(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        """Whether `best_model` is to be called: the epoch that has just ended is the best."""
+        after_epoch = progress.history and not progress.steps
+        return bool(self.best_model and after_epoch and best_epoch(progress.history) is progress.history[-1])
 
     def _write(self, state: dict[str, Any], best: bool) -> None:
         start = time.monotonic()
         try:
-            with replacing(self.path) as temporary, open(temporary, "wb") as file:
-                digested = _Digested(file)
-                torch.save(state, digested)
-                file.write(digested.digest.digest())
+            with replacing(self.path) as temporary, open(temporary, "w+b") as file:
+                torch.save(state, file)
+                file.seek(0)
+                file.write(hashlib.file_digest(file, "sha256").digest())
             if best:
                 self.best_model(state["model"], len(state["progress"]["history"]))
-        except (OSError, RuntimeError):  # torch's ways to say that the disk is full
+        except (OSError, RuntimeError):  # torch raises these where the disk is full
             free = shutil.disk_usage(self.path.parent).free if self.path.parent.exists() else 0
             self._error = UserError(
                 f"{self.path} cannot be written, {free / 1e6:,.0f} MB are free there, too few: make room, and run "
                 f"the same command again to resume from what was saved before"
             )
-        except Exception as error:  # to be raised by who waits
+        except Exception as error:  # `wait` raises it
             self._error = error
-        self._due = time.monotonic() + (time.monotonic() - start) / SHARE_OF_SAVING
+        self._next_optional_save = time.monotonic() + (time.monotonic() - start) / SHARE_OF_SAVING
 
     @contextmanager
-    def _usable(self) -> Iterator[None]:
+    def _refusing_unusable_state(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # what another file holds can go wrong in nearly any way
+        except Exception as error:  # the content of another file can raise nearly anything
             raise UserError(
                 f"cannot resume from {self.path} ({first_line(error)}): delete it to repeat that seed, trial or crop "
                 f"count, or pass --restart to start over"
             ) from None
 
     def _read(self) -> dict[str, Any] | None:
-        data = processes.on_main(self._bytes)
-        with self._usable():
+        data = processes.on_main(self._read_bytes)
+        with self._refusing_unusable_state():
             return data and torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)  # ignores the digest
 
-    def _bytes(self) -> bytes | None:
+    def _read_bytes(self) -> bytes | None:
         if not self.path.exists():
             return None
-        with self._usable():
+        with self._refusing_unusable_state():
             data = self.path.read_bytes()
             size = max(0, len(data) - hashlib.sha256().digest_size)
             if hashlib.sha256(memoryview(data)[:size]).digest() != data[size:]:
@@ -272,22 +266,8 @@ class Checkpoint:
             return data
 
 
-class _Digested:
-    """A file to write to that keeps the SHA-256 of what was written."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest = file, hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
 def copied(value: Any) -> Any:
-    """`value` with a copy in main memory of every tensor in it, which further training leaves as it is."""
+    """`value` with each tensor in it copied to main memory, so that further training does not change it."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
@@ -295,14 +275,14 @@ def copied(value: Any) -> Any:
     return [copied(item) for item in value] if isinstance(value, list) else value
 
 
-def _progress(state: Mapping[str, Any]) -> Progress:
+def _progress_of(state: Mapping[str, Any]) -> Progress:
     values = dict(state["progress"])
     history = [EpochRecord(**record) for record in values.pop("history")]
     return Progress(history=history, **values)
 
 
 def _random_states(device: torch.device) -> dict[str, Any]:
-    """Of Python, NumPy, torch and the device, whatever other devices there are."""
+    """States of Python's, NumPy's and torch's generators, on the CPU and on `device`."""
     version, numbers, spare = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {

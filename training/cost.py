@@ -28,9 +28,9 @@ Step = Callable[[Sequence[torch.Tensor], torch.Tensor, int], object]
 
 @dataclass(frozen=True)
 class Cost:
-    """Peak memory in MB (2**20 bytes; of which kind, `Runtime.memory_kind` says), seconds of an epoch with its
+    """Peak memory in MB (2**20 bytes; `Runtime.memory_kind` says of which kind), seconds of an epoch with its
     validation, and the best validation accuracy as a fraction (None in quick mode, which trains too little for one).
-    `warm_up_memory_mb` is the peak of the steps before, with compilation; NaN of an earlier version.
+    `warm_up_memory_mb` is the peak of the steps before, with compilation; NaN in results of an earlier version.
     """
 
     peak_memory_mb: float
@@ -43,10 +43,10 @@ COLUMNS = ("num_crops", *(field.name for field in fields(Cost)))  # of costs.csv
 
 
 def read_costs(path: Path) -> dict[int | None, Cost]:
-    """What costs.csv says of each number of crops, None for a standard model; nothing if there is no such file.
+    """The costs in costs.csv by number of crops (None for a standard model); empty if there is no such file.
 
     Raises:
-        UserError: it holds something else.
+        UserError: the file is malformed.
     """
     if not path.exists():
         return {}
@@ -65,8 +65,8 @@ def read_costs(path: Path) -> dict[int | None, Cost]:
 def find_cost(preset: Preset, package: str, experiment: str, num_crops: int | None) -> tuple[Path, Cost | None]:
     """The folder of one number of crops, and its cost; None if it is not measured.
 
-    results/<preset>/<package>/<experiment>/<full or quick>, in it k_<K> for each K, so that they can run at once. What
-    an earlier version measured is in the former for every K.
+    The folder is results/<preset>/<package>/<experiment>/<full or quick>, with a subfolder k_<K> for each K, so that
+    several can run at once. An earlier version had one costs.csv for all K, without subfolders.
     """
     mode = "quick" if getattr(preset, package).quick else "full"
     folder = preset_folder(preset) / package / experiment / mode
@@ -80,15 +80,15 @@ def find_cost(preset: Preset, package: str, experiment: str, num_crops: int | No
 def run_cost_study(preset: Preset, experiment: Experiment, package: str, restart: bool) -> dict[int | None, Cost]:
     """Train with each number of crops of the study, in a folder of its own; finished ones are skipped.
 
-    Writes costs.csv, of one line, and run.json to each folder, and prints each cost.
+    Writes costs.csv (one line) and run.json to each folder, and prints each cost.
 
     Args:
-        package: of the experiment, which names its settings too: num_crops, or standard_memory, without crops.
+        package: num_crops, or standard_memory for a model without crops; also the name of its settings in `preset`.
         restart: archive what was started, and start over.
 
     Raises:
         UserError: no index, no weights, a folder that was started with other settings, or one that is in use.
-        Stopped: a signal asked for it.
+        Stopped: a signal asked to stop.
     """
     study: CostSettings = getattr(preset, package)
     experiment, counts = replace(experiment, batch_size=study.batch_size), getattr(study, "crop_counts", (None,))
@@ -100,39 +100,39 @@ def run_cost_study(preset: Preset, experiment: Experiment, package: str, restart
         for num_crops in counts:
             folder, _ = find_cost(preset, package, experiment.name, num_crops)
             with open_run(session, folder, values, results=("costs.csv", "checkpoint.pt")) as run:
-                checkpoint = run.checkpoint(background=False)  # what is written meanwhile would cost time
+                checkpoint = run.checkpoint(background=False)  # writing in the background would slow what is measured
                 label = experiment.name if num_crops is None else f"{experiment.name} K = {num_crops}"
                 cost = processes.on_main(lambda k=num_crops: find_cost(preset, package, experiment.name, k)[1])
                 if not cost:
                     session.stop.raise_if_requested(f"before {label}")
                     chosen = experiment if num_crops is None else replace(experiment, num_crops=num_crops)
-                    cost = _measure(  # without a name for the job, which would outlive it into the next K
+                    cost = _measure(  # the job has no name here, or its model would live on into the next K
                         build_job(session, chosen, preset.settings.main_seed, study.epochs, rows, label),
                         study, run, checkpoint, session.stop,
                     )  # fmt: skip
                     line = ("" if num_crops is None else num_crops, *astuple(cost))
                     if processes.is_main():
                         write_csv(folder / "costs.csv", COLUMNS, [line])
-                checkpoint.remove()  # also where a kill came between the two
+                checkpoint.remove()  # here: a process may have been killed after it wrote costs.csv
                 costs[num_crops] = cost
-                print(f"{label}: {_in_words(cost, session.runtime.memory_kind, study.quick)}", flush=True)
+                print(f"{label}: {_describe(cost, session.runtime.memory_kind, study.quick)}", flush=True)
     return costs
 
 
 def _settings_of(session: Session, study: CostSettings, experiment: Experiment) -> dict[str, Any]:
-    """What a measured cost depends on: the settings, and, since it is time and memory, the hardware and the loading."""
+    """What a measured cost depends on: the settings, and, as it is time and memory, the hardware and the loading."""
     machine = {"hardware": hardware(), "loading_processes": session.settings.num_workers}
     values = resolved(session.settings, study, experiment) | machine | {"cached": list(session.index.cached)}
-    values["compilation"] = "before them"  # of the epochs that are measured
+    values["compilation"] = "before them"  # before the epochs that are measured
     if processes.size() > 1:
         values["processes"] = processes.size()
-    if session.settings.activation_checkpointing != "off":  # which changes no accuracy, but memory and time
+    if session.settings.activation_checkpointing != "off":  # it changes memory and time, not accuracy
         values["recomputation"] = session.settings.activation_checkpointing
-    values.pop("num_crops", None)  # each K in turn
+    values.pop("num_crops", None)  # it is varied
     return values
 
 
-def _in_words(cost: Cost, memory_kind: str, quick: bool) -> str:
+def _describe(cost: Cost, memory_kind: str, quick: bool) -> str:
     accuracy = "" if cost.valid_accuracy is None else f", best validation accuracy {cost.valid_accuracy:.2%}"
     return (
         f"{cost.peak_memory_mb:.1f} MB ({memory_kind}; {cost.warm_up_memory_mb:.1f} MB warming up), "
@@ -144,7 +144,7 @@ def _measure(job: Job, study: CostSettings, run: RunFolder, checkpoint: Checkpoi
     """Train and measure: all epochs, resumed from `checkpoint`, or a few steps in quick mode, extrapolated.
 
     Full mode takes the maximum memory and the mean seconds over epochs, first epoch included, as the paper does;
-    compilation comes before them, and has a peak of its own. Of a quick measurement that is stopped nothing is saved.
+    compilation comes before them, with a peak of its own. A quick measurement that is stopped is not saved.
     """
     check_smallest_batch(job)
     if study.quick:
@@ -165,12 +165,12 @@ def _measure(job: Job, study: CostSettings, run: RunFolder, checkpoint: Checkpoi
 
 
 def _warm_up(job: Job) -> float:
-    """One step with each size of batch that an epoch has, so that all is compiled; returns their peak memory in MB.
+    """One step with each batch size of an epoch, so that all is compiled; returns their peak memory in MB.
 
     It changes the trainer's state.
     """
     trainer = job.trainer
-    steps = ((job.train_loader, 0, trainer.train_step), (job.valid_loader, None, _validate(trainer)))
+    steps = ((job.train_loader, 0, trainer.train_step), (job.valid_loader, None, _validation_step(trainer)))
     with trainer.runtime.track_memory() as memory:
         for loader, epoch, step in steps:
             trainer.model.train(epoch is not None)
@@ -183,8 +183,7 @@ def _warm_up(job: Job) -> float:
     return memory.peak_mb
 
 
-def _validate(trainer: Trainer) -> Step:
-    """The step of a validation."""
+def _validation_step(trainer: Trainer) -> Step:
     return torch.no_grad()(lambda views, *_: predict_batch(trainer.valid_model, views, trainer.runtime))
 
 
@@ -192,7 +191,7 @@ def _measure_steps(job: Job, study: CostSettings, stop: StopRequest) -> Cost:
     trainer, runtime = job.trainer, job.trainer.runtime
 
     def mean_seconds(loader: DataLoader, step: Step) -> float:
-        batches = _repeated(loader, stop)
+        batches = _endless_batches(loader, stop)
 
         def run(steps: Iterable[tuple[Sequence[torch.Tensor] | None, int]]) -> None:
             for batch, images in steps:
@@ -213,14 +212,14 @@ def _measure_steps(job: Job, study: CostSettings, stop: StopRequest) -> Cost:
         trainer.model.train()
         train_seconds = mean_seconds(job.train_loader, trainer.train_step)
         trainer.model.eval()
-        valid_seconds = mean_seconds(job.valid_loader, _validate(trainer))
+        valid_seconds = mean_seconds(job.valid_loader, _validation_step(trainer))
     rounds = [loader.batch_sampler.rounds for loader in (job.train_loader, job.valid_loader)]
     epoch_seconds = train_seconds * rounds[0] + valid_seconds * rounds[1]
     return Cost(memory.peak_mb, epoch_seconds, None)
 
 
-def _repeated(loader: DataLoader, stop: StopRequest) -> Iterator[tuple[Sequence[torch.Tensor] | None, int]]:
-    """Batches without end, and images of each in all processes; None in evaluation where others have one more."""
+def _endless_batches(loader: DataLoader, stop: StopRequest) -> Iterator[tuple[Sequence[torch.Tensor] | None, int]]:
+    """Batches without end, each with its images in all processes; None in evaluation where others have one more."""
     for epoch in count():
         loader.batch_sampler.set_epoch(epoch)
         for batch, images in zip_longest(loader, loader.batch_sampler.sizes[: loader.batch_sampler.rounds]):

@@ -1,7 +1,7 @@
-"""Probabilities of fake and labels -> what detectors are compared by, with bootstrap intervals; no torch.
+"""Probabilities of fake and labels -> the usual metrics of detectors, with bootstrap intervals; no torch.
 
-Fake is the positive class. The paper's own test metrics, which differ (F1 weighted over both classes, for one), are in
-training.metrics.
+Fake is the positive class. The paper's own test metrics, which differ (its F1 is weighted over both classes, for
+example), are in training.metrics.
 """
 
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ import numpy as np
 from training.metrics import ECE_BINS, Metric, bins_of
 
 RESAMPLES = 1000
-SOURCE_IMAGES = 5  # sources of fewer images say too little of how they differ
-MOST_SOURCES = 40  # that are compared, all pairs of them, a thousand times
+SOURCE_IMAGES = 5  # sources with fewer images are not compared
+MOST_SOURCES = 40  # that are compared: all pairs of them, a thousand times
 _CHUNK = 100  # resamples at a time, so that memory does not grow with their number
 
 
 def detection_metrics(fake: np.ndarray, labels: np.ndarray, threshold: float = 0.5) -> dict[str, float]:
-    """The metrics of DETECTION_METRICS, as fractions (nll in nats); NaN for those that need a class that is not there.
+    """The metrics of DETECTION_METRICS, as fractions (nll in nats); NaN for those that need a class that is missing.
 
     Args:
         fake: (N,), probability of fake.
         labels: (N,), 0 fake, 1 real.
-        threshold: an image is called fake from this probability on.
+        threshold: an image with at least this probability is called fake.
     """
     counts = _Counts(fake, labels, threshold, np.ones((1, len(labels))))
     return {name: float(metric.compute(counts)[0]) for name, metric in DETECTION_METRICS.items()}
@@ -44,9 +44,9 @@ def bootstrap_intervals(
         fakes: for each model (the seeds of one experiment, say) its probabilities of fake for the same images.
         labels: (N,), 0 fake, 1 real.
         thresholds: for each model.
-        groups: of each image, such as its pair or source. Images of a group are no independent observations: whole
-            groups are resampled, those of fake images, of real ones and of both among themselves. The images of a
-            class that are all of one group, such as those of one generator, are resampled one by one.
+        groups: of each image, such as its pair or source. Images of a group are not independent: whole groups are
+            resampled, separately those of fake images only, of real ones only, and of both. If all images of a class
+            are in one group, such as one generator's, they are resampled one by one.
     """
     drawn = _resampled(fakes, labels, thresholds, groups, resamples, seed)
     return {name: _interval(values.mean(axis=1)) for name, values in drawn.items()}
@@ -62,12 +62,12 @@ def paired_differences(
     seed: int = 0,
 ) -> dict[str, tuple[float, float, float]]:
     """Mean of `detection_metrics` over the models of `second` minus that over the models of `first`, with the ends of
-    its 95% percentile interval: both are resampled alike, so that what is hard for both cancels out.
+    its 95% percentile interval. Both get the same resamples, so that images that are hard for both cancel out.
 
-    The interval is over images, for these models; other seeds would differ besides.
+    The interval is over images, for these models; it does not include differences between seeds.
 
     Args:
-        first, second: as `fakes` of `bootstrap_intervals`, on the same images, with as many models as there are.
+        first, second: as `fakes` of `bootstrap_intervals`, on the same images, each with any number of models.
         thresholds: for each model of `first`, and of `second`.
         labels, groups: as for `bootstrap_intervals`.
     """
@@ -75,16 +75,11 @@ def paired_differences(
     values = [detection_metrics(fake, labels, threshold) for fake, threshold in zip(models, at, strict=True)]
     drawn = _resampled(models, labels, at, groups, resamples, seed)
 
-    def difference(of_models: np.ndarray) -> np.ndarray:
-        return of_models[..., len(first) :].mean(axis=-1) - of_models[..., : len(first)].mean(axis=-1)
+    def difference(by_model: np.ndarray) -> np.ndarray:
+        return by_model[..., len(first) :].mean(axis=-1) - by_model[..., : len(first)].mean(axis=-1)
 
-    return {
-        name: (
-            float(difference(np.array([of_model[name] for of_model in values]))),
-            *_interval(difference(drawn[name])),
-        )
-        for name in DETECTION_METRICS
-    }
+    found = {name: difference(np.array([each[name] for each in values])) for name in DETECTION_METRICS}
+    return {name: (float(value), *_interval(difference(drawn[name]))) for name, value in found.items()}
 
 
 def _resampled(
@@ -95,23 +90,23 @@ def _resampled(
     resamples: int,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """Each metric of each model in each resample, the same ones for all models: (R, models)."""
+    """Each metric (R, models) of each model in each resample; all models get the same resamples."""
     _, group = np.unique(np.arange(len(labels)) if groups is None else groups, return_inverse=True)
-    for of_class in (np.flatnonzero(labels == label) for label in (0, 1)):
-        if len(set(group[of_class])) == 1:
-            group[of_class] = group.max() + 1 + np.arange(len(of_class))
+    for members in (np.flatnonzero(labels == label) for label in (0, 1)):
+        if len(set(group[members])) == 1:
+            group[members] = group.max() + 1 + np.arange(len(members))
     classes = sum((label + 1) * (np.bincount(group, labels == label) > 0) for label in (0, 1))  # 1, 2, or 3 for both
     generator = np.random.default_rng(seed)
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in DETECTION_METRICS}
     for start in range(0, resamples, _CHUNK):
         weights = np.zeros((min(_CHUNK, resamples - start), len(classes)))
         for kind in (1, 2, 3):
-            of_kind = np.flatnonzero(classes == kind)
-            if n := len(of_kind):
-                weights[:, of_kind] = generator.multinomial(n, np.full(n, 1 / n), len(weights))
-        of_models = [_Counts(fake, labels, at, weights[:, group]) for fake, at in zip(fakes, thresholds, strict=True)]
+            chosen = np.flatnonzero(classes == kind)
+            if n := len(chosen):
+                weights[:, chosen] = generator.multinomial(n, np.full(n, 1 / n), len(weights))
+        by_model = [_Counts(fake, labels, at, weights[:, group]) for fake, at in zip(fakes, thresholds, strict=True)]
         for name, metric in DETECTION_METRICS.items():
-            drawn[name].append(np.stack([metric.compute(counts) for counts in of_models], axis=1))
+            drawn[name].append(np.stack([metric.compute(counts) for counts in by_model], axis=1))
     return {name: np.concatenate(parts) for name, parts in drawn.items()}
 
 
@@ -121,9 +116,9 @@ class SourcesApart:
 
     Attributes:
         names, images: the sources that were compared, and how many images they have together.
-        aucs: of each model, its mean over all pairs of sources.
-        chance: what 95% of the means over models stay below if sources are shuffled.
-        pair, pair_auc: the two sources that are most apart, and their AUC, mean over models.
+        aucs: for each model, the mean over all pairs of sources.
+        chance: 95% of the means over models are below it if sources are shuffled.
+        pair, pair_auc: the two sources that are told apart best, and their AUC, mean over models.
     """
 
     names: tuple[str, ...]
@@ -143,15 +138,15 @@ def sources_apart(
 ) -> SourcesApart | None:
     """How well a score tells sources of real images apart, which a detector of fakes should not: AUC near one half.
 
-    The AUC between each two sources that have SOURCE_IMAGES images, folded, since neither is the positive class: the
-    larger of AUC and 1 - AUC; then the mean over all pairs (Hand and Till, Machine Learning 45, 2001). Folded AUCs of
-    few images are above one half by chance: `chance` is the 95% quantile of the same number, sources permuted among
-    the groups of images, or among the images where no source has two groups; near copies that are in no group together
-    exceed it easily. None for fewer than two sources.
+    The AUC between each two sources with at least SOURCE_IMAGES images is folded, since neither is the positive class:
+    the larger of AUC and 1 - AUC. Then the mean over all pairs is taken (Hand and Till, Machine Learning 45, 2001).
+    Folded AUCs of few images are above one half by chance: `chance` is the 95% quantile of the same mean with sources
+    permuted among the groups of images, or among the images where no source has two groups. Near copies that are not
+    grouped exceed it easily. None for fewer than two sources.
 
     Args:
         fakes: for each model its probabilities of fake for the same N images, all real.
-        sources: (N,), names; "" of an image that has none, which is left out. Of many, the MOST_SOURCES largest count.
+        sources: (N,), names; images without one ("") are left out, and only the MOST_SOURCES largest sources count.
         groups: (N,), as for `bootstrap_intervals`.
     """
     every, counts = np.unique(sources, return_counts=True)
@@ -174,7 +169,7 @@ def sources_apart(
         """AUC of each model and pair of sources: (models, pairs)."""
         found, pairs = [], np.outer(*2 * (np.bincount(source),))
         for order, below, not_above in ranked:
-            ones = np.eye(len(names))[source[order]]  # (images, sources), the lowest score first
+            ones = np.eye(len(names))[source[order]]  # (images, sources), lowest score first
             counted = np.vstack([np.zeros(len(names)), np.cumsum(ones, axis=0)])
             auc = ones.T @ (counted[below] + counted[not_above]) / 2 / pairs  # a tie counts half
             found.append(np.maximum(auc, auc.T)[upper])
@@ -201,12 +196,12 @@ class _Counts:
     """Images counted by class and call, in R resamples.
 
     Attributes:
-        fake, is_fake: (N,), probability and label of each image, the most probable first.
+        fake, is_fake: (N,), probability and label of each image, highest probability first.
         weights: (R, N), how often each image counts.
         fakes, reals: (R,), images of each class.
         tp, fp: (R,), true and false positives at the threshold.
-        tps, fps: (R, T), the same at each of T thresholds, the different probabilities, falling.
-        new_tps, new_fps: (R, T), by how much these grow from the threshold before.
+        tps, fps: (R, T), the same at each distinct probability as threshold, in falling order.
+        new_tps, new_fps: (R, T), their increase since the previous threshold.
     """
 
     def __init__(self, fake: np.ndarray, labels: np.ndarray, threshold: float, weights: np.ndarray) -> None:
@@ -214,9 +209,9 @@ class _Counts:
         self.fake, self.is_fake, self.weights = fake[order], labels[order] == 0, weights[:, order]
         self.fakes, self.reals = self.weights[:, self.is_fake].sum(1), self.weights[:, ~self.is_fake].sum(1)
         last_of_ties = np.flatnonzero(np.append(self.fake[1:] != self.fake[:-1], True))  # an ROC has no point in a tie
-        of_fake, of_real = self.weights * self.is_fake, self.weights * ~self.is_fake
-        self.tp, self.fp = (of_class @ (self.fake >= threshold) for of_class in (of_fake, of_real))
-        self.tps, self.fps = (np.cumsum(of_class, axis=1)[:, last_of_ties] for of_class in (of_fake, of_real))
+        by_class = self.weights * self.is_fake, self.weights * ~self.is_fake
+        self.tp, self.fp = (counts @ (self.fake >= threshold) for counts in by_class)
+        self.tps, self.fps = (np.cumsum(counts, axis=1)[:, last_of_ties] for counts in by_class)
         self.new_tps, self.new_fps = (np.diff(counts, axis=1, prepend=0) for counts in (self.tps, self.fps))
 
 
@@ -238,11 +233,11 @@ def _nll(c: _Counts) -> np.ndarray:
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray, otherwise: float = np.nan) -> np.ndarray:
-    """Their quotient; `otherwise` where it is not defined."""
+    """The quotient; `otherwise` where the denominator is zero."""
     return np.divide(numerator, denominator, out=np.full(np.shape(numerator), float(otherwise)), where=denominator > 0)
 
 
-DETECTION_METRICS = {  # name -> row; computed from `_Counts`, for each resample (R,)
+DETECTION_METRICS = {  # computed from `_Counts`, for each resample (R,)
     "accuracy": Metric("accuracy", lambda c: _ratio(c.tp + c.reals - c.fp, c.fakes + c.reals)),
     "balanced_accuracy": Metric(
         "balanced accuracy", lambda c: (_ratio(c.tp, c.fakes) + (1 - _ratio(c.fp, c.reals))) / 2
@@ -257,7 +252,7 @@ DETECTION_METRICS = {  # name -> row; computed from `_Counts`, for each resample
     "ece": Metric("ECE", _ece),
     "nll": Metric("negative log-likelihood", _nll, unit="nats", high=float("inf")),
 }
-CALIBRATED_METRICS = DETECTION_METRICS | {  # in `test_calibrated` of metrics.json; these four by `Calibration.metrics`
+CALIBRATED_METRICS = DETECTION_METRICS | {  # `test_calibrated` of metrics.json; `Calibration.metrics` has these four
     "fpr_at_1_threshold": Metric("FPR at the 1% threshold"),
     "fpr_at_5_threshold": Metric("FPR at the 5% threshold"),
     "inconclusive": Metric("inconclusive"),

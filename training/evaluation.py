@@ -1,4 +1,4 @@
-"""Model and loader -> probabilities, labels, loss; only looks."""
+"""Model and loader -> probabilities, labels, loss; changes neither."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ from utils import UserError
 
 
 class NonFiniteLoss(UserError):
-    """A loss, or the logits that it would be computed from, became infinite or NaN."""
+    """A loss, or the logits that it is computed from, became infinite or NaN."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of N images.
+    """A model's predictions for N images.
 
-    probabilities (N, 2) float64 of fake and real; scores (N,) float64, logit of fake minus logit of real; labels (N,)
-    int64; loss, the mean cross-entropy, unsmoothed.
+    probabilities (N, 2) float64, fake and real; scores (N,) float64, logit of fake minus logit of real; labels (N,)
+    int64; loss, the mean cross-entropy without label smoothing.
     """
 
     probabilities: np.ndarray
@@ -35,12 +35,12 @@ class Predictions:
 
     @property
     def accuracy(self) -> float:
-        """Share of images whose more probable class is theirs."""
+        """Share of images that are classified correctly."""
         return float((self.probabilities.argmax(axis=1) == self.labels).mean())
 
 
 def sizes_of(views: Sequence[torch.Tensor]) -> str:
-    """The sizes of a batch's views, in words."""
+    """The sizes of a batch's views, for messages."""
     return "views of " + " and ".join("x".join(map(str, view.shape)) for view in views) + " (batch first)"
 
 
@@ -60,7 +60,7 @@ def evaluate(
 ) -> Predictions:
     """Predict every image of the loader, in its order, in evaluation mode; what `after_batch` raises ends it.
 
-    Of several processes each predicts its share of the batches; all of them get all predictions.
+    With several processes, each predicts its share of the batches, and all get all predictions.
 
     Raises:
         NonFiniteLoss: names the images whose logits are infinite or NaN.
@@ -69,19 +69,19 @@ def evaluate(
     found = []  # (logits, labels) of each batch
     rounds = tqdm(range(loader.batch_sampler.rounds), desc=description, leave=False, disable=processes.no_bar())
     for batch, _ in zip_longest(runtime.batches(loader), rounds):
-        if batch is not None:  # as in the last round of some processes
+        if batch is not None:  # in the last round, some processes have none
             *views, labels = batch
             found.append((predict_batch(model, views, runtime), labels))
         after_batch()
     shares = processes.gathered([(logits.double().cpu(), labels) for logits, labels in found])
     in_order = [pair for pairs in zip_longest(*shares) for pair in pairs if pair]
     all_logits, all_labels = (torch.cat(parts) for parts in zip(*in_order, strict=True))
-    strange = (~all_logits.isfinite().all(dim=1)).nonzero().flatten().tolist()  # whose argmax would be class 0
-    if strange:
-        names = ", ".join(loader.dataset.names[position] for position in strange[:3])
+    bad = (~all_logits.isfinite().all(dim=1)).nonzero().flatten().tolist()  # argmax would call them class 0
+    if bad:
+        names = ", ".join(loader.dataset.names[position] for position in bad[:3])
         raise NonFiniteLoss(
-            f"the model's outputs are infinite or not a number for {len(strange)} of {len(all_labels)} images "
-            f"({names}{', ...' if len(strange) > 3 else ''}): lower the learning rate, try --precision fp32, and look "
+            f"the model's outputs are infinite or not a number for {len(bad)} of {len(all_labels)} images "
+            f"({names}{', ...' if len(bad) > 3 else ''}): lower the learning rate, try --precision fp32, and look "
             f"at the weights that training started from"
         )
     return Predictions(

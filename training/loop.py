@@ -21,12 +21,12 @@ from training.stopping import StopRequest
 from training.trainer import Trainer
 from utils import Stopped, UserError, first_line
 
-SKIPPED_IN_A_ROW = 20  # fp16's loss scale, halved so often, has come from 65,536 to below 1
+SKIPPED_IN_A_ROW = 20  # halved this often, fp16's loss scale falls from 65,536 to below 1
 
 
 @dataclass(frozen=True)
 class Job:
-    """A training that is to be done; `label` names it in progress bars and logs.
+    """All that one training needs; `label` names it in progress bars and logs.
 
     A loader yields `(*views, labels)`; its batch sampler is an `EpochBatches`, its dataset has `names`.
     """
@@ -36,7 +36,7 @@ class Job:
     train_loader: DataLoader
     valid_loader: DataLoader
     epochs: int
-    tensorboard: bool = False  # also write for it, beside the checkpoint
+    tensorboard: bool = False  # also write TensorBoard files, beside the checkpoint
 
 
 def fit(
@@ -49,19 +49,19 @@ def fit(
     """Train for `job.epochs` epochs, validating after each.
 
     Args:
-        checkpoint: where training resumes from, if it is there, and is saved after epochs, and after the last for sure.
-        stop: looked at after each step; the training is then saved, for which it needs a checkpoint.
-        on_start: called before the first step, with how far the training is.
-        on_epoch: called after each epoch, and before it is saved, with the history so far; what it raises ends the
-            training.
+        checkpoint: training resumes from it if its file exists; the state is saved to it after epochs, always after
+            the last.
+        stop: checked after each step; if it is set, the training is saved, which needs a checkpoint, and ends.
+        on_start: called before the first step, with the progress.
+        on_epoch: called with the history after each epoch, before it is saved; what it raises ends the training.
 
     Returns:
-        The history, one record an epoch.
+        The history, one record per epoch.
 
     Raises:
-        Stopped: `stop` asked for it.
-        UserError: validation is not finite, or training for many steps in a row; the device has no memory left; or the
-            last batch is one image where batch normalisation needs more.
+        Stopped: `stop` was set.
+        UserError: a validation loss, or the gradients of many steps in a row, are not finite; the device has no memory
+            left; or the last batch is one image where batch normalisation needs more.
     """
     trainer, stop = job.trainer, stop or StopRequest()
     check_smallest_batch(job)
@@ -87,7 +87,7 @@ def fit(
                 trainer.scheduler.step()
             progress = progress.after_epoch(valid.loss, valid.accuracy)
             if not sys.stderr.isatty():  # where there is no progress bar
-                print(_line(job, progress.history, first), flush=True)
+                print(_log_line(job, progress.history, first), flush=True)
             if watch:
                 watch.after_epoch(progress.history[-1], rates, valid, last=progress.epoch == job.epochs)
             on_epoch(progress.history)
@@ -101,10 +101,11 @@ def fit(
 
 
 def check_smallest_batch(job: Job) -> None:
-    """Before the first step: try a batch of one image, if there will be one, on a copy of the model.
+    """Try a batch of one image on a copy of the model, if an epoch has one.
 
     Raises:
-        UserError: the model's batch normalisation needs more than one value, or there are more processes than images.
+        UserError: the model's batch normalisation needs more than one value, or a batch has fewer images than there
+            are processes.
     """
     images, batch_size = len(job.train_loader.dataset), job.trainer.batch_size
     smallest = min(images, images % batch_size or batch_size)
@@ -116,7 +117,8 @@ def check_smallest_batch(job: Job) -> None:
     if batch_size > 1 and images % batch_size != 1:
         return
     views = [torch.zeros_like(view[None]) for view in job.train_loader.dataset[0, 0][:-1]]
-    with torch.no_grad(), torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):  # which wraps errors
+    # Uncompiled, since compiled code would wrap the error.
+    with torch.no_grad(), torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
         model = copy.deepcopy(job.trainer.model).train()
         try:
             model(*job.trainer.runtime.to_device(model, views))
@@ -127,8 +129,8 @@ def check_smallest_batch(job: Job) -> None:
             ) from None
 
 
-def _line(job: Job, history: list[EpochRecord], first: int) -> str:
-    """An epoch in a log; `first` is the number of epochs before this process."""
+def _log_line(job: Job, history: list[EpochRecord], first: int) -> str:
+    """The last epoch, for a log; `first` is the number of epochs that earlier processes trained."""
     last, done = history[-1], history[first:]
     left = sum(record.epoch_seconds for record in done) / len(done) * (job.epochs - len(history))
     return (
@@ -141,7 +143,7 @@ def _line(job: Job, history: list[EpochRecord], first: int) -> str:
 
 @dataclass
 class _Epoch:
-    """The epoch in progress: steps, time, memory, and saving when that is due or asked for."""
+    """The epoch in progress: its steps, time and memory, and saving within it."""
 
     job: Job
     progress: Progress
@@ -150,19 +152,19 @@ class _Epoch:
     stop: StopRequest
 
     def __post_init__(self) -> None:
-        self.pending: list[tuple[torch.Tensor, int]] = []  # losses that are still on the device, and batch sizes
+        self.pending: list[tuple[torch.Tensor, int]] = []  # losses still on the device, with their batch sizes
         self.description = f"{self.job.label}, epoch {self.progress.epoch + 1}/{self.job.epochs}"
 
     def train(self) -> None:
-        """The steps of the epoch that are left.
+        """Take the remaining steps of the epoch.
 
         Raises:
-            NonFiniteLoss: `SKIPPED_IN_A_ROW` steps or more in a row changed nothing.
+            NonFiniteLoss: at least `SKIPPED_IN_A_ROW` steps in a row changed nothing.
         """
         trainer, progress = self.job.trainer, self.progress
         trainer.model.train()
         self.taken = trainer.steps_taken()
-        check_every = 1 if trainer.runtime.device.type == "cpu" else 20  # to look at a loss is to wait for the GPU
+        check_every = 1 if trainer.runtime.device.type == "cpu" else 20  # reading a loss waits for the GPU
         self.last = time.perf_counter()
         for (*views, labels), images in self._batches():
             self.pending.append((trainer.train_step(views, labels, images), images))
@@ -187,7 +189,7 @@ class _Epoch:
                 self._save_and_stop()
 
         trainer = self.job.trainer
-        self.progress.valid_seconds = 0.0  # one that was stopped starts over
+        self.progress.valid_seconds = 0.0  # a validation that was stopped starts over
         description = f"{self.description}, validation"
         predictions = evaluate(trainer.valid_model, self.job.valid_loader, trainer.runtime, description, after_batch)
         self.progress.valid_seconds += self._elapsed()
@@ -195,9 +197,9 @@ class _Epoch:
         return predictions
 
     def _batches(self) -> Iterator[tuple[Sequence[torch.Tensor], int]]:
-        """What is left of the epoch's batches, and how many images each has in all processes together.
+        """The epoch's remaining batches, each with its number of images in all processes together.
 
-        The time until one is there counts as waiting.
+        Measures the time that training waits for them.
         """
         loader, progress = self.job.train_loader, self.progress
         loader.batch_sampler.set_epoch(progress.epoch, first=progress.images)
@@ -220,7 +222,7 @@ class _Epoch:
         return seconds
 
     def _collect(self) -> None:
-        """Bring the pending losses and the number of skipped steps from the device into the progress."""
+        """Add the pending losses and the skipped steps to the progress, which waits for the device."""
         progress, steps = self.progress, len(self.pending)
         losses = processes.total(torch.stack([loss for loss, _ in self.pending]).cpu()).tolist() if steps else []
         for loss, (_, size) in zip(losses, self.pending, strict=True):
@@ -249,7 +251,7 @@ class _Epoch:
         self.progress.train_seconds += self._elapsed()  # of steps that were still on the device
         self._note_memory()
         self.checkpoint.save(self.job.trainer, self.progress)
-        self._elapsed()  # saving counts as no part of an epoch
+        self._elapsed()  # the time of an epoch is without saving
 
     def _save_and_stop(self) -> None:
         self._save()

@@ -1,7 +1,7 @@
-"""What a training step needs of a GPU: memory and FLOPs, found without one on tensors that have sizes and no values.
+"""GPU memory and FLOPs of a training step, found without a GPU on fake tensors, which have sizes and no values.
 
-The step is `Trainer.train_step`'s, uncompiled. Such tensors of CUDA have no backward pass on a machine without it: they
-are the CPU's, with CUDA's rules of mixed precision. What CUDA's libraries need for themselves is not counted.
+The step is `Trainer.train_step`'s, uncompiled. Fake CUDA tensors have no backward pass on a machine without CUDA, so
+they are CPU tensors with CUDA's rules of mixed precision. What CUDA's libraries need for themselves is not counted.
 """
 
 import math
@@ -27,10 +27,10 @@ from training.optimizer import parameter_groups
 from training.runtime import MEGABYTE, Runtime, lay_out
 from utils import UserError, first_line
 
-USABLE = 0.9  # of a card's memory: CUDA itself, workspaces of its libraries and gaps between tensors take the rest
-ALLOCATED = 512  # bytes, of which CUDA's allocator gives out multiples
+USABLE = 0.9  # share of a card's memory: CUDA, workspaces of its libraries and gaps between tensors take the rest
+BLOCK = 512  # bytes: CUDA's allocator gives out multiples of it
 aten = torch.ops.aten
-COUNTED_AS = {  # the CPU's attention, of which torch counts CUDA's alone
+COUNTED_AS = {  # attention on the CPU, whose FLOPs torch counts on CUDA only
     aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
 }
@@ -38,10 +38,10 @@ COUNTED_AS = {  # the CPU's attention, of which torch counts CUDA's alone
 
 @dataclass(frozen=True)
 class Needs:
-    """Of a training step, in MB of 2**20 bytes.
+    """Memory of a training step, in MB of 2**20 bytes.
 
-    `activations` is what the forward pass leaves for the backward pass, with the weights in low precision. Gradients
-    come as activations go: `peak` is less than the sum.
+    `activations` is what the forward pass keeps for the backward pass, with the weights in low precision. Gradients
+    are made while activations are freed: `peak` is less than the sum.
     """
 
     parameters: float  # and buffers
@@ -53,24 +53,24 @@ class Needs:
 
 
 class PlannedTraining:
-    """A model in training, on no device."""
+    """A model in training, as fake tensors."""
 
     def __init__(self, experiment: Experiment, settings: Settings) -> None:
-        """`settings` gives precision and layout, and whether activations are computed again: on or not.
+        """`settings` gives precision and layout, and whether activations are checkpointed ("auto": they are not).
 
         Raises:
-            UserError: no such backbone, or none with blocks where activations are computed again.
+            UserError: no such backbone, or activation checkpointing of a backbone without blocks.
         """
-        self.chooses = getattr(experiment, "crop_sampler", None) == "cooi"  # among the crops of all places
-        if isinstance(experiment, GlassExperiment) and not self.chooses:  # other samplers give K crops, too
+        self.chooses = getattr(experiment, "crop_sampler", None) == "cooi"  # the model chooses K of all places' crops
+        if isinstance(experiment, GlassExperiment) and not self.chooses:  # all other samplers give K crops
             experiment = replace(experiment, crop_sampler="stratified")
-        self.crops, self.P = getattr(experiment, "branches", "global") != "global", settings.patch_size
+        self.has_crops, self.P = experiment.crops_per_image > 0, settings.patch_size
         with torch.random.fork_rng(devices=()), torch.device("meta"):
             self.model = build_model(experiment, replace(settings, pretrained=False, weights_files=())).train()
         if settings.activation_checkpointing == "on":
             checkpoint_blocks(self.model)
         for module in self.model.modules():
-            if isinstance(module, nn.LayerNorm | nn.GroupNorm):  # on CUDA in float32, whatever the precision
+            if isinstance(module, nn.LayerNorm | nn.GroupNorm):  # CUDA computes them in float32 in any precision
                 module.register_forward_pre_hook(lambda _, given: (given[0].float(), *given[1:]))
         self.model.channels_last = settings.channels_last != "off" and not settings.author_runtime
         lay_out(self.model)
@@ -84,10 +84,10 @@ class PlannedTraining:
             for parameter in self.model.parameters():
                 parameter.grad = torch.empty_like(parameter)
             self.gradients = self.memory.live - self.parameters
-            self.optimizer.step()  # makes its state
+            self.optimizer.step()  # creates its state
 
     def needs(self, images: int, num_crops: int) -> Needs:
-        """Of a step on a batch of `images` with K = `num_crops`, of which a model may have none.
+        """Memory of a step on a batch of `images` with K = `num_crops`, which a model without crops ignores.
 
         Raises:
             UserError: batch normalisation does not take one image.
@@ -99,16 +99,16 @@ class PlannedTraining:
             raise UserError(f"a batch of {images} cannot be trained ({first_line(error)}): raise batch_size") from None
 
     def flops(self, num_crops: int) -> int:
-        """Of a training step, an image; a product and its sum count as two."""
-        with self._without_values(), FlopCounterMode(display=False) as counter:  # which keeps what is computed again
+        """FLOPs of a training step per image, recomputed activations included; a multiply-add counts as two."""
+        with self._without_values(), FlopCounterMode(display=False) as counter:
             counter.flop_registry |= {own: counter.flop_registry[known] for own, known in COUNTED_AS.items()}
             self._step(2, num_crops)
         return counter.get_total_flops() // 2
 
     def _step(self, images: int, num_crops: int) -> tuple[int, ...]:
-        """A training step; the fields of `Needs` in bytes."""
+        """Take a training step; returns the fields of `Needs` in bytes."""
         self.model.num_chosen, given = num_crops * self.chooses, MAP_SIDE**2 if self.chooses else num_crops
-        shapes = [(images, 3, self.P, self.P), (images, given, 3, self.P, self.P)][: 1 + self.crops]
+        shapes = [(images, 3, self.P, self.P), (images, given, 3, self.P, self.P)][: 1 + self.has_crops]
         self.optimizer.zero_grad()
         self.memory.peak = before = self.memory.live
         views = self.runtime.to_device(self.model, [torch.empty(shape, dtype=torch.uint8) for shape in shapes])
@@ -128,11 +128,11 @@ class PlannedTraining:
 
 
 def recomputes(experiment: Experiment, settings: Settings, runtime: Runtime) -> bool:
-    """Whether activations are computed again; `auto`: on a GPU that has too little memory to keep them, and says so."""
+    """Whether activations are checkpointed; `auto`: on a GPU without the memory to keep them, which is then printed."""
     if settings.activation_checkpointing != "auto" or runtime.device.type != "cuda":
         return settings.activation_checkpointing == "on"
     images = math.ceil(experiment.batch_size / processes.size())
-    needs = PlannedTraining(experiment, settings).needs(images, getattr(experiment, "num_crops", 0))
+    needs = PlannedTraining(experiment, settings).needs(images, experiment.crops_per_image)
     usable = USABLE * torch.cuda.get_device_properties(runtime.device).total_memory / MEGABYTE
     if needs.peak > usable:
         planned = f"{needs.peak:,.0f} MB planned, uncompiled"
@@ -141,7 +141,7 @@ def recomputes(experiment: Experiment, settings: Settings, runtime: Runtime) -> 
 
 
 def largest(peak: Callable[[int], float], limit: float, start: int, most: int) -> int:
-    """The largest n from 1 to `most` for which peak(n), which grows nearly in a line, is within `limit`; 0: none."""
+    """The largest n from 1 to `most` with peak(n) within `limit`; 0 if there is none. peak grows nearly linearly."""
     low, high, n = 0, most + 1, start
     slope = (peak(start + 1) - peak(start)) or 1
     while high - low > 1:
@@ -156,19 +156,19 @@ def largest(peak: Callable[[int], float], limit: float, start: int, most: int) -
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, and their peak, as CUDA's allocator would."""
+    """Counts the bytes of all live storages, and their peak, as CUDA's allocator would."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live, self.peak, self._known = 0, 0, set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Run it, and enter the storages of what it gives."""
+        """Run `function`, and count the storages of its results."""
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
             if storage is not None and storage._cdata not in self._known:
-                size = math.ceil(storage.nbytes() / ALLOCATED) * ALLOCATED
+                size = math.ceil(storage.nbytes() / BLOCK) * BLOCK
                 self._known.add(storage._cdata)
                 self.live += size
                 self.peak = max(self.peak, self.live)

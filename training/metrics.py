@@ -15,11 +15,11 @@ ECE_BINS = 15
 
 @dataclass(frozen=True)
 class Metric:
-    """A row of a table of metrics: all that result files and tables need to know of one.
+    """All that result files and tables need to know about a metric.
 
     Attributes:
         label: its name within a sentence.
-        compute: gives its value, NaN where it is not defined; None if it is computed elsewhere.
+        compute: returns its value, NaN where it is not defined; None if it is computed elsewhere.
         unit: "%" if it is a fraction that is shown in percent.
         low, high: its range.
     """
@@ -32,12 +32,12 @@ class Metric:
 
     @property
     def heading(self) -> str:
-        """Its name above a column."""
+        """Its name as the heading of a column."""
         return self.label[0].upper() + self.label[1:]
 
     @property
     def scale(self) -> int:
-        """Factor from its value to what is shown."""
+        """What its value is multiplied by to be shown."""
         return 100 if self.unit == "%" else 1
 
 
@@ -62,7 +62,7 @@ def compute_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, 
 def expected_calibration_error(confidences: np.ndarray, correct: np.ndarray) -> float:
     """Mean over ECE_BINS equal-width bins of |accuracy - confidence|, weighted by the bins' sizes.
 
-    Bins are closed below and open above, but the last one is closed: a confidence of exactly 1 counts.
+    Bins include their lower edge, the last one its upper edge too: a confidence of exactly 1 counts.
 
     Args:
         confidences: (N,), top probability of each prediction.
@@ -73,7 +73,7 @@ def expected_calibration_error(confidences: np.ndarray, correct: np.ndarray) -> 
 
 
 def bins_of(probabilities: np.ndarray) -> np.ndarray:
-    """Which of the bins of `expected_calibration_error` each probability is in."""
+    """The bin of `expected_calibration_error` that each probability is in, from 0."""
     edges = np.linspace(0, 1, ECE_BINS + 1)
     return np.minimum(np.searchsorted(edges, probabilities, side="right") - 1, ECE_BINS - 1)
 
@@ -84,12 +84,12 @@ def _weighted(score: Callable[..., float], p: np.ndarray, labels: np.ndarray) ->
 
 
 def _confidence(p: np.ndarray, labels: np.ndarray, correct: bool) -> float:
-    """Mean of the top probability over predictions that are correct, or those that are not."""
+    """Mean of the top probability over the correct predictions, or over the others."""
     among = (p.argmax(axis=1) == labels) == correct
     return p.max(axis=1)[among].mean() if among.any() else NAN
 
 
-METRICS = {  # name in `test` of metrics.json -> row; computed from the arguments of `compute_metrics`
+METRICS = {  # by name in `test` of metrics.json; computed from the arguments of `compute_metrics`
     "accuracy": Metric("accuracy", lambda p, labels: (p.argmax(axis=1) == labels).mean()),
     "auc_score": Metric("AUC", lambda p, labels: roc_auc_score(labels, p[:, 1]) if len(set(labels)) == 2 else NAN),
     "f1_score": Metric("F1", partial(_weighted, f1_score)),

@@ -12,13 +12,13 @@ def parameter_groups(model: nn.Module, experiment: Experiment) -> list[dict]:
     if not isinstance(experiment, GlassExperiment):
         return [{"params": list(model.parameters()), "lr": experiment.lr, "weight_decay": experiment.weight_decay}]
     local = list(model.local_model.parameters()) if hasattr(model, "local_model") else []
-    shared = {id(parameter) for parameter in local}  # one network for both views counts as the crops'
-    whole = [parameter for parameter in model.global_model.parameters() if id(parameter) not in shared]
-    rest = [*(model.attention.parameters() if local else ()), *model.classifier.parameters()]
+    shared = {id(parameter) for parameter in local}  # one network for both views has the crops' learning rate
+    of_global = [parameter for parameter in model.global_model.parameters() if id(parameter) not in shared]
+    head = [*(model.attention.parameters() if local else ()), *model.classifier.parameters()]
     groups = (
-        (whole, experiment.lr_global, experiment.wd_global),
+        (of_global, experiment.lr_global, experiment.wd_global),
         (local, experiment.lr_local, experiment.wd_local),
-        (rest, experiment.lr_atten_class, 0.0),
+        (head, experiment.lr_atten_class, 0.0),
     )
     return [{"params": params, "lr": lr, "weight_decay": decay} for params, lr, decay in groups if params]
 
@@ -28,7 +28,7 @@ def build_optimizer(
 ) -> tuple[torch.optim.AdamW, CosineAnnealingLR]:
     """AdamW over `parameter_groups`, and cosine annealing to `eta_min` over `epochs` steps, one after each epoch.
 
-    On CUDA, AdamW is fused, or with `foreach` torch's default.
+    On CUDA, AdamW is fused, or torch's default with `foreach`.
     """
     on_cuda = next(model.parameters()).is_cuda
     optimizer = torch.optim.AdamW(parameter_groups(model, experiment), foreach=foreach, fused=on_cuda and not foreach)

@@ -1,7 +1,7 @@
 """The processes that torchrun started for one command; the only place that knows torch.distributed. docs/cluster.md.
 
-All run the same code, each on its share of every batch; the first, main, alone writes files and prints. Without
-torchrun there is one process, and nothing here does anything.
+All run the same code, each on its share of every batch; only the first, main, writes files and prints. Without
+torchrun there is one process, and nothing here has an effect.
 """
 
 import gc
@@ -29,55 +29,55 @@ from torch.nn.parallel import DistributedDataParallel
 from utils import Stopped, UserError, first_line
 
 T = TypeVar("T")
-SECONDS_TO_SAY_WHY = 10  # that a process has whose loss the others notice
-SECONDS_TO_MEET = 60
+REASON_SECONDS = 10  # how long the others wait for the reason of a process that has left
+START_SECONDS = 60
 
 
-# ------------------------------------------------------------------------------------------------ their life
+# --------------------------------------------------------------------------------------------- process groups
 @dataclass
 class _Job:
-    """The processes of the command. After an error they part, and meet in a new group."""
+    """The processes of the command. After an error they leave their group and join a new one."""
 
     rank: int
     size: int
-    store: dist.Store  # of torchrun, which outlives groups
+    store: dist.Store  # torchrun's, which outlives groups
     on_cuda: bool
-    meetings: int = 0
+    groups: int = 0  # so far
 
-    def meet(self) -> None:
-        """Make a group of all processes."""
-        self.meetings += 1
-        store = dist.PrefixStore(f"group {self.meetings}", self.store)
+    def join_group(self) -> None:
+        """Make a new group of all processes."""
+        self.groups += 1
+        store = dist.PrefixStore(f"group {self.groups}", self.store)
         backend = "cpu:gloo,cuda:nccl" if self.on_cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
         if self.on_cuda:
-            threading.Thread(target=self._abort_after_error, args=(self.meetings,), daemon=True).start()
+            threading.Thread(target=self._abort_after_error, args=(self.groups,), daemon=True).start()
 
-    def part(self) -> None:
-        """Leave the group; a process that waits in it for this one gets a RuntimeError, once no model holds it."""
+    def leave_group(self) -> None:
+        """Leave the group; processes that wait in it for this one get a RuntimeError, once no model refers to it."""
         if dist.is_initialized():
             gc.collect()
             distributed_c10d._abort_process_group() if self.on_cuda else dist.destroy_process_group()
 
     def error_of_all(self, error: Exception) -> Exception:
-        """Of the errors that processes have, the first that says what happened, for all; they then meet again.
+        """The first error of any process, for all of them; they then join a new group.
 
         Args:
-            error: of this process; that the connection is lost only says that another has left. If that one does not
-                say why, it was killed.
+            error: this process's. A lost connection only means that another process has left; if that one gives no
+                reason, it was killed.
         """
-        if isinstance(error, OSError):  # as `run_command` has it
+        if isinstance(error, OSError):  # `run_command` shows it as a sentence too
             error = UserError(error).with_traceback(error.__traceback__)
-        key = f"error {self.meetings}"
+        key = f"error {self.groups}"
         lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "onnection" in str(error))
         try:
             if not lost:
                 self.store.compare_set(key, "", json.dumps([type(error).__name__, str(error)]))
-            traceback.clear_frames(error.__traceback__)  # which hold the model
-            self.part()
-            self.store.wait([key], timedelta(seconds=SECONDS_TO_SAY_WHY))
+            traceback.clear_frames(error.__traceback__)  # they refer to the model
+            self.leave_group()
+            self.store.wait([key], timedelta(seconds=REASON_SECONDS))
             kind, message = json.loads(self.store.get(key))
-            self.meet()
+            self.join_group()
         except RuntimeError:
             what = f"a process of this command has ended ({first_line(error)}): run the same command again to resume"
             return UserError(what) if lost else error
@@ -86,13 +86,13 @@ class _Job:
         shared.of_all = True
         return shared
 
-    def _abort_after_error(self, meeting: int) -> None:
-        """Others wait for a process that has left within a CUDA kernel, which nothing else ends."""
+    def _abort_after_error(self, group: int) -> None:
+        """End the CUDA kernel in which this process waits for one that has left; nothing else does."""
         with suppress(RuntimeError):
-            while self.meetings == meeting and not self.store.check([f"error {meeting}"]):
+            while self.groups == group and not self.store.check([f"error {group}"]):
                 time.sleep(1)
-            if self.meetings == meeting:
-                self.part()
+            if self.groups == group:
+                self.leave_group()
 
 
 _job: _Job | None = None
@@ -100,7 +100,7 @@ _job: _Job | None = None
 
 @contextmanager
 def joined(device: str) -> Iterator[None]:
-    """In the block, the processes that torchrun started work together; without torchrun nothing changes.
+    """In the block, the processes that torchrun started are one group; without torchrun nothing changes.
 
     Args:
         device: of the settings: auto, cpu or cuda.
@@ -113,32 +113,32 @@ def joined(device: str) -> Iterator[None]:
         yield
         return
     try:
-        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=SECONDS_TO_MEET)))
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         _job = _Job(rank, size, store, on_cuda=device != "cpu" and torch.cuda.is_available())
-        _job.meet()
+        _job.join_group()
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes that torchrun started did not meet ({first_line(error)})") from None
-    if not is_main():  # for good: commands print after the block too
+    if not is_main():  # not restored: commands print after the block too
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         with errors_shared():
             yield
-            same(None)  # or the others would be gone where main alone has something left to do, and cannot
+            same(None)  # the others wait for main, which may still fail at work that it alone does
     except (UserError, Stopped) as error:
         if not is_main() and (isinstance(error, Stopped) or hasattr(error, "of_all")):
-            sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (main says it)
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (main prints it)
         raise
     finally:
-        _job.part()
+        _job.leave_group()
         _job = None
 
 
 @contextmanager
 def errors_shared() -> Iterator[None]:
-    """What one process raises in the block, all raise, so that none waits for it; they then continue together.
+    """All processes raise what one of them raises in the block, so that none waits for it; all can then continue.
 
-    `Stopped` is raised by all together, as it is.
+    `Stopped` is not passed on: all processes raise it themselves.
     """
     try:
         yield
@@ -167,7 +167,7 @@ def own_device(device: torch.device) -> torch.device:
     """The GPU of this process.
 
     Raises:
-        UserError: the settings give all processes one, or there are fewer.
+        UserError: the settings name one GPU for all, or there are fewer GPUs than processes.
     """
     number, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if device.index is not None:
@@ -181,13 +181,13 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def no_bar() -> bool | None:
-    """Whether progress bars are off, as tqdm's `disable`; None: where there is no terminal."""
+    """tqdm's `disable`: True for all processes but main, whose None disables bars where there is no terminal."""
     return None if is_main() else True
 
 
-# ------------------------------------------------------------------------------- what they tell one another
+# ----------------------------------------------------------------------------------------------- exchange
 def same(value: T) -> T:
-    """Main's value, everywhere."""
+    """Main's value, in all processes."""
     if size() == 1:
         return value
     box = [value]
@@ -196,7 +196,7 @@ def same(value: T) -> T:
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """What `action` returns or raises in main, everywhere; the others do not call it."""
+    """Call `action` in main only; all processes return or raise what it does."""
     if size() == 1:
         return action()
     result, error = None, None
@@ -225,12 +225,12 @@ def check_alike(values: Mapping[str, object]) -> None:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether the flag is set in one of them."""
+    """Whether the flag is set in at least one process."""
     return flag if size() == 1 else bool(total(torch.tensor(int(flag))) > 0)
 
 
 def total(value: torch.Tensor) -> torch.Tensor:
-    """Sums over all processes of a tensor in main memory."""
+    """The sum of a CPU tensor over all processes."""
     if size() > 1:
         value = value.clone()
         dist.all_reduce(value)
@@ -238,7 +238,7 @@ def total(value: torch.Tensor) -> torch.Tensor:
 
 
 def gathered(value: T) -> list[T]:
-    """The value of each, in their order."""
+    """The values of all processes, in the order of their ranks."""
     values = [value] * size()
     if size() > 1:
         dist.all_gather_object(values, value)
@@ -254,7 +254,7 @@ def same_weights(model: nn.Module) -> None:
 
 
 def synchronised(model: nn.Module) -> nn.Module:
-    """The model, whose batch normalisation in training is over the images of all processes."""
+    """The model, with batch normalisation in training over the images of all processes."""
     if size() == 1:
         return model
     if _job.on_cuda:
@@ -266,7 +266,7 @@ def synchronised(model: nn.Module) -> nn.Module:
 
 
 def parallel(model: nn.Module) -> nn.Module:
-    """The model as training calls it: gradients are means over the processes, exchanged during the backward pass."""
+    """The model as training calls it: gradients are means over processes, exchanged during the backward pass."""
     if size() == 1:
         return model
     options = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "static_graph": True}

@@ -1,4 +1,4 @@
-"""How far a training is."""
+"""The progress of a training: its finished epochs, and the one in progress."""
 
 from dataclasses import dataclass, field
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 class EpochRecord:
     """One line of a training history. Epochs count from 1.
 
-    epoch_seconds are of training and validation together; images_per_second and data_wait_share (the share of the time
-    in which the loop waited for the next batch) are of the training part. skipped_steps had gradients that were
-    infinite or not a number, and left the weights as they were; train_loss is without losses that were so.
+    epoch_seconds covers training and validation; images_per_second and data_wait_share (the share of the time in which
+    the loop waited for the next batch) cover training only. skipped_steps had gradients that were infinite or not a
+    number, and did not change the weights; such losses are left out of train_loss.
     """
 
     epoch: int
@@ -25,7 +25,7 @@ class EpochRecord:
 
 @dataclass
 class Progress:
-    """The finished epochs of a training, and what the one in progress has behind it."""
+    """The finished epochs of a training, and the sums and counts of the one in progress."""
 
     history: list[EpochRecord] = field(default_factory=list)
     steps: int = 0
@@ -33,9 +33,9 @@ class Progress:
     loss_sum: float = 0.0  # over the images with a finite loss
     loss_images: int = 0
     skipped_steps: int = 0
-    skipped_in_a_row: int = 0  # up to now, over epochs
+    skipped_in_a_row: int = 0  # up to now, across epochs
     train_seconds: float = 0.0
-    wait_seconds: float = 0.0  # of train_seconds
+    wait_seconds: float = 0.0  # part of train_seconds
     valid_seconds: float = 0.0
     peak_memory_mb: float = 0.0
 
@@ -66,6 +66,6 @@ def best_epoch(history: list[EpochRecord]) -> EpochRecord:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them, such as "12 min"."""
+    """Seconds in words, such as "12 min"."""
     minutes, hours = seconds / 60, seconds / 3600
     return f"{hours:.1f} h" if hours > 1.5 else f"{minutes:.0f} min" if minutes > 1.5 else f"{seconds:.0f} s"

@@ -1,8 +1,8 @@
-"""The life of a run folder: opened, locked, compared with what it was started with, resumed, archived.
+"""Run folders: opened, locked, compared with the settings they were started with, resumed, archived.
 
 `run.json` holds a run's metadata: resolved settings, fingerprint of the data, command, hardware, and `environments`, a
-list of the commits and library versions that it ran under and from where on. Settings and data that differ are refused,
-because the numbers would be of neither; code and libraries are only recorded.
+list of the commits and library versions that it ran under, and from which epoch. A run is not resumed with other
+settings or data, because its numbers would belong to neither; code and libraries are only recorded.
 """
 
 import hashlib
@@ -41,22 +41,22 @@ from training.trainer import build_trainer
 from utils import UserError, command_name, first_line, locked_folder, preset_folder, read_json, sha256_of, write_json
 
 STUDIES = (config.Tuning, config.Training, config.NumCrops, config.StandardMemory)
-SETTINGS = [  # that the commands of experiments read
+SETTINGS = [  # read by the commands of experiments
     field.name
     for kind in (Settings, *STUDIES)
     for field in fields(kind)
     if field.name not in ("kaggle_dataset", "cache_limit_gb")
 ]
-OF_A_MACHINE = [  # settings that may differ between machines
+MACHINE_SETTINGS = [  # they may differ between machines
     f"settings.{name}" for name in ("data_root", "results_root", "cache_root", "weights_files", "num_workers")
 ]
-RESTART = "pass --restart to archive that folder and start over, or choose another --results-root or, of a run, --name"
+RESTART = "pass --restart to archive that folder and start over, or choose another --results-root or, for a run, --name"
 
 
 # ------------------------------------------------------------------------------------------------- a command
 @dataclass(frozen=True)
 class RestartOption:
-    """Of the commands whose results can be started over."""
+    """The flag of commands whose results can be started over."""
 
     restart: bool = False  # archive what was started, and start over
 
@@ -72,7 +72,7 @@ class Session:
     stop: StopRequest
 
     def loader(self, experiment: Experiment, rows: list[int], training_seed: int | None = None) -> ImageLoader:
-        """`build_loader`, of this process's share."""
+        """`build_loader` for this process's share."""
         share = (processes.rank(), processes.size())
         return build_loader(self.settings, experiment, self.index, rows, training_seed, share)
 
@@ -82,24 +82,24 @@ def open_session(preset: Preset) -> Iterator[Session]:
     """The preset's data set and splits, the device, and one stop request for the whole command.
 
     Raises:
-        UserError: no index, a data set that is not as indexed, a device that is unavailable, or processes that were
-            not started alike.
+        UserError: no index, a data set that has changed since, an unavailable device, or processes that were started
+            with different settings.
     """
     with processes.joined(preset.settings.device), stop_signals() as stop:
         index, splits = load_splits(preset)
         if processes.size() > 1:
-            processes.check_alike(_what_all_share(preset, index))
+            processes.check_alike(_shared_values(preset, index))
         runtime = build_runtime(preset.settings)
         with runtime.switched():
             yield Session(preset.settings, index, splits, runtime, stop)
 
 
-def _what_all_share(preset: Preset, index: Index) -> dict[str, Any]:
-    """What has to be the same in all processes of a training: settings, data, code and libraries."""
+def _shared_values(preset: Preset, index: Index) -> dict[str, Any]:
+    """What must be the same in all processes of a training: settings, data, code and libraries."""
     owners = {e.name: e for e in preset.experiments} | {k: v for k, v in vars(preset).items() if is_dataclass(v)}
     values = {f"{k}.{name}": value for k, owner in owners.items() for name, value in vars(owner).items()}
-    alike = {name: value for name, value in values.items() if name not in OF_A_MACHINE}
-    return alike | {"dataset_fingerprint": index.fingerprint, "commit": git_commit(), **library_versions()}
+    shared = {name: value for name, value in values.items() if name not in MACHINE_SETTINGS}
+    return shared | {"dataset_fingerprint": index.fingerprint, "commit": git_commit(), **library_versions()}
 
 
 def seed_everything(seed: int) -> None:
@@ -112,7 +112,7 @@ def seed_everything(seed: int) -> None:
 def build_job(
     session: Session, experiment: Experiment, seed: int, epochs: int, rows: tuple[list[int], list[int]], label: str
 ) -> Job:
-    """Seed, then model, trainer and loaders: the order that random draws depend on.
+    """Seed, then build model, trainer and loaders; random draws depend on this order.
 
     Args:
         rows: of the index, to train on and to validate on.
@@ -125,7 +125,7 @@ def build_job(
     model = build_model(experiment, settings)
     trainer = build_trainer(model, experiment, settings, session.runtime, epochs)
     train_loader, valid_loader = session.loader(experiment, train, seed), session.loader(experiment, valid)
-    if not processes.is_main():  # the others drop out other features
+    if not processes.is_main():  # so that dropout differs between processes
         torch.manual_seed(seed + 1_000_003 * processes.rank())
     return Job(label, trainer, train_loader, valid_loader, epochs, settings.tensorboard)
 
@@ -138,20 +138,20 @@ def seed_folder(preset: Preset, experiment: str, seed: int) -> Path:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """An open run folder, which no other process works in."""
+    """A run folder that this process has locked."""
 
     path: Path
     metadata: dict[str, Any]
     checkpoint_every: int
 
     def checkpoint(self, name: str = "checkpoint", **options: Any) -> Checkpoint:
-        """Where an unfinished training of this folder is resumed from; `options` are the `Checkpoint`'s."""
+        """The checkpoint of an unfinished training in this folder; `options` are the `Checkpoint`'s."""
         return Checkpoint(self.path / f"{name}.pt", self.checkpoint_every, **options)
 
     def record(self, start: str) -> None:
-        """Write run.json, with the present commit and library versions from `start` on, such as "epoch 1".
+        """Write run.json; the current commit and library versions count from `start` on, such as "epoch 1".
 
-        Prints a line if they are others than before.
+        Prints a line if they have changed.
         """
         if not processes.is_main():
             return
@@ -175,19 +175,19 @@ def open_run(
     remedy: str = RESTART,
     wait: float = 0,
 ) -> Iterator[RunFolder]:
-    """Lock `folder`, and compare its metadata with what is to run now.
+    """Lock `folder`, and compare its metadata with the settings of this command.
 
     Args:
         values: all settings that the numbers depend on.
-        results: patterns of files whose presence says that there is something to compare with; what failed before it
-            wrote one may start over with other settings.
-        remedy: what to do where they differ.
-        wait: seconds, for a process that may have it open for a moment.
+        results: patterns of files without which a folder is not compared: a run that failed before it wrote one may
+            start over with other settings.
+        remedy: what the user can do where settings differ.
+        wait: seconds, for a process that may hold the lock for a moment.
 
     Raises:
-        UserError: it was started with other settings or data, does not say with which, or is in use.
+        UserError: the folder was started with other settings or data, does not say with which, or is in use.
     """
-    if not processes.is_main():  # which looks and writes for all
+    if not processes.is_main():  # main reads and writes for all
         yield RunFolder(folder, {}, session.settings.checkpoint_every)
         return
     with locked_folder(folder, wait):
@@ -202,10 +202,10 @@ def open_run(
 
 
 def archive(preset: Preset, folders: Iterable[Path]) -> None:
-    """Move these folders of the preset's results, where they exist, to results/<preset>/archive/<path there>_<n>.
+    """Move those of these folders that exist from results/<preset>/<path> to results/<preset>/archive/<path>_<n>.
 
     Raises:
-        UserError: another process works in one of them.
+        UserError: another process has locked one of them.
     """
     results = preset_folder(preset)
     for folder in folders if processes.is_main() else ():
@@ -227,7 +227,7 @@ def resolved(*owners: Any) -> dict[str, Any]:
 
 
 def run_metadata(values: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
-    """What a result needs to explain itself; `environments` is still empty."""
+    """The content of run.json, with no `environments` yet."""
     return {
         "settings": {**values, "weights_sha256": _weights_hashes(values.get("weights_files", ()))},
         "dataset_fingerprint": fingerprint,
@@ -238,7 +238,7 @@ def run_metadata(values: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What a run.json says; one of an earlier version has its commit and versions as its only environment.
+    """The content of a run.json; an earlier version's commit and versions become its only environment.
 
     Raises:
         UserError: it is missing or damaged.
@@ -251,15 +251,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def _weights_hashes(weights_files: Iterable[str]) -> dict[str, str]:
-    """Backbone -> hash of its local weights file: the same file under another path is the same weights."""
+    """Backbone -> hash of its local weights file, by which they are compared: its path may change."""
     pairs = (item.partition("=")[::2] for item in weights_files)
     return {backbone: sha256_of(Path(path)) for backbone, path in pairs if Path(path).is_file()}
 
 
 @cache
 def _known_settings() -> tuple[dict[str, Any], set[str]]:
-    """Default of each setting that has one, and the names of those that have no effect on numbers."""
-    defaults, free = {}, {"glass_trials", "standard_trials"}  # of an earlier version
+    """The default of each setting that has one, and the names of those that have no effect on numbers."""
+    defaults, free = {}, {"glass_trials", "standard_trials"}  # settings of an earlier version
     for kind in (Settings, *STUDIES, config.GlassExperiment, config.StandardExperiment):
         defaults |= {field.name: field.default for field in fields(kind) if field.default is not MISSING}
         hints = get_type_hints(kind, include_extras=True)
@@ -268,12 +268,12 @@ def _known_settings() -> tuple[dict[str, Any], set[str]]:
 
 
 def first_difference(before: Mapping[str, Any], now: Mapping[str, Any], ignore: Iterable[str] = ()) -> str | None:
-    """The first setting in which two runs differ so that their numbers may, with both values; None if there is none.
+    """The first setting with an effect on numbers in which two runs differ, with both values; None if there is none.
 
-    A setting that one of them does not know, since it was added later, has its default there.
+    A setting that one of them lacks, because it was added later, has its default there.
 
     Args:
-        before, now: metadata of each.
+        before, now: metadata of each run.
         ignore: settings that are meant to differ, such as "seed".
     """
     if before["dataset_fingerprint"] != now["dataset_fingerprint"]:
@@ -291,7 +291,7 @@ def first_difference(before: Mapping[str, Any], now: Mapping[str, Any], ignore: 
 
 
 def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What of commit and library versions differs, in words; empty if nothing does."""
+    """The differences in commit, processes and library versions, in words; empty if there are none."""
     old, new = (
         {"commit": each["commit"], "processes": each.get("processes", 1), **each["versions"]} for each in (before, now)
     )
@@ -316,7 +316,7 @@ def git_commit() -> str | None:
 
 @cache
 def library_versions() -> dict[str, str]:
-    """Installed versions of Python and of the libraries that numbers can depend on."""
+    """Versions of Python and of the libraries that numbers can depend on."""
     names = ("torch", "torchvision", "timm", "optuna", "numpy", "pillow", "scikit-learn")
     found = {"python": platform.python_version()}
     for name in names:
@@ -328,7 +328,7 @@ def library_versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, number of cores this process may use, GPU and its memory if there is one."""
+    """Processor, number of cores that this process may use, and the GPU with its memory if there is one."""
     found: dict[str, Any] = {"processor": platform.machine(), "cores": available_cores()}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -337,10 +337,10 @@ def hardware() -> dict[str, Any]:
 
 
 def database_problem(path: Path, error: Exception) -> str:
-    """What SQLite, or Optuna of it, says of the file `path`, in a line.
+    """What SQLite or Optuna says is wrong with the file `path`, on one line.
 
     Raises:
-        UserError: another program holds the file, which is no fault of it.
+        UserError: nothing is: another program has locked it.
     """
     reason = first_line(error.__cause__ or error)
     if "database is locked" in reason:

@@ -23,14 +23,13 @@ MEGABYTE = 2**20  # as in the paper's tables
 CUDA_MEMORY = "cuda_max_memory_allocated"
 CPU_MEMORY = "saved_for_backward"
 
-
-# How errors say it: torch's allocators, CUDA itself (AcceleratorError), cuBLAS; Triton.
+# What errors of torch's allocators, CUDA (AcceleratorError) and cuBLAS contain, and those of Triton.
 NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 NO_COMPILER = ("Failed to find C compiler", "No working C++ compiler")
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what caused it."""
+def _causes_of(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -42,10 +41,10 @@ class OutOfMemory(UserError):
 
 @dataclass(frozen=True)
 class Runtime:
-    """How and where models compute. `compile` is of full training batches, with `compile_all` of every batch."""
+    """How and where models compute. `compile` applies to full training batches, with `compile_all` to every batch."""
 
     device: torch.device
-    precision: str  # fp16, bf16 or fp32, of the forward pass; always fp32 on the CPU
+    precision: str  # of the forward pass: fp16, bf16 or fp32; always fp32 on the CPU
     compile: bool
     channels_last: str  # auto, on or off
     deterministic: bool
@@ -59,25 +58,25 @@ class Runtime:
         return CUDA_MEMORY if self.device.type == "cuda" else CPU_MEMORY
 
     def resolved(self) -> dict[str, Any]:
-        """What numbers depend on here, for a run's metadata; the settings may say auto."""
+        """The resolved choices that numbers depend on, for a run's metadata; the settings may be auto."""
         return {"device_type": self.device.type, "precision": self.precision, "compile": self.compile}
 
     @contextmanager
     def switched(self) -> Iterator[None]:
-        """In the block, torch's global switches are this runtime's, and its device is the current one."""
+        """In the block, torch's global switches are set for this runtime, and its device is the current one."""
         before = {name: read() for name, (read, _) in SWITCHES.items()}
         wanted = before | {
             "matmul_precision": self.matmul_precision,
             "tf32": self.matmul_precision != "highest",
             "benchmark": not self.deterministic,
             "deterministic": (self.deterministic, False),
-            "fill_memory": False,  # with NaN, as deterministic algorithms do by default: a tenth of a step
+            "fill_memory": False,  # deterministic algorithms fill new memory with NaN by default: a tenth of a step
         }
         if self.device.type == "cpu":
-            # Whatever num_workers is: sums over another number of threads may round otherwise.
+            # The same for any num_workers: the number of threads may change the rounding of sums.
             computing = max(1, available_cores() - loading_processes(cpu_computes=True))
             wanted["threads"] = min(before["threads"], computing)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS at its first use
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             try:
                 _set_switches(wanted)
@@ -87,7 +86,7 @@ class Runtime:
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model on the device, in its memory layout; memory of earlier models is freed first."""
-        if self.compile:  # what is compiled holds its model; and many in one process run into the recompilation limit
+        if self.compile:  # compiled code refers to its model; and many of them exceed the recompilation limit
             torch.compiler.reset()
         gc.collect()
         if self.device.type == "cuda":
@@ -98,10 +97,10 @@ class Runtime:
         return lay_out(model)
 
     def _suits_channels_last(self, model: nn.Module) -> bool:
-        """On the CPU, where it is up to twice as fast, not for every model.
+        """Whether the model can be channels_last; on the CPU, where it is up to twice as fast, some models crash.
 
-        oneDNN writes past its memory in the backward pass of 1x1 convolutions with a stride and few channels (fewer
-        than 16 were seen, as in timm:fastvit_t8), and torch dies without a word.
+        oneDNN writes past its memory in the backward pass of 1x1 convolutions with a stride and few channels (seen with
+        fewer than 16, in timm:fastvit_t8), and the process dies without a message.
         """
         if self.channels_last != "auto" or self.device.type == "cuda":
             return self.channels_last != "off"
@@ -109,17 +108,17 @@ class Runtime:
         return not any(c.kernel_size == (1, 1) and max(c.stride) > 1 and c.in_channels < 64 for c in convolutions)
 
     def compiled(self, model: nn.Module) -> nn.Module:
-        """The model's forward pass, compiled where the settings say so, for one shape of views unless `compile_all`.
+        """The model's forward pass, compiled if `compile` is set, for one shape of views unless `compile_all`.
 
-        With `compile_blocks` it is the model itself, whose repeated blocks are compiled from here on, in evaluation
-        too: once for all blocks that are alike.
+        With `compile_blocks`, returns the model itself, whose repeated blocks are compiled from now on, in evaluation
+        too: once for all equal blocks.
         """
         if not self.compile:
             return model
         if self.compile_blocks:
             compile_blocks(model)
             return model
-        return torch.compile(model, dynamic=None if self.compile_all else False)  # None: torch's default
+        return torch.compile(model, dynamic=None if self.compile_all else False)  # None is torch's default
 
     def to_device(self, model: nn.Module, views: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Views (..., 3, P, P) of 0 to 255 on the device, normalised for the model."""
@@ -127,15 +126,11 @@ class Runtime:
 
     @contextmanager
     def memory_for(self, what: str) -> Iterator[None]:
-        """Turn memory that runs out in the block into a sentence.
-
-        Raises:
-            OutOfMemory: names `what`, the device and the precision.
-        """
+        """Raise `OutOfMemory`, which names `what`, if memory runs out in it; a UserError without a C compiler."""
         try:
             yield
         except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what its compiler wraps it in
-            causes = list(_chain(error))
+            causes = list(_causes_of(error))
             if any(sign in str(cause) for cause in causes for sign in NO_COMPILER):
                 raise UserError(
                     f"torch.compile finds no C compiler ({causes[-1]}): install gcc, or pass --no-compile"
@@ -148,7 +143,7 @@ class Runtime:
             ) from None
 
     def batches(self, loader: Iterable[Sequence[torch.Tensor]]) -> Iterator[Sequence[torch.Tensor]]:
-        """The loader's batches; its thread that pins memory runs out of it in the same words."""
+        """The loader's batches; raises `OutOfMemory` where its thread that pins memory runs out of it."""
         iterator = iter(loader)
         while True:
             with self.memory_for("a batch in pinned memory"):
@@ -158,17 +153,17 @@ class Runtime:
             yield batch
 
     def autocast(self) -> AbstractContextManager:
-        """Mixed precision for a forward pass; nothing in fp32."""
+        """Mixed precision for a forward pass; no effect in fp32."""
         if self.precision == "fp32":
             return nullcontext()
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[self.precision]
         return torch.autocast(self.device.type, dtype)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """Loss scaling, which only fp16 needs; in other precisions by 1, which only skips steps that are not finite."""
+        """Loss scaling for fp16; in other precisions the scale is 1, and only steps that are not finite are skipped."""
         if self.precision == "fp16":
             return torch.amp.GradScaler(self.device.type)
-        # A skip lowers it by a factor that float32 rounds to 1.
+        # A skipped step multiplies the scale by a factor that float32 rounds to 1.
         return torch.amp.GradScaler(self.device.type, init_scale=1.0, backoff_factor=1 - 1e-12, growth_interval=2**30)
 
     @contextmanager
@@ -183,13 +178,13 @@ class Runtime:
                 yield meter
 
     def wait(self) -> None:
-        """Return when the device has done all it was given; before reading a clock."""
+        """Wait until the device has finished, before a clock is read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 def lay_out(model: nn.Module) -> nn.Module:
-    """The model in the memory layout that its `channels_last` says; a ViT's one convolution only cuts patches."""
+    """The model, in channels_last format if its `channels_last` is set and it has more convolutions than a ViT."""
     if model.channels_last and sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 2:
         model.to(memory_format=torch.channels_last)
     return model
@@ -199,7 +194,7 @@ def build_runtime(settings: Settings) -> Runtime:
     """Choose the device; `Runtime.switched` sets torch's global switches.
 
     Raises:
-        UserError: a device that is not there, or a precision that it cannot compute in.
+        UserError: a device that is missing, or a precision that it does not support.
     """
     name = settings.device
     if name == "auto":
@@ -234,12 +229,12 @@ def build_runtime(settings: Settings) -> Runtime:
     )
 
 
-SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {  # of torch: reads one, sets it
+SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {  # torch's: how to read and to set each
     "threads": (torch.get_num_threads, lambda n: n == torch.get_num_threads() or torch.set_num_threads(n)),
     "matmul_precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     "tf32": (lambda: cudnn.allow_tf32, partial(setattr, cudnn, "allow_tf32")),
     "benchmark": (lambda: cudnn.benchmark, partial(setattr, cudnn, "benchmark")),
-    "deterministic": (  # and whether it only warns
+    "deterministic": (  # with whether it only warns
         lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
         lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
     ),
@@ -256,12 +251,11 @@ def _set_switches(values: Mapping[str, Any]) -> None:
 
 
 class MemoryMeter:
-    """Peak of the bytes that autograd keeps for the backward pass, each storage counted once; weights excepted."""
+    """Peak of the bytes that autograd keeps for the backward pass, each storage counted once, without weights."""
 
     def __init__(self) -> None:
-        self.peak_bytes = 0
-        self._live_bytes = 0
-        self._uses: dict[int, int] = {}
+        self.peak_bytes = self._live_bytes = 0
+        self._uses: dict[int, int] = {}  # storage -> saved tensors in it
 
     @property
     def peak_mb(self) -> float:
@@ -277,19 +271,14 @@ class MemoryMeter:
         """Called by autograd when it needs the tensor again."""
         return saved.tensor if isinstance(saved, _Saved) else saved
 
-    def hold(self, storage: int, size: int) -> None:
-        """One more use of a storage."""
-        self._uses[storage] = self._uses.get(storage, 0) + 1
-        if self._uses[storage] == 1:
-            self._live_bytes += size
+    def count(self, storage: int, size: int, change: int) -> None:
+        """Autograd keeps one tensor more (`change` 1) or fewer (-1) in a storage of this many bytes."""
+        before = self._uses.pop(storage, 0)
+        if after := before + change:
+            self._uses[storage] = after
+        if not before or not after:
+            self._live_bytes += change * size
             self.peak_bytes = max(self.peak_bytes, self._live_bytes)
-
-    def release(self, storage: int, size: int) -> None:
-        """One use less."""
-        self._uses[storage] -= 1
-        if not self._uses[storage]:
-            del self._uses[storage]
-            self._live_bytes -= size
 
 
 class CudaMemoryMeter(MemoryMeter):
@@ -305,12 +294,12 @@ class CudaMemoryMeter(MemoryMeter):
 
 
 class _Saved:
-    """A saved tensor that tells its meter when autograd lets go of it."""
+    """A tensor that autograd keeps; its meter counts it from its creation to its deletion."""
 
     def __init__(self, meter: MemoryMeter, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         self.meter, self.tensor, self.storage, self.size = meter, tensor, storage.data_ptr(), storage.nbytes()
-        meter.hold(self.storage, self.size)
+        meter.count(self.storage, self.size, 1)
 
     def __del__(self) -> None:
-        self.meter.release(self.storage, self.size)
+        self.meter.count(self.storage, self.size, -1)

@@ -14,19 +14,19 @@ from utils import Stopped
 
 @dataclass
 class StopRequest:
-    """Whether a signal has asked to stop."""
+    """Whether a signal has asked this process to stop."""
 
     requested: bool = False
 
     def agreed(self) -> bool:
-        """Whether one of the processes was asked; all ask this at the same moments."""
+        """Whether any of the processes was asked to stop; all must call this at the same points."""
         return processes.any_of(self.requested)
 
     def raise_if_requested(self, saved: str) -> None:
-        """To be called where all that is needed to resume is saved; `saved` says what that is.
+        """Call this where all that is needed to resume is saved; `saved` completes "stopped: ".
 
         Raises:
-            Stopped: a signal has asked for it.
+            Stopped: a signal has asked to stop.
         """
         if self.agreed():
             raise Stopped(saved)
@@ -34,11 +34,10 @@ class StopRequest:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """In the block, SIGTERM and SIGINT only ask to stop; a second SIGINT is a `KeyboardInterrupt`.
+    """In the block, SIGTERM and SIGINT only ask to stop; a second SIGINT raises `KeyboardInterrupt`.
 
-    Clusters send SIGTERM some time before they kill. A command holds one block around all its work, so that there is
-    no moment between two trainings at which a signal is lost. Only the main thread can listen; elsewhere nothing
-    changes.
+    Clusters send SIGTERM some time before they kill. A command puts one block around all its work, so that no signal
+    is lost between two trainings. Signals only reach the main thread; in another, nothing changes.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -52,7 +51,7 @@ def stop_signals() -> Iterator[StopRequest]:
             request.requested = True
             if not processes.is_main():
                 return
-            with suppress(OSError, RuntimeError):  # nobody reads it, or the signal came within another print
+            with suppress(OSError, RuntimeError):  # the reader has gone, or the signal interrupted another print
                 print(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}

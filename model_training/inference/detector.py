@@ -277,7 +277,7 @@ def load_detector(
     if options.backbone not in (None, experiment.backbone):
         raise UserError(f"{path} has the backbone {experiment.backbone}, not {options.backbone}: leave out --backbone")
     other_crops = ""
-    if isinstance(experiment, GlassExperiment) and experiment.branches != "global":
+    if experiment.crops_per_image:
         trained, experiment = asdict(experiment), replace(experiment, **options.crops)
         changed = {name: value for name, value in options.crops.items() if trained[name] != value}
         other_crops = ", ".join(f"{name} = {value}" for name, value in changed.items())

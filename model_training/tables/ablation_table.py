@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config import Experiment, StandardExperiment
+from config import Experiment
 from data.index import Index
 from model_training.tables.experiment_tables import means
 from model_training.tables.read_results import MEMORY_KINDS, Run, provenance_of, read_fakes
@@ -66,9 +66,8 @@ def table_of_ablations(
 def _row(variant: Variant) -> Row:
     """The first columns of a row, which describe the variant; NaN for parts that it does not have."""
     experiment, row = variant.experiment, {"model": variant.name}
-    without_crops = isinstance(experiment, StandardExperiment) or experiment.branches == "global"
     for column, name in (("sampler", "crop_sampler"), ("pooling", "pooling"), ("num_crops", "num_crops")):
-        row[column] = NAN if without_crops else getattr(experiment, name)
+        row[column] = getattr(experiment, name) if experiment.crops_per_image else NAN
     row["branches"] = getattr(experiment, "branches", NAN)
     seeds = " ".join(str(run.seed) for run in variant.runs)
     return row | {"factor": variant.factor, "n": len(variant.runs), "seeds": seeds}

@@ -1,9 +1,9 @@
 """What the benchmarks share: options, images, a process for each way that is measured, and the report. Linux only.
 
-Times are of the wall clock, medians over the repeats, and so are all ratios: waiting for a disk or for another
-process is part of what is compared. Within a repeat the ways take turns, so that a machine that slows down slows all.
+Times and ratios are of the wall clock, medians over the repeats: waiting for a disk or for another process is part of
+what is compared. The ways take turns in each repeat, so that a machine that slows down slows all of them.
 
-Nothing here imports torch: the processes that check images do without it, and their start is measured.
+Nothing here imports torch: the processes that check images do not need it, and their start is measured.
 """
 
 import argparse
@@ -40,13 +40,13 @@ from training.runs import git_commit, hardware, library_versions
 from utils import UserError, write_json, write_text
 
 Measured = dict[str, float]
-Repeat = Callable[[int], Measured]  # does the work once; called with the number of the repeat
+Repeat = Callable[[int], Measured]  # called with the number of the repeat; does the work once
 MAX_PIXELS = PAPER.settings.max_image_pixels
 
 
 @contextmanager
 def measured() -> Iterator[Measured]:
-    """Seconds of wall clock and of this process, and the bytes that it made the disk read, in the block."""
+    """Wall-clock and processor seconds of the block, and the bytes that the disk read for it."""
     result: Measured = {}
     wall, processor, read = time.perf_counter(), time.process_time(), bytes_read()
     yield result
@@ -67,10 +67,10 @@ def timed(work: Callable[[int], object]) -> Repeat:
 
 
 class Way:
-    """One way to do the work, in a process of its own: what it does to memory and threads helps no other way.
+    """One way to do the work, in a process of its own, so that ways do not share memory and threads.
 
     Args:
-        make: called in that process with `arguments`; gives what does the work once.
+        make: called in that process with `arguments`; returns a `Repeat`.
         one_core: keep the process on one core.
     """
 
@@ -82,11 +82,11 @@ class Way:
         return self._process.submit(_once, repeat).result()
 
     def close(self) -> None:
-        """End the process, which else ends with this one."""
+        """End the process; otherwise it ends with this one."""
         self._process.shutdown()
 
 
-_work: list[Repeat] = []  # of the process of a way
+_work: list[Repeat] = []  # set in the process of a way
 
 
 def _start(make: Callable[..., Repeat], arguments: Sequence[Any], one_core: bool) -> None:
@@ -101,7 +101,7 @@ def _once(repeat: int) -> Measured:
 
 
 def take_turns(ways: Mapping[Any, Repeat], repeats: int) -> dict[Any, list[Measured]]:
-    """What each way measured, in each repeat; repeat 0, which warms all of them, is left out."""
+    """What each way measured in each repeat, without repeat 0, which warms them up."""
     results: dict[Any, list[Measured]] = {name: [] for name in ways}
     for repeat in tqdm(range(repeats + 1), desc="measuring", unit=" repeats", disable=None):
         for name, way in ways.items():
@@ -114,11 +114,11 @@ def median(measurements: Sequence[Measured], quantity: str = "wall") -> float:
 
 
 def peak_memory(make: Callable[..., Repeat], *arguments: object) -> Repeat:
-    """Bytes that the work once needs, in a new process, beyond what the process has by then."""
+    """Memory in bytes that the work needs in a new process, beyond what the process already has."""
     work = make(*arguments)
 
     def once(repeat: int) -> Measured:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak so far becomes what is there now
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak to the current memory
         before = peak_bytes()
         work(repeat)
         return {"peak": peak_bytes() - before}
@@ -134,7 +134,7 @@ def forget(path: Path) -> None:
 
 
 def write_images(root: Path, side: int = 2000) -> None:
-    """12 photographs, from a shorter side of `side` pixels to one of twice that: of 6 to 24 megapixels."""
+    """12 photographs whose shorter side is `side` to 2 `side` pixels: by default, 6 to 24 megapixels."""
     random = np.random.default_rng(0)
     for i in tqdm(range(12), desc="writing images", disable=None):
         short = side + side * i // 11
@@ -146,7 +146,7 @@ def write_images(root: Path, side: int = 2000) -> None:
 
 
 def photograph(random: np.random.Generator, height: int, width: int) -> Image.Image:
-    """An image that costs what a photograph costs: smooth at all scales, with a little noise."""
+    """An image as expensive to decode as a photograph: smooth at all scales, with a little noise."""
     pixels = np.full((height, width, 3), 128, np.float32)
     for cells in (5, 20, 80, 320):
         small = Image.fromarray(random.integers(0, 256, (cells, cells, 3), np.uint8))
@@ -162,7 +162,7 @@ def make_preset(data_root: Path, scratch: Path, **settings: Any) -> Preset:
 
 
 def cached_index(preset: Preset) -> Index:
-    """The preset's data set with its pixel cache, both made now."""
+    """Make and open the preset's index and its pixel cache."""
     with quiet():
         preprocess(preset, (PIXELS,))
         index = read_index(preset)
@@ -171,21 +171,21 @@ def cached_index(preset: Preset) -> Index:
 
 
 def repeated(index: Index, length: int) -> list[int]:
-    """`length` rows of readable images, from the beginning again where there are not as many."""
+    """`length` rows of readable images, repeated if there are fewer."""
     rows = index.readable(list(range(len(index.records))))
     return [rows[i % len(rows)] for i in range(length)]
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what commands print, and without their progress bars."""
+    """In the block, nothing is printed, and no progress bars are shown."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the report, and the measurements behind it; None is a cell that does not apply."""
+    """A table of the report, with its measurements; None in a cell that does not apply."""
 
     title: str
     columns: Sequence[str]
@@ -194,7 +194,7 @@ class Table:
     measurements: Mapping[str, Any] = field(default_factory=dict)
 
     def markdown(self) -> str:
-        """Aligned, text to the left and numbers to the right."""
+        """As aligned Markdown, text to the left and numbers to the right."""
         rows = [[_cell(value) for value in row] for row in self.rows]
         widths = [max(map(len, column)) for column in zip(self.columns, *rows, strict=True)]
         rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -219,24 +219,21 @@ def run(
     write: Callable[[Path, argparse.Namespace], None] = lambda root, _: write_images(root),
     **options: int,
 ) -> None:
-    """Read the command line, measure, print the tables and write them to the files that were asked for.
+    """Read the command line, measure, print the tables and write them to the files that the flags name.
 
     Args:
         doc: the benchmark's docstring, shown by `--help`.
-        measure: called with the options, whose `data_root` is a folder now, and with a scratch folder.
-        write: makes that folder, where none is given.
-        options: the benchmark's own whole numbers, by name, with their defaults.
+        measure: called with the options, in which `data_root` is set, and with a scratch folder.
+        write: writes images to `data_root` if the command line gives none.
+        options: the benchmark's own integer flags, with their defaults.
     """
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=layout, allow_abbrev=False)
+    parser = make_parser(doc)
     parser.add_argument("--data-root", type=Path, help="holds fake/ and real/; default: synthetic images")
     for name, default in (dict(repeats=repeats, num_crops=num_crops) | options).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
-    for ending in ("json", "markdown"):
-        parser.add_argument(f"--{ending}", type=Path, metavar="FILE", help="write the report there too")
     arguments = parser.parse_args()
     try:
-        with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:  # TMPDIR says where; cold needs a disk
+        with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:  # in TMPDIR; cold measurements need a disk
             if arguments.data_root is None:
                 arguments.data_root = Path(folder, "images")
                 write(arguments.data_root, arguments)
@@ -244,24 +241,35 @@ def run(
             tables = measure(arguments, Path(folder))
     except UserError as error:
         sys.exit(f"error: {error}")
-    hard, versions = (
+    size = "{images:,} images, {megapixels:,.1f} megapixels, {megabytes:,.1f} MB".format(**metadata)
+    metadata["tables"] = [asdict(table) for table in tables]
+    print(write_report(arguments, metadata, tables, f"{size}, {arguments.repeats} repeats"))
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser with the flags of all benchmarks, which `write_report` reads."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=layout, allow_abbrev=False)
+    for ending in ("json", "markdown"):
+        parser.add_argument(f"--{ending}", type=Path, metavar="FILE", help="write the report there too")
+    return parser
+
+
+def write_report(
+    arguments: argparse.Namespace, metadata: Mapping[str, Any], tables: Sequence[Table], *facts: str
+) -> str:
+    """Write `metadata` as JSON, and a Markdown report, to the files that the flags name; returns the Markdown."""
+    machine = (
         ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in metadata[part].items())
         for part in ("hardware", "versions")
     )
-    size = "{images:,} images, {megapixels:,.1f} megapixels, {megabytes:,.1f} MB".format(**metadata)
-    lines = (
-        f"`{metadata['command']}`",
-        f"{size}, {arguments.repeats} repeats",
-        f"commit {metadata['commit']}",
-        hard,
-        versions,
-    )
+    lines = (f"`{metadata['command']}`", *facts, f"commit {metadata['commit']}", *machine)
     text = "\n".join(f"- {line}" for line in lines) + "\n\n" + "\n".join(table.markdown() for table in tables)
-    print(text)
     if arguments.markdown:
         write_text(arguments.markdown, text)
     if arguments.json:
-        write_json(arguments.json, metadata | {"tables": [asdict(table) for table in tables]})
+        write_json(arguments.json, metadata)
+    return text
 
 
 def _metadata(data_root: Path) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""An epoch of training on the CPU: how much of it is waiting for images, by how they are loaded.
+"""An epoch of training on the CPU: the share of waiting for images, for several ways to load them.
 
     python -m tests.benchmarks.epoch [--data-root DIR] [--repeats 3] [--num-crops 4] [--patch-size 64] [--batches 10]
                                      [--workers 1] [--json FILE] [--markdown FILE]
 
-The demo's glass_resnet, from random weights. Plain: files as straightforward code reads them, to normalised floats, in
-a DataLoader of as many processes. No loading: the same step on one batch that stays in memory, the least
+The demo's glass_resnet, from random weights. Plain: straightforward code reads the files, to normalised floats, in a
+DataLoader with the same number of processes. No loading: the same step on one batch that stays in memory, the least
 that an epoch can take. Images are repeated until an epoch has its batches.
 """
 
@@ -54,12 +54,12 @@ def straightforward_loader(
 
 
 def take_normalised_views(trainer: Trainer) -> None:
-    """Let it train on views that are normalised already."""
+    """Let the trainer take views that are already normalised."""
     trainer.parallel_model, trainer.compiled_model = trainer.model, trainer.runtime.compiled(trainer.model)
 
 
 def epochs(way: str, preset: Preset, experiment: GlassExperiment, index: Index, rows: list[int]) -> Repeat:
-    """Epochs of training, as the training loop has them, with a clock around the waiting."""
+    """Epochs of training as in the training loop, with the time spent waiting for batches."""
     settings = preset.settings
     seed_everything(0)
     trainer = build_trainer(build_model(experiment, settings), experiment, settings, build_runtime(settings), epochs=1)
@@ -84,7 +84,7 @@ def epochs(way: str, preset: Preset, experiment: GlassExperiment, index: Index, 
             while batch := next(batches, None):
                 waiting += time.perf_counter() - start
                 *views, labels = batch
-                trainer.train_step(views, labels).item()  # looks at every loss, as training does on the CPU
+                trainer.train_step(views, labels).item()  # reads every loss, as training does on the CPU
                 start = time.perf_counter()
         return result | {"waiting": waiting}
 

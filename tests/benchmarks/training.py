@@ -1,14 +1,14 @@
-"""Training on this machine: images a second, share of what the card can, waiting, memory, compilation, saving.
+"""Training on this machine: images/s, share of the card's peak FLOP/s, waiting, memory, compilation, saving.
 
     python -m tests.benchmarks.training [--minutes 9] [--json FILE] [--markdown FILE]
 
-Each configuration runs in a process of its own with a deadline, the most important first, and the report is written
-again after each, so that a cut leaves a table. Needs a CUDA device for numbers that mean something; without one, the
-same configurations run at toy size. Images are synthetic, weights random; nothing is downloaded.
+Each configuration runs in a process of its own with a deadline, the most important first, and the report is rewritten
+after each, so that an interruption leaves a table. Meaningful numbers need a CUDA device; without one, the same
+configurations run at toy size. Images are synthetic, weights random; nothing is downloaded.
 
-TFLOP/s counts the products of the forward and backward pass (torch's own counter); the ceiling is a product of two
-8192 x 8192 matrices in the same precision. Memory is the allocator's peak in MiB: after the first steps, and with them.
-The loss after ten steps is a check that no way leaves something out: it is the same up to rounding within a model.
+TFLOP/s counts the matrix products of the forward and backward pass (`training.memory`); the ceiling is a product of
+two 8192 x 8192 matrices in the same precision. Memory is the allocator's peak in MiB: after the first steps, and with
+them. The loss after ten steps checks that each way does the same work: it is equal up to rounding within a model.
 """
 
 import argparse
@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from config import DEMO, PAPER, Experiment, GlassExperiment, Preset
@@ -35,14 +34,15 @@ from data.index import read_index
 from data.loaders import build_loader
 from data.workers import loading_processes
 from models.build import build_model
-from tests.benchmarks.common import Table, make_preset, quiet, repeated, write_images
+from tests.benchmarks.common import Table, make_parser, make_preset, quiet, repeated, write_images, write_report
 from tests.benchmarks.epoch import straightforward_loader, take_normalised_views
 from training.checkpoints import Checkpoint
+from training.memory import PlannedTraining
 from training.progress import Progress
 from training.runs import git_commit, hardware, library_versions, seed_everything
 from training.runtime import MEGABYTE, Runtime, build_runtime
 from training.trainer import Trainer, build_trainer
-from utils import find_experiment, write_json, write_text
+from utils import find_experiment
 
 ON_CUDA = torch.cuda.is_available()
 LOSS_STEPS, MEASURED_SECONDS = (10, 6.0) if ON_CUDA else (2, 0.2)
@@ -53,9 +53,9 @@ class Case:
     """A configuration to measure.
 
     Args:
-        mode: what is special about it, for the table.
-        source: of the batches: device (one, which stays there), cache, files, or straightforward code.
-        settings: of `config.Settings`, changed.
+        mode: its name in the table.
+        source: of the batches: device (one batch, which stays there), cache, files, or straightforward code.
+        settings: changes to `config.Settings`.
         seconds: deadline.
     """
 
@@ -70,10 +70,10 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """All of them, the most important first."""
+    """All cases, the most important first."""
     models = [experiment.name for experiment in PAPER.experiments]
     eager, blocks, fast = (("compile", False),), (("compile_blocks", True),), (("deterministic", False),)
-    of_vit = [
+    vit = [
         Case("glass_vit", save=True),
         Case("glass_vit", "eager", settings=eager),
         Case("glass_vit", "blocks compiled", settings=blocks),
@@ -82,15 +82,15 @@ def cases() -> list[Case]:
         Case("glass_vit", "bf16, not deterministic", settings=(*fast, ("precision", "bf16"))),
         Case("glass_vit", "eager, new memory filled with NaN", settings=eager, fill_memory=True),
     ]
-    again = [Case("glass_vit", "activations again", settings=(("activation_checkpointing", "on"),))]
+    checkpointing = [Case("glass_vit", "checkpointing", settings=(("activation_checkpointing", "on"),))]
     loading = [Case("glass_vit", source, source) for source in ("cache", "files", "straightforward")]
     others = [Case(name) for name in models if name != "glass_vit"]
     twice = (*eager, ("activation_checkpointing", "on"))
-    ways = (("eager", eager), ("eager, activations again", twice))
-    of_memory = [Case("glass_vit", mode, num_crops=K, settings=way) for mode, way in ways for K in (1, 4, 16)]
+    ways = (("eager", eager), ("eager, checkpointing", twice))
+    memory = [Case("glass_vit", mode, num_crops=K, settings=way) for mode, way in ways for K in (1, 4, 16)]
     eager_others = [Case(name, "eager", settings=eager) for name in models if name != "glass_vit"]
     others += [Case("glass_convnext", "blocks compiled", settings=blocks)]
-    return [*of_vit[:3], *again, *loading, *others, *of_vit[3:], *of_memory, *eager_others]
+    return [*vit[:3], *checkpointing, *loading, *others, *vit[3:], *memory, *eager_others]
 
 
 def experiment_of(case: Case) -> Experiment:
@@ -122,9 +122,10 @@ def _measure(case: Case, preset: Preset, experiment: Experiment, runtime: Runtim
     batches = batches_of(case, preset, experiment, trainer)
     if case.source == "straightforward":
         take_normalised_views(trainer)
-    flop = flop_an_image(trainer, next(batches))
-    start = time.perf_counter()
-    trainer.train_step(*next(batches))
+    without_repeats = replace(settings, activation_checkpointing="off")
+    flops = PlannedTraining(experiment, without_repeats).flops(experiment.crops_per_image)
+    batch, start = next(batches), time.perf_counter()
+    trainer.train_step(*batch)
     runtime.wait()
     first = time.perf_counter() - start
     for _ in range(LOSS_STEPS - 1):
@@ -140,7 +141,7 @@ def _measure(case: Case, preset: Preset, experiment: Experiment, runtime: Runtim
         trainer.train_step(*batch)
         steps += 1
         if steps % 5 == 0:
-            runtime.wait()  # or the host runs ahead of the clock
+            runtime.wait()  # or the host would run ahead of the clock
     runtime.wait()
     seconds = (time.perf_counter() - start) / steps
     row = {
@@ -150,7 +151,7 @@ def _measure(case: Case, preset: Preset, experiment: Experiment, runtime: Runtim
         "images/s": experiment.batch_size / seconds,
         "ms a step": 1000 * seconds,
         "ms waiting": 1000 * waiting / steps,
-        "TFLOP/s": flop * experiment.batch_size / seconds / 1e12,
+        "TFLOP/s": flops * experiment.batch_size / seconds / 1e12,
         "peak MiB": peak_of(runtime.device),
         "with first steps": peak,
         "s first step": first,
@@ -160,7 +161,7 @@ def _measure(case: Case, preset: Preset, experiment: Experiment, runtime: Runtim
 
 
 def batches_of(case: Case, preset: Preset, experiment: Experiment, trainer: Trainer) -> Iterator[tuple]:
-    """Pairs of views and labels, for ever."""
+    """Pairs of views and labels, without end."""
     index = read_index(preset)
     rows = repeated(index, experiment.batch_size * (8 if ON_CUDA else 2))
     if case.source != "files" and case.source != "straightforward":
@@ -182,18 +183,8 @@ def batches_of(case: Case, preset: Preset, experiment: Experiment, trainer: Trai
             yield views, labels
 
 
-def flop_an_image(trainer: Trainer, batch: tuple[Sequence[torch.Tensor], torch.Tensor]) -> float:
-    """Floating-point operations of the products in a forward and a backward pass of one image."""
-    with FlopCounterMode(display=False) as counter, trainer.runtime.autocast():
-        views = trainer.runtime.to_device(trainer.model.eval(), [view[:1] for view in batch[0]])
-        trainer.model(*views).sum().backward()
-    trainer.optimizer.zero_grad(set_to_none=True)
-    trainer.model.train()
-    return float(counter.get_total_flops())
-
-
 def saving(trainer: Trainer, folder: Path) -> dict[str, float]:
-    """Seconds that training waits for a checkpoint, and until it is written."""
+    """Seconds that training waits for a save, and until the file is written."""
     checkpoint, start = Checkpoint(folder / "checkpoint.pt"), time.perf_counter()
     checkpoint.save(trainer, Progress())
     waited = time.perf_counter() - start
@@ -206,7 +197,7 @@ def peak_of(device: torch.device) -> float | None:
 
 
 def ceilings() -> list[tuple[str, float, str]]:
-    """What the machine can at most: products in half precision, copies on the device, copies to it."""
+    """The machine's limits: products in half precision, copies on the device, copies to it."""
     device = "cuda" if ON_CUDA else "cpu"
     side, rows = (8192, 64 * 11 * 197) if ON_CUDA else (64, 8)
     found = []
@@ -225,7 +216,7 @@ def ceilings() -> list[tuple[str, float, str]]:
 
 
 def seconds_of(work: Any, repeats: int = 20) -> float:
-    """Mean seconds of one call, after three that warm it up."""
+    """Mean seconds of a call, after three to warm up."""
     for repeat in range(repeats + 3):
         if repeat == 3:
             if ON_CUDA:
@@ -244,7 +235,7 @@ def preset_in(folder: Path) -> Preset:
 
 
 def child(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
-    """What this module prints in a process of its own; an "error" instead if it fails or takes too long."""
+    """Run this module in a process of its own; returns what it prints, or an "error" if it fails or takes too long."""
     command = [sys.executable, "-m", "tests.benchmarks.training", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
@@ -256,7 +247,7 @@ def child(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
 
 
 def report(found: dict[str, Any], arguments: argparse.Namespace) -> str:
-    """Write what there is; returns it as Markdown."""
+    """Write the report of the cases so far; returns it as Markdown."""
     limits = {row[0][:4]: row[1] for row in reversed(found["ceilings"])}  # the first of each precision
     rows = []
     for case, row in found["cases"]:
@@ -272,23 +263,14 @@ def report(found: dict[str, Any], arguments: argparse.Namespace) -> str:
         Table("Ceilings", ("what", "measured", "unit"), found["ceilings"]),
         Table("Training", names, [[row.get(name) for name in names] for row in rows]),
     ]
-    head = (f"`{found['command']}`", f"commit {found['commit']}", found["hardware"], found["versions"])
-    text = "\n".join(f"- {line}" for line in head) + "\n\n" + "\n".join(table.markdown() for table in tables)
-    if arguments.markdown:
-        write_text(arguments.markdown, text)
-    if arguments.json:
-        write_json(arguments.json, found)
-    return text
+    return write_report(arguments, found, tables)
 
 
 def main() -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
-    parser.add_argument("--minutes", type=float, default=9, help="end by then; default 9")
-    parser.add_argument("--cases", type=int, help="measure the first so many only")
-    for ending in ("json", "markdown"):
-        parser.add_argument(f"--{ending}", type=Path, metavar="FILE", help="write the report there too")
-    for hidden in ("--case", "--folder"):  # of the processes that it starts
+    parser = make_parser(__doc__)
+    parser.add_argument("--minutes", type=float, default=9, help="time limit; default 9")
+    parser.add_argument("--cases", type=int, help="measure only this many, the most important ones")
+    for hidden in ("--case", "--folder"):  # for the processes that it starts
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
@@ -297,14 +279,14 @@ def main() -> None:
         print(json.dumps(result))
         return
     deadline = time.monotonic() + 60 * arguments.minutes
-    in_words = [
-        ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in part.items()) for part in (hardware(), library_versions())
-    ]
     found = {
         "command": f"python -m tests.benchmarks.training --minutes {arguments.minutes:g}",
-        "commit": git_commit(), "hardware": in_words[0], "versions": in_words[1], "cases": [],
-    }  # fmt: skip
-    found["ceilings"] = child(["--case", "null"], 120).get("rows", [])
+        "commit": git_commit(),
+        "hardware": hardware(),
+        "versions": library_versions(),
+        "cases": [],
+        "ceilings": child(["--case", "null"], 120).get("rows", []),
+    }
     with tempfile.TemporaryDirectory() as scratch:
         write_images(Path(scratch, "images"), 2000 if ON_CUDA else 200)
         with quiet():

@@ -1,4 +1,4 @@
-"""Wall time of a study with one worker and with two, whose trials sleep: what sharing it costs.
+"""Wall time of a study whose trials sleep, with one worker and with two: the cost of sharing it.
 
     python -m tests.benchmarks.workers [--trials 20] [--seconds 5] [--repeats 2]
 
@@ -45,7 +45,7 @@ if __name__ == "__main__":
         write_toy_images(scratch / "data")
         roots = ("--data-root", scratch / "data", "--results-root", scratch / "results")
         succeed("data.data_preprocess", *PREPROCESS_FLAGS, *roots)
-        measure(scratch, 1, 1, arguments.seconds)  # starts what imports the libraries
+        measure(scratch, 1, 1, arguments.seconds)  # starts the process that imports the libraries
         for _ in range(arguments.repeats):
             for count, taken in times.items():
                 taken.append(measure(scratch, count, arguments.trials, arguments.seconds))
