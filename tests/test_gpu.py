@@ -15,6 +15,7 @@ from data.loaders import build_loader
 from models.build import build_model
 from standard_memory.profile import profile
 from tests.conftest import MakePreset, toy_job
+from training.copies import Copies
 from training.loop import fit
 from training.progress import EpochRecord
 from training.runtime import CUDA_MEMORY, OutOfMemory, Runtime, build_runtime
@@ -48,6 +49,19 @@ def test_batches_arrive_in_pinned_memory_and_on_the_device_unchanged(workers: in
         for view, on_device in zip(views, runtime.to_device(model, views), strict=True):
             normalised = (view.float() / 255 - model.input_mean.cpu()) / model.input_std.cpu()
             torch.testing.assert_close(on_device.cpu(), normalised, rtol=0, atol=1e-6)
+
+
+def test_batches_that_are_copied_during_a_computation_arrive_complete() -> None:
+    to_device, sums = Copies(torch.device("cuda")), []
+    batches = [torch.randint(0, 256, (2**24,), dtype=torch.uint8).pin_memory() for _ in range(12)]
+    busy = torch.randn(4096, 4096, device="cuda")
+    for batch in batches:
+        (given,) = to_device([batch])
+        for _ in range(10):
+            busy = (busy @ busy).clamp(-1, 1)
+        sums.append(given.long().sum())
+        del given
+    assert [int(each) for each in sums] == [int(batch.long().sum()) for batch in batches]
 
 
 @pytest.mark.parametrize(("name", "compiled"), [*((name, False) for name in NAMES), ("glass_vit", True)])

@@ -12,6 +12,7 @@ from config import Experiment, Settings
 from models.backbones import NormalisedInput
 from models.checkpointing import checkpoint_blocks
 from training import processes
+from training.copies import Copies
 from training.evaluation import sizes_of
 from training.memory import recomputes
 from training.optimizer import build_optimizer
@@ -36,6 +37,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.scaler = self.runtime.grad_scaler()
+        self.to_device = Copies(self.runtime.device)
         self.parallel_model = processes.parallel(NormalisedInput(self.model))
         self.compiled_model = self.runtime.compiled(self.parallel_model)
         compile_valid = self.runtime.compile_all and processes.size() == 1
@@ -60,7 +62,7 @@ class Trainer:
         with self.runtime.memory_for(f"a training step on {sizes_of(views)}"):
             self.optimizer.zero_grad(set_to_none=True)
             with self.runtime.autocast():
-                *views, labels = self._on_device([*views, labels])
+                *views, labels = self.to_device([*views, labels])
                 logits = forward(*views)
                 loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing) / images
             self.scaler.scale(loss * processes.size()).backward()  # gradients become means over processes
@@ -77,13 +79,10 @@ class Trainer:
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         with torch.random.fork_rng(), self.runtime.memory_for("a first backward pass"):
             for _ in range(3):
-                self.parallel_model.train()(*self._on_device(views)).sum().backward()
+                self.parallel_model.train()(*self.to_device(views)).sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
-
-    def _on_device(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [tensor.to(self.runtime.device, non_blocking=True) for tensor in tensors]
 
     def steps_taken(self) -> int:
         """Steps that changed the weights, by the optimizer's own count; reading it waits for the device."""
