@@ -118,11 +118,11 @@ def read_data_set(root: Path, layout: str = "auto", classes: int = len(CLASSES))
         return _build_data_set(layout, _read_labelled_list(root, layout, classes))
     if layout not in present:
         missing = next(name for name in sorted(CLASS_FOLDERS[layout]) if name not in folders)
-        raise UserError(f"{root / missing} does not exist: {KNOWN}; and {root} holds {_contents(root)}")
+        raise UserError(f"{root} holds {_contents(root)}, and {root / missing} does not exist: {KNOWN}")
     found, outside = _sort_into_classes(root, layout, images, plain)
     if len(labels := {image.label for image in found}) < classes:
         folder = root / next(name for label, name in enumerate(CLASSES) if label not in labels)
-        raise UserError(f"{folder} holds no image file ({', '.join(IMAGE_ENDINGS)}), but {_contents(folder)}")
+        raise UserError(f"{folder} holds no image file ({', '.join(IMAGE_ENDINGS)}): it holds {_contents(folder)}")
     plain = plain and not any(image.part for image in found)
     return _build_data_set(layout, found, plain, outside, tuple(name for name in files if not is_image_name(name)))
 

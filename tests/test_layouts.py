@@ -156,9 +156,9 @@ WRONG = {  # files, where a folder ends in / and the text of a list has a comma 
     ("g/0_real/a.png", "g/1_fake/a.png", "h/ai/a.png", "h/nature/a.png"): "has 0_real, 1_fake, ai, nature, so that ",
     ("fake/a.png", "real/a.png", "0_real/a.png", "1_fake/a.png"): "has 0_real, 1_fake, fake, real, so that ",
     ("cats/a.png", "dogs/a.png"): "/fake does not exist: a data root holds fake/ and real/; or, at any depth",
-    ("0_fakes/a.jpg", "0_real/a.jpg", "ai/", "x.csv/"): "and {root} holds 0_fakes/, 0_real/, ai/, x.csv/",
-    ("fake/a.jpg", *(f"{n}/" for n in range(7))): "and {root} holds 0/, 1/, 2/, 3/, 4/ and 3 more",
-    ("fake/a.jpg", "real/a.cr2"): ".heif), but a.cr2",
+    ("0_fakes/a.jpg", "0_real/a.jpg", "ai/", "x.csv/"): "{root} holds 0_fakes/, 0_real/, ai/, x.csv/",
+    ("fake/a.jpg", *(f"{n}/" for n in range(7))): "{root} holds 0/, 1/, 2/, 3/, 4/ and 3 more",
+    ("fake/a.jpg", "real/a.cr2"): ".heif): it holds a.cr2",
     (
         "train/ai/a.png",
         "train/nature/a.png",
