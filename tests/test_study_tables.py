@@ -81,7 +81,7 @@ def test_fitted_lines_reproduce_the_costs_of_crops_and_standard_costs_are_compar
     assert "compilation in the first epoch." in notes and "Computed: as the author's code." in notes  # as once
     costs = text(preset, "standard_costs.md")  # beside GLASS at its tuned number of crops
     assert "| standard_vit | full | 7.0 | 9.0 | 2.50 | 80.00 | 4 | 300.0 | n/a | 5.00 | 90.40 |" in costs
-    assert "the maximum over all epochs, the first with compilation included, has the larger of the two" in costs
+    assert "reports the larger of the two: the maximum over all epochs, including the first, which compiles" in costs
     assert "glass_resnet at its tuned K = 4 not measured" in costs
     assert "Computed: as config.py says (standard_vit full); as the author's code (" in costs
     assert "compilation before them (standard_vit full)" in costs
