@@ -35,7 +35,7 @@ from data.records import CLASSES
 from utils import UserError, replacing, write_text
 
 Array = NDArray[np.float32]
-Variant = Literal["whole", "local"]  # how much of a fake image went through the decoder
+DemoVariant = Literal["whole", "local"]  # how much of a fake image went through the decoder
 SHAPES = ((640, 640), (640, 720), (720, 640), (704, 704), (640, 800), (800, 640), (640, 1000), (1000, 640))  # H, W
 PNG_EVERY = 7  # images; the others are JPEG
 JPEG_QUALITIES = (92, 94, 96)
@@ -287,7 +287,7 @@ def encode(image: Image.Image, seed: int, index: int) -> tuple[str, bytes]:
     return suffix, buffer.getvalue().ljust(size, b"\0")
 
 
-def write_image(class_name: str, index: int, root: Path, seed: int, variant: Variant) -> None:
+def write_image(class_name: str, index: int, root: Path, seed: int, variant: DemoVariant) -> None:
     """Write image `index` of a class as root/<class>/<index>.jpg or .png, and before it its mask, if it has one."""
     scene, rng = draw_scene(seed, class_name, index)
     if variant == "local" and class_name == "fake":
@@ -302,7 +302,7 @@ def write_image(class_name: str, index: int, root: Path, seed: int, variant: Var
 
 
 def write_demo_dataset(
-    root: Path, images_per_class: int, variant: Variant = "whole", seed: int = 606, num_workers: Workers = "auto"
+    root: Path, images_per_class: int, variant: DemoVariant = "whole", seed: int = 606, num_workers: Workers = "auto"
 ) -> None:
     """Write `images_per_class` images to root/fake and to root/real, except those that are there already.
 

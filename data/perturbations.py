@@ -62,7 +62,7 @@ def social(image: Image.Image) -> Image.Image:
     return jpeg(image, 75)
 
 
-class Kind(NamedTuple):
+class PerturbationKind(NamedTuple):
     """A row of KINDS. `change` takes an image and, unless `bounds` is None, a strength."""
 
     change: Callable[..., Image.Image]
@@ -71,14 +71,14 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "native": Kind(lambda image: image),
-    "jpeg": Kind(jpeg, (1, 100), (95, 90, 75, 50, 30)),
-    "webp": Kind(webp, (1, 100), (80, 50)),
-    "rescale": Kind(rescaled, (0.01, 1.0), (0.75, 0.5, 0.25)),
-    "blur": Kind(blurred, (0.1, 100.0), (1, 2)),
-    "noise": Kind(noisy, (0.1, 255.0), (2, 5, 10)),
-    "crop": Kind(centre_crop, (0.01, 1.0), (0.75, 0.5)),
-    "social": Kind(social),
+    "native": PerturbationKind(lambda image: image),
+    "jpeg": PerturbationKind(jpeg, (1, 100), (95, 90, 75, 50, 30)),
+    "webp": PerturbationKind(webp, (1, 100), (80, 50)),
+    "rescale": PerturbationKind(rescaled, (0.01, 1.0), (0.75, 0.5, 0.25)),
+    "blur": PerturbationKind(blurred, (0.1, 100.0), (1, 2)),
+    "noise": PerturbationKind(noisy, (0.1, 255.0), (2, 5, 10)),
+    "crop": PerturbationKind(centre_crop, (0.01, 1.0), (0.75, 0.5)),
+    "social": PerturbationKind(social),
 }
 GRID = tuple(  # names of all that model_training.robustness tries
     name for kind, row in KINDS.items() for name in ([f"{kind}_{s:g}" for s in row.tried] if row.bounds else [kind])

@@ -32,7 +32,7 @@ Train = Callable[["Search", int, Experiment, Checkpoint, OnEpoch], object]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialOutcome:
     """How a trial ended, its validation accuracy after each epoch, and why it failed."""
 
     state: TrialState
@@ -77,7 +77,7 @@ class Search:
         checkpoint: Checkpoint,
         report: Callable[[float, int], tuple[float, bool]],
         study: optuna.Study,
-    ) -> Outcome:
+    ) -> TrialOutcome:
         """Train trial `number` of `study`, resumed from `checkpoint`.
 
         Args:
@@ -107,7 +107,7 @@ class Search:
             if isinstance(error, OutOfMemory) and not study.get_trials(False, (TrialState.COMPLETE,)):
                 raise  # nothing has fitted so far: probably others use the device, and the values are not the cause
             state, failure = TrialState.FAIL, str(error)
-        return Outcome(state, accuracies, time.perf_counter() - start, failure)
+        return TrialOutcome(state, accuracies, time.perf_counter() - start, failure)
 
 
 def fit_trial(search: Search, number: int, experiment: Experiment, checkpoint: Checkpoint, on_epoch: OnEpoch) -> None:

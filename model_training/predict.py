@@ -57,7 +57,7 @@ NOTES = {
 BAND = must_be(lambda band: band is None or 0 <= band[0] <= band[1] <= 1, "two probabilities, the smaller first")
 SHOWN = 100  # rows on the terminal; the CSV has them all
 SAVE_EVERY, SAVE_SHARE = 1.0, 0.05  # seconds between two writes of the CSV; its largest share of the time
-Row = dict[str, str]  # by COLUMNS
+PredictionRow = dict[str, str]  # by COLUMNS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ def _hash_inputs(images: Sequence[str], others: Sequence[object]) -> dict[str, s
     return keys
 
 
-def _read(output: Path) -> list[Row]:
+def _read(output: Path) -> list[PredictionRow]:
     """The predictions in `output`, if it exists; without files that got none, which are tried again."""
     if not output.exists():
         return []
@@ -169,7 +169,11 @@ def _read(output: Path) -> list[Row]:
 
 
 def _save(
-    predictions: Iterator[Outcome], paths: Sequence[str], keys: Mapping[str, str], rows: dict[str, Row], output: Path
+    predictions: Iterator[Outcome],
+    paths: Sequence[str],
+    keys: Mapping[str, str],
+    rows: dict[str, PredictionRow],
+    output: Path,
 ) -> Iterator[Outcome]:
     """Yield the predictions of `paths` as they come, and add them to `rows`, which are saved every few seconds."""
     due = time.monotonic() + SAVE_EVERY
@@ -181,11 +185,11 @@ def _save(
         yield found
 
 
-def _write(output: Path, rows: Mapping[str, Row]) -> None:
+def _write(output: Path, rows: Mapping[str, PredictionRow]) -> None:
     write_csv(output, COLUMNS, (row.values() for row in rows.values()))
 
 
-def _cells(found: Outcome) -> Row:
+def _cells(found: Outcome) -> PredictionRow:
     """The columns between path and key; NaN is empty."""
     if isinstance(found, UnreadableImage):
         return dict.fromkeys(COLUMNS[1:-2], "") | {"problem": str(found)}
@@ -193,7 +197,7 @@ def _cells(found: Outcome) -> Row:
     return {name: "" if value != value else str(value) for name, value in values.items()} | {"problem": ""}
 
 
-def _summary(rows: Mapping[str, Row], draws: int) -> str:
+def _summary(rows: Mapping[str, PredictionRow], draws: int) -> str:
     """The first predictions as a table for the terminal, and the number of each verdict."""
     columns = ["path", "P(fake)", "verdict", "± over draws", "flips"][: 5 if draws > 1 else 3]
     forms = {"probability_fake": ".3f", "verdict": "", "standard_deviation": ".3f", "flips": ".0%"}

@@ -11,7 +11,7 @@ from data.pictures import Picture, read_pictures
 from model_training.inference.detector import Detector, Outcome, Prediction
 from model_training.inference.effect_map import effect_map
 from model_training.inference.evidence_pictures import draw_evidence, draw_map
-from model_training.inference.page_parts import FILE_QUALITY, embedded, jpeg, template
+from model_training.inference.page_parts import FILE_QUALITY, embedded, jpeg_bytes, template
 from utils import UserError, locked_folder, replacing, write_text
 
 MARKER = ".evidence"  # in a folder that this module made
@@ -65,7 +65,7 @@ def _save(folder: Path, number: int, path: str, kind: str, image: Image.Image) -
     stem = re.sub(r"[^\w.-]+", "_", Path(path).stem)[:40]  # 160 bytes in UTF-8 at most
     name = f"{number:04d}_{stem}{'' if kind == 'evidence' else '_map'}.jpg"
     with replacing(folder / name) as temporary:
-        temporary.write_bytes(jpeg(image, **FILE_QUALITY))
+        temporary.write_bytes(jpeg_bytes(image, **FILE_QUALITY))
     return name, kind, embedded(image)
 
 

@@ -30,7 +30,7 @@ def template(name: str) -> Template:
     return environment.get_template(name)
 
 
-def jpeg(image: Image.Image, **options: int | str) -> bytes:
+def jpeg_bytes(image: Image.Image, **options: int | str) -> bytes:
     """The image as a JPEG file."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", **options)
@@ -39,7 +39,7 @@ def jpeg(image: Image.Image, **options: int | str) -> bytes:
 
 def embedded(image: Image.Image, **options: int | str) -> str:
     """The image as the source of an <img>."""
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg(image, **(options or PAGE_QUALITY))).decode()}"
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg_bytes(image, **(options or PAGE_QUALITY))).decode()}"
 
 
 def card(detector: Detector, number: int, name: str, found: Outcome, picture: Picture | UnreadableImage) -> str:

@@ -38,7 +38,7 @@ SETTINGS = (  # that evaluate and robustness read
 )  # fmt: skip
 COLUMNS = ("path", "perturbation", "bytes", "mtime_ns", "probability_fake", "raw_probability_fake", "problem")
 Key = tuple[str, str, str, str]  # path, perturbation, bytes, mtime_ns
-Values = tuple[float, float, str]  # calibrated and raw probability of fake, problem
+Scores = tuple[float, float, str]  # calibrated and raw probability of fake, problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +235,7 @@ def _warn_of_training_images(
 
 def _score_or_read(
     preset: Preset, detector: Detector, weights_digest: str, paths: Sequence[str], perturbations: Sequence[str]
-) -> dict[tuple[str, str], Values]:
+) -> dict[tuple[str, str], Scores]:
     """(path, perturbation) -> the detector's scores; only those that are not stored are computed."""
     root, folder = preset.settings.data_root.resolve(), preset_folder(preset) / "scores"
     key = json.dumps([str(root), weights_digest, *detector.depends_on()])
@@ -256,7 +256,7 @@ def _score_or_read(
             tqdm(total=len(missing), desc=file.stem, unit=" images", disable=None) as bar,
         ):
             for path in missing:
-                rows = {(path, kind, *stamps[path]): _values(next(predictions)) for kind in perturbations}
+                rows = {(path, kind, *stamps[path]): _scores_of(next(predictions)) for kind in perturbations}
                 output.write("".join(csv_line([*row, *values]) + "\n" for row, values in rows.items()))
                 output.flush()
                 known |= rows
@@ -264,13 +264,13 @@ def _score_or_read(
     return {(path, kind): known[path, kind, *stamps[path]] for path in paths for kind in perturbations}
 
 
-def _values(found: Outcome) -> Values:
+def _scores_of(found: Outcome) -> Scores:
     if isinstance(found, UnreadableImage):
         return float("nan"), float("nan"), str(found)
     return found.probability_fake, found.raw_probability_fake, ""
 
 
-def _read(file: Path) -> dict[Key, Values]:
+def _read(file: Path) -> dict[Key, Scores]:
     """The stored scores, without rows that a kill cut short, and without unreadable images, which are tried again."""
     if not file.exists():
         return {}

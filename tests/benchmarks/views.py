@@ -180,7 +180,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> list[Table]:
         f"Loading an image on one core, K = {K}, P = {P}",
         ("way", "ms an image", "processor ms", "images/s", "x plain", "time / decoding"),
         table,
-        "x plain: times as fast as the plain way of the same model. Ratios are of wall-clock medians. From the warm "
+        "x plain: N x faster than plain code for the same model, by wall-clock medians. From the warm "
         "cache a repeat is 20 passes, each of another epoch.",
         results,
     )
