@@ -55,6 +55,13 @@ NOTES = {
     UNLIKE: "a format or size that none of its training images has, so that its verdict means little",
 }
 BAND = must_be(lambda band: band is None or 0 <= band[0] <= band[1] <= 1, "two probabilities, the smaller first")
+TWO_NUMBERS = tyro.constructors.PrimitiveConstructorSpec(  # or a path after them would be read as a third
+    nargs=2,
+    metavar="LOW HIGH",
+    instance_from_str=lambda texts: (float(texts[0]), float(texts[1])),
+    is_instance=lambda band: band is None or len(band) == 2,
+    str_from_instance=lambda band: list(map(str, band or ["None"])),
+)
 SHOWN = 100  # rows on the terminal; the CSV has them all
 SAVE_EVERY, SAVE_SHARE = 1.0, 0.05  # seconds between two writes of the CSV; its largest share of the time
 PredictionRow = dict[str, str]  # by COLUMNS
@@ -69,7 +76,7 @@ class Options(PredictionOptions):
     weights: Path  # model.safetensors of a run, or hf:OWNER/NAME of the Hugging Face hub
     output: Path = Path("predictions.csv")  # the CSV to write
     # inconclusive from LOW up to HIGH, instead of the model's band
-    band: Annotated[tuple[float, float] | None, BAND] = None
+    band: Annotated[tuple[float, float] | None, TWO_NUMBERS, BAND] = None
     evidence: Path | None = None  # a folder: pictures and a page that explain the predictions
     evidence_map: bool = False  # with effect maps of whole images; much slower
 

@@ -154,7 +154,7 @@ def test_a_verdict_needs_the_mean_and_most_of_the_draws(trained: Path, toy_data:
     for number, side in enumerate((20, 32)):  # no larger than a crop
         Image.open(image).crop((0, 0, side, side)).save(tmp_path / f"{number}.png")
     files, flags = (image, tmp_path / "0.png", tmp_path / "1.png"), predict_flags(weights(trained), tmp_path)
-    printed = succeed("model_training.predict", *flags, *files, "--draws", "3", *band)
+    printed = succeed("model_training.predict", *flags, "--draws", "3", *band, *files)
     rows = read_csv(tmp_path / "p.csv")
     assert rows[0]["verdict"] == "inconclusive" and float(rows[0]["flips"]) == 2 / 3 and "67%" in printed
     assert float(rows[0]["standard_deviation"]) == pytest.approx(fake.std(ddof=1)) and "1 inconclusive" in printed
