@@ -32,6 +32,7 @@ from tests.conftest import (
     refused,
     start_module,
     succeed,
+    wait_until,
     write_toy_images,
 )
 from tests.odd_images import PROBLEMS, noise, saved, write_odd_images
@@ -190,9 +191,7 @@ def test_a_killed_worker_or_an_interrupt_ends_it_soon(tmp_path: Path, interrupt:
     roots = ("--data-root", root, "--results-root", tmp_path / "results")
     process = start_module("data.data_preprocess", *roots, "--num-workers", "2")
     try:
-        deadline = time.monotonic() + 30
-        while len(workers_of(process)) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until(lambda: len(workers_of(process)) >= 2)
         time.sleep(0.5)
         if interrupt:
             os.killpg(process.pid, signal.SIGINT)

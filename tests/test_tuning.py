@@ -5,7 +5,6 @@ import random
 import resource
 import shutil
 import sqlite3
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +18,7 @@ from config import Experiment, Preset, Tuning
 from hyperparameter_tuning.study import tune
 from hyperparameter_tuning.trials import OnEpoch
 from model_training.results_tables import write_tables
-from tests.conftest import REPOSITORY, TOY_SETTINGS, MakePreset, copy_index, refused, start_module, succeed
+from tests.conftest import REPOSITORY, TOY_SETTINGS, MakePreset, copy_index, refused, start_module, succeed, wait_until
 from tests.reference_studies import STUDIES, as_recorded, given, toy_paper
 from training.checkpoints import Checkpoint
 from training.loop import fit
@@ -131,9 +130,7 @@ def test_a_killed_trial_is_run_again_with_the_same_values(uninterrupted: Path, r
         before = shutil.copytree(results, results.with_name("before"))
         for _ in range(5):  # a trial of three short epochs may be over before it is killed
             process = start_module(*command)
-            deadline = time.monotonic() + 120
-            while time.monotonic() < deadline and not ((trials := trials_of(results)) and there(trials)):
-                time.sleep(0.02)
+            wait_until(lambda: (trials := trials_of(results)) and there(trials), process)
             process.kill()
             process.communicate()
             if load(results).trials[-1].state == TrialState.RUNNING:

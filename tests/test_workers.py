@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from hyperparameter_tuning.study import build_live_study, tune
 from hyperparameter_tuning.trials import SlotPruner, author_study_name
 from hyperparameter_tuning.workers import reconcile
 from tests.command_server import Process
-from tests.conftest import TOY_FLAGS, MakePreset, copy_index, refused, start_module, succeed
+from tests.conftest import TOY_FLAGS, MakePreset, copy_index, refused, start_module, succeed, wait_until
 from tests.postgres import MISSING, Postgres
 from tests.toy_workers import NAME, shake, start, trials_of, workers_preset
 from training.checkpoints import Checkpoint
@@ -56,13 +56,6 @@ def shared(url: str) -> list[FrozenTrial]:
         return []
 
 
-def wait_for(there: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 90
-    while not there():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def ended(process: Process) -> tuple[int, str]:
     out, errors = process.communicate(timeout=120)
     return process.returncode, out + errors
@@ -80,11 +73,11 @@ def test_kills_and_a_restart_of_the_server_lose_and_double_no_trial(toy_data: Pa
 def test_a_worker_that_was_suspended_gives_up_its_trial_and_continues(url: str, toy_data: Path, results: Path) -> None:
     preset = workers_preset(toy_data, results, url, trials=3)
     sleeper = start(preset, 0.3, "sleeper")
-    wait_for(lambda: any(trial.intermediate_values for trial in shared(url)))
+    wait_until(lambda: any(trial.intermediate_values for trial in shared(url)))
     os.kill(sleeper.pid, signal.SIGSTOP)
     slept = next(trial for trial in shared(url) if trial.state == TrialState.RUNNING)
     other = start(preset, 0.3, "other")
-    wait_for(lambda: [t.user_attrs.get("repeats") for t in shared(url) if t.state.is_finished()].count(slept.number))
+    wait_until(lambda: [t.user_attrs.get("repeats") for t in shared(url) if t.state.is_finished()].count(slept.number))
     os.kill(sleeper.pid, signal.SIGCONT)
     for worker in (sleeper, other):
         worker.join(60)
@@ -196,7 +189,7 @@ def test_a_stopped_worker_gives_its_trial_back_and_the_next_one_resumes_it(
     roots = ("--data-root", toy_data, "--results-root", results, "--study-storage", url)
     flags = [COMMAND, *FLAGS, "--epochs", "40", "--max-resource", "40", "--min-resource", "40", "--trials", "1", *roots]
     stopped = start_module(*flags)
-    wait_for(lambda: [*results.glob(f"demo/tuning/{NAME}/checkpoints/*/trial_0.pt")])
+    wait_until(lambda: [*results.glob(f"demo/tuning/{NAME}/checkpoints/*/trial_0.pt")])
     stopped.send_signal(signal.SIGTERM)
     code, text = ended(stopped)
     assert code == 75 and "stopped: saved" in text
