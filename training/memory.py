@@ -28,7 +28,7 @@ from training.runtime import MEGABYTE, Runtime, lay_out
 from utils import UserError, first_line
 
 USABLE = 0.9  # share of a card's memory: CUDA, workspaces of its libraries and gaps between tensors take the rest
-BLOCK = 512  # bytes: CUDA's allocator gives out multiples of it
+ALLOCATION = 512  # bytes: CUDA's allocator gives out multiples of it
 aten = torch.ops.aten
 COUNTED_AS = {  # attention on the CPU, whose FLOPs torch counts on CUDA only
     aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
@@ -168,7 +168,7 @@ class _LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(result):
             storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
             if storage is not None and storage._cdata not in self._known:
-                size = math.ceil(storage.nbytes() / BLOCK) * BLOCK
+                size = math.ceil(storage.nbytes() / ALLOCATION) * ALLOCATION
                 self._known.add(storage._cdata)
                 self.live += size
                 self.peak = max(self.peak, self.live)

@@ -16,7 +16,7 @@ from data.images import UnreadableImage, open_image, pixels_of, reencoded
 from data.records import ImageRecord
 from utils import UserError, locked_folder, replacing
 
-BLOCK = 4096  # bytes; a disk allocates files in such blocks
+DISK_BLOCK = 4096  # bytes; a disk allocates files in such blocks
 MEASURED = ("format", "mode", "width", "height", "problem", "key", "sums")  # fields that follow from a file's content
 EMPTY = {"path": "", "label": 0, "bytes": 0}  # stored too; left empty, since equal files share a cached file
 
@@ -94,8 +94,8 @@ def _check_space(settings: Settings, cache: PixelCache, kinds: Sequence[Kind], i
         except UnreadableImage:
             continue  # the check will say why
         size = sum(cache.bytes_of(kind, image) for kind in kinds)
-        total, needed = total + size, needed + size + BLOCK * len(kinds)
-    held = sum(path.stat().st_size + BLOCK for kind in kinds for path in cache.folders[kind].glob("*/*"))
+        total, needed = total + size, needed + size + DISK_BLOCK * len(kinds)
+    held = sum(path.stat().st_size + DISK_BLOCK for kind in kinds for path in cache.folders[kind].glob("*/*"))
     missing, free = max(0, needed - held), shutil.disk_usage(folder).free
     print(
         f"Pixel cache {folder}: {_format_bytes(total)}, about {_format_bytes(min(total, missing))} of it still to be "
