@@ -1,6 +1,7 @@
 """Results of runs -> the paper's tables: the numbers are right, and what is missing is named."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -126,6 +127,19 @@ def test_a_metric_that_is_newer_than_a_result_or_not_defined_for_a_seed_is_named
     assert csv_rows(preset, "test_metrics")["glass_vit"] == before | changed
     assert "| missing |" in line_of(preset, "test_metrics", "glass_vit")
     assert line_of(preset, "differences", "glass_vit").endswith("| +0.00 [+0.00, +0.00] | missing |")
+
+
+def test_the_terminal_shows_the_columns_that_fit_and_names_the_others(
+    preset: Preset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_runs(preset, {"glass_vit": GLASS, "standard_vit": STANDARD})
+    write_tables(preset)
+    printed = capsys.readouterr().out.splitlines()
+    head = next(line for line in printed if line.startswith("Model "))
+    others = next(line for line in printed if line.startswith("- In the files also: "))
+    every = line_of(preset, "test_metrics", "Model").strip("| ").replace(" | ", ", ")
+    assert len(head) <= 80
+    assert re.sub("  +", ", ", head.strip()) + ", " + others.removeprefix("- In the files also: ") == f"{every}."
 
 
 def test_the_notes_say_where_each_commit_and_library_version_holds_from(preset: Preset) -> None:

@@ -63,7 +63,8 @@ class Table:
         widths = [max(map(len, column)) + 2 for column in zip(columns, *rows, strict=True)]
         count = sum(end - 2 <= TERMINAL_WIDTH for end in accumulate(widths))
         table = render_table(columns[:count], [row[:count] for row in rows])
-        return "\n".join([self.title, "", table, "", *(f"- {note}" for note in self._all_notes()), ""])
+        hidden = [f"In the files also: {', '.join(columns[count:])}."] if count < len(columns) else []
+        return "\n".join([self.title, "", table, "", *(f"- {note}" for note in (*hidden, *self._all_notes())), ""])
 
     def latex(self) -> str:
         """A booktabs table, shrunk to the page if it is wider."""
