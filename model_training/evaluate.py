@@ -191,7 +191,7 @@ def _sentences(rows: Sequence[Row]) -> list[str]:
     sentences = []
     for row in rows:
         if "auc_chance" in row:
-            auc, chance, most = (f"{100 * row[key]:.1f}" for key in ("auc_mean", "auc_chance", "most_apart_auc"))
+            auc, chance, most = (show(row[key], ".1f", 100) for key in ("auc_mean", "auc_chance", "most_apart_auc"))
             above = row["auc_mean"] > row["auc_chance"]
             sentences.append(
                 f"{row['images'].capitalize()}, {row['model']}, {row['format'].replace('_', ' ')}: AUC {auc}, "

@@ -58,7 +58,7 @@ BAND = must_be(lambda band: band is None or 0 <= band[0] <= band[1] <= 1, "two p
 TWO_NUMBERS = tyro.constructors.PrimitiveConstructorSpec(  # or a path after them would be read as a third
     nargs=2,
     metavar="LOW HIGH",
-    instance_from_str=lambda texts: (float(texts[0]), float(texts[1])),
+    instance_from_str=lambda texts: tuple(map(float, texts)),
     is_instance=lambda band: band is None or len(band) == 2,
     str_from_instance=lambda band: list(map(str, band or ["None"])),
 )
